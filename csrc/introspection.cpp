@@ -1,0 +1,44 @@
+// What was built, and what a library beside this module reports about itself once loaded.
+//
+// No torch here: `ghl doctor` must be able to tell why a library does not load.
+#include <dlfcn.h>
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+#include <string>
+
+namespace {
+
+// The symbol of a library that is already loaded; throws RuntimeError when it is not.
+void* symbol(const std::string& path, const char* name) {
+  void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_NOLOAD);
+  if (!library) throw std::runtime_error(path + " is not loaded");
+  void* found = dlsym(library, name);
+  dlclose(library);
+  if (!found) throw std::runtime_error(path + " has no symbol " + name);
+  return found;
+}
+
+std::string text(const std::string& path, const char* name) {
+  return reinterpret_cast<const char* (*)()>(symbol(path, name))();
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_introspection, m) {
+  m.doc() = "Build information of the compiled part of ghl_kernels.";
+  m.attr("compiler") = GHL_COMPILER;
+  m.attr("flags") = GHL_FLAGS;
+  m.attr("torch_headers") = GHL_TORCH_HEADERS;
+  m.attr("torch_target_version") = GHL_TORCH_TARGET;
+  m.attr("cuda_library") = bool(GHL_CUDA_LIBRARY);
+  m.attr("source_hash") = GHL_SOURCE_HASH;
+  m.def(
+      "instruction_set",
+      [](const std::string& path) { return text(path, "ghl_kernels_instruction_set"); },
+      pybind11::arg("library"), "The instruction set whose CPU kernels run on this processor.");
+  m.def(
+      "cuda_architectures",
+      [](const std::string& path) { return text(path, "ghl_kernels_cuda_architectures"); },
+      pybind11::arg("library"), "The GPU architectures the CUDA library was compiled for.");
+}

@@ -1,0 +1,26 @@
+"""Kernels and operators of global-guided Hebbian learning, correct with nothing compiled.
+
+The operators are `torch.ops.ghl_kernels.*`, listed in `ghl_kernels.ops`; `reference` defines what
+they compute; `backend`, `force` and `last` say and decide which implementation runs.
+"""
+
+from torch import Tensor
+
+from ghl_kernels import dispatch, library, ops, reference
+from ghl_kernels.dispatch import Backend, force, last
+from ghl_kernels.rule import PRESETS, Rule, check_choice
+
+__all__ = ["PRESETS", "Backend", "Rule", "backend", "force", "last", "ops", "reference"]
+
+dispatch.set_libraries(
+    cpu=library.load("ghl_kernels_cpu"), cuda=library.load("ghl_kernels_cuda")
+)
+
+
+def backend(operator: str, first: Tensor) -> Backend:
+    """Which implementation `operator` takes for tensors like `first` (its first argument), and why.
+
+    Raises ValueError for an unknown operator.
+    """
+    check_choice("operator", operator, ops.FAKES)
+    return dispatch.choose(operator, first)

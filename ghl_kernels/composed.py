@@ -1,0 +1,107 @@
+"""The operators composed of PyTorch's own, for every device and with nothing compiled.
+
+The fallback, and the baseline that kernels must beat: u is stored, at the size of y, and each
+weight gradient is one library call. Arguments are already checked.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ghl_kernels.checks import sum_dtype
+
+Triple = tuple[Tensor, Tensor, Tensor]
+
+
+def logsumexp(y: Tensor, tau: float, dim: int) -> Tensor:
+    return torch.logsumexp(y.to(sum_dtype(y.dtype)) / tau, dim)
+
+
+def compete(y: Tensor, competition: str, tau: float) -> Tensor:
+    """u in the dtype of y; the neurons compete along dimension 1."""
+    if competition == "linear":
+        return y
+    if competition == "softmax":
+        return torch.softmax(y.to(sum_dtype(y.dtype)) / tau, 1).to(y.dtype)
+    winner = torch.zeros_like(y).scatter_(1, y.argmax(1, keepdim=True), 1)
+    if competition == "hard":
+        return winner.masked_fill_(y.isnan().any(1, keepdim=True), float("nan"))
+    return compete(y, "softmax", tau) * (2 * winner - 1)
+
+
+def totals(u: Tensor, rows: int) -> Tensor:
+    """The sum of u for each neuron and, last, the number of rows."""
+    neurons = u.to(sum_dtype(u.dtype)).movedim(1, 0).flatten(1).sum(1)
+    return torch.cat([neurons, neurons.new_full((1,), rows)])
+
+
+def like_weight(sums: Tensor, w: Tensor) -> Tensor:
+    """`sums` in the dtype of sums and with the strides of w."""
+    return torch.empty_like(w, dtype=sum_dtype(sums.dtype)).copy_(sums)
+
+
+def linear_pair(x: Tensor, y: Tensor, g: Tensor, w: Tensor, competition: str, tau: float) -> Triple:
+    u = compete(y, competition, tau)
+    G, H0 = (like_weight(signal.T @ x, w) for signal in (g, u))
+    return G, H0, totals(u, x.shape[0])
+
+
+def conv2d_pair(
+    x: Tensor,
+    y: Tensor,
+    g: Tensor,
+    w: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    competition: str,
+    tau: float,
+) -> Triple:
+    u = compete(y, competition, tau)
+    rows = y.numel() // y.shape[1]
+    if rows == 0:
+        zeros = torch.zeros_like(w, dtype=sum_dtype(x.dtype))
+        return zeros, zeros.clone(), totals(u, 0)
+
+    def wgrad(signal: Tensor) -> Tensor:
+        shape = w.to(x.dtype)
+        return torch.ops.aten.convolution_backward(
+            signal, x, shape, None, stride, padding, dilation, False, [0, 0], groups,
+            [False, True, False],
+        )[1]  # fmt: skip
+
+    return like_weight(wgrad(g), w), like_weight(wgrad(u), w), totals(u, rows)
+
+
+def merge(
+    G: Tensor, H0: Tensor, totals: Tensor, w: Tensor, decay: str, gate: str, normalize: str
+) -> Triple:
+    accumulate = sum_dtype(G.dtype)
+    G_sum, H0, w, totals = (t.to(accumulate) for t in (G, H0, w, totals))
+    per_neuron = (-1, *[1] * (w.dim() - 1))
+    if decay == "none":
+        H = H0
+    elif decay == "oja":
+        H = H0 - (H0 * w).flatten(1).sum(1).view(per_neuron) * w
+    else:
+        H = H0 - totals[:-1].view(per_neuron) * w
+
+    neurons = torch.stack([(a * b).flatten(1).sum(1) for a, b in ((G_sum, H), (G_sum, G_sum), (H, H))])
+    update = gated(G_sum, H, totals[-1], gate, normalize)
+    return torch.empty_like(w, dtype=G.dtype).copy_(update), neurons, neurons.sum(1)
+
+
+def gated(G: Tensor, H: Tensor, rows: Tensor, gate: str, normalize: str) -> Tensor:
+    """What the optimizer is given; NaN in G or H stays NaN, which torch.sign alone would hide."""
+    if gate == "gradient":
+        return G
+    sign = torch.where(G.isnan(), G, G.sign())
+    if gate == "sign_only":
+        return sign
+    if normalize == "absmax" and H.numel() > 0:
+        H = H / (H.abs().amax() + 1e-30)
+    elif normalize == "mean":
+        H = H / rows.clamp(min=1)
+    return -H if gate == "hebb" else sign * H.abs()

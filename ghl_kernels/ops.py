@@ -1,0 +1,222 @@
+"""The one list of operators: schemas, checks, shapes and strides of results, autograd, autocast.
+
+Holds no arithmetic: `dispatch` picks the implementation. The `.native` overloads at the end of the
+list are what a compiled library implements; they write into outputs that `native` allocates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ghl_kernels import checks, dispatch
+from ghl_kernels.checks import sum_dtype
+from ghl_kernels.rule import CHOICES, check_choice
+
+Triple = tuple[Tensor, Tensor, Tensor]
+
+ACTIVATIONS = "Tensor x, Tensor y, Tensor g, Tensor w"
+GEOMETRY = "int[2] stride, int[2] padding, int[2] dilation, int groups"
+COMPETITION = "str competition, float tau"
+MERGE = "str decay, str gate, str normalize"
+
+SCHEMAS = (
+    "logsumexp(Tensor y, float tau, int dim) -> Tensor",
+    f"linear_pair({ACTIVATIONS}, {COMPETITION}) -> (Tensor, Tensor, Tensor)",
+    f"conv2d_pair({ACTIVATIONS}, {GEOMETRY}, {COMPETITION}) -> (Tensor, Tensor, Tensor)",
+    f"merge(Tensor G, Tensor H0, Tensor totals, Tensor w, {MERGE}) -> (Tensor, Tensor, Tensor)",
+    f"linear_update({ACTIVATIONS}, {COMPETITION}, {MERGE}) -> (Tensor, Tensor, Tensor)",
+    f"conv2d_update({ACTIVATIONS}, {GEOMETRY}, {COMPETITION}, {MERGE})"
+    " -> (Tensor, Tensor, Tensor)",
+    "logsumexp.native(Tensor y, Tensor(a!) lse, float tau) -> ()",
+    "pair.native(Tensor x, Tensor y, Tensor g, Tensor(a!) G, Tensor(b!) H0, Tensor(c!) totals, "
+    "int[] stride, int[] padding, int[] dilation, int groups, int competition, float tau, "
+    "bool channels_last) -> ()",
+    "merge.native(Tensor G, Tensor H0, Tensor totals, Tensor w, Tensor(a!) update, "
+    "Tensor(b!) neurons, Tensor(c!) layer, int decay, int gate, int normalize) -> ()",
+)
+
+_library = torch.library.Library("ghl_kernels", "DEF")
+for _schema in SCHEMAS:
+    _library.define(_schema)
+
+
+def check_rule(**choices: object) -> None:
+    for argument, value in choices.items():
+        if argument != "tau":
+            check_choice(argument, value, CHOICES[argument])
+        elif not (isinstance(value, float) and 0 < value < float("inf")):
+            raise ValueError(f"tau is {value!r}, must be finite and greater than 0")
+
+
+def logsumexp(y: Tensor, tau: float, dim: int) -> Tensor:
+    checks.check_logsumexp(y, dim)
+    check_rule(tau=tau)
+    return dispatch.implementation("logsumexp", y).logsumexp(y, tau, dim)
+
+
+def linear_pair(x: Tensor, y: Tensor, g: Tensor, w: Tensor, competition: str, tau: float) -> Triple:
+    checks.check_linear(x, y, g, w)
+    check_rule(competition=competition, tau=tau)
+    return dispatch.implementation("linear_pair", x).linear_pair(x, y, g, w, competition, tau)
+
+
+def conv2d_pair(
+    x: Tensor,
+    y: Tensor,
+    g: Tensor,
+    w: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    competition: str,
+    tau: float,
+) -> Triple:
+    checks.check_conv2d(x, y, g, w, stride, padding, dilation, groups)
+    check_rule(competition=competition, tau=tau)
+    return dispatch.implementation("conv2d_pair", x).conv2d_pair(
+        x, y, g, w, stride, padding, dilation, groups, competition, tau
+    )
+
+
+def merge(
+    G: Tensor, H0: Tensor, totals: Tensor, w: Tensor, decay: str, gate: str, normalize: str
+) -> Triple:
+    checks.check_merge(G, H0, totals, w)
+    check_rule(decay=decay, gate=gate, normalize=normalize)
+    implementation = dispatch.implementation("merge", G)
+    return implementation.merge(G, H0, totals, w, decay, gate, normalize)
+
+
+def merge_update(
+    sums: Triple, x: Tensor, w: Tensor, decay: str, gate: str, normalize: str
+) -> Triple:
+    """The merge as the epilogue of a pair: w as the forward used it, the update in w's dtype."""
+    used = w.to(x.dtype).to(sums[0].dtype)
+    update, neurons, layer = merge(*sums, used, decay, gate, normalize)
+    return update.to(w.dtype), neurons, layer
+
+
+def linear_update(
+    x: Tensor,
+    y: Tensor,
+    g: Tensor,
+    w: Tensor,
+    competition: str,
+    tau: float,
+    decay: str,
+    gate: str,
+    normalize: str,
+) -> Triple:
+    check_rule(decay=decay, gate=gate, normalize=normalize)
+    sums = linear_pair(x, y, g, w, competition, tau)
+    return merge_update(sums, x, w, decay, gate, normalize)
+
+
+def conv2d_update(
+    x: Tensor,
+    y: Tensor,
+    g: Tensor,
+    w: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    competition: str,
+    tau: float,
+    decay: str,
+    gate: str,
+    normalize: str,
+) -> Triple:
+    check_rule(decay=decay, gate=gate, normalize=normalize)
+    sums = conv2d_pair(x, y, g, w, stride, padding, dilation, groups, competition, tau)
+    return merge_update(sums, x, w, decay, gate, normalize)
+
+
+def fake_logsumexp(y: Tensor, tau: float, dim: int) -> Tensor:
+    checks.check_logsumexp(y, dim)
+    dim %= y.dim()
+    return y.new_empty([*y.shape[:dim], *y.shape[dim + 1 :]], dtype=sum_dtype(y.dtype))
+
+
+def fake_pair(x: Tensor, y: Tensor, g: Tensor, w: Tensor, *rest: object) -> Triple:
+    dtype = sum_dtype(x.dtype)
+    G, H0 = torch.empty_like(w, dtype=dtype), torch.empty_like(w, dtype=dtype)
+    return G, H0, w.new_empty(w.shape[0] + 1, dtype=dtype)
+
+
+def fake_merge(G: Tensor, H0: Tensor, totals: Tensor, w: Tensor, *rest: object) -> Triple:
+    dtype = sum_dtype(G.dtype)
+    update = torch.empty_like(w, dtype=G.dtype)
+    return update, w.new_empty((3, w.shape[0]), dtype=dtype), w.new_empty(3, dtype=dtype)
+
+
+def fake_update(x: Tensor, y: Tensor, g: Tensor, w: Tensor, *rest: object) -> Triple:
+    dtype = sum_dtype(x.dtype)
+    return (
+        torch.empty_like(w),
+        w.new_empty((3, w.shape[0]), dtype=dtype),
+        w.new_empty(3, dtype=dtype),
+    )
+
+
+def autocast_activations(operator: Callable[..., Triple], device: str) -> Callable[..., Triple]:
+    """x, y and g in autocast's dtype, w as it is: sums and updates stay in float32."""
+
+    def cast(x: Tensor, y: Tensor, g: Tensor, *rest: object) -> Triple:
+        dtype = torch.get_autocast_dtype(device)
+        floats = (t.dtype in (torch.float32, torch.float16, torch.bfloat16) for t in (x, y, g))
+        with torch.autocast(device, enabled=False):
+            if all(floats):
+                x, y, g = x.to(dtype), y.to(dtype), g.to(dtype)
+            return operator(x, y, g, *rest)
+
+    return cast
+
+
+def logsumexp_context(ctx: object, inputs: tuple, output: Tensor) -> None:
+    y, ctx.tau, ctx.dim = inputs  # type: ignore[attr-defined]
+    ctx.save_for_backward(y, output)  # type: ignore[attr-defined]
+
+
+def logsumexp_backward(ctx: object, grad: Tensor) -> tuple[Tensor, None, None]:
+    y, lse = ctx.saved_tensors  # type: ignore[attr-defined]
+    tau, dim = ctx.tau, ctx.dim  # type: ignore[attr-defined]
+    share = torch.exp(y / tau - lse.unsqueeze(dim))
+    return (grad.unsqueeze(dim) * share / tau).to(y.dtype), None, None
+
+
+def not_differentiable(operator: str) -> Callable[..., None]:
+    def backward(ctx: object, *grads: Tensor) -> None:
+        raise RuntimeError(
+            f"ghl_kernels::{operator} has no derivative; call it under torch.no_grad()"
+        )
+
+    return backward
+
+
+FAKES = {
+    "logsumexp": fake_logsumexp,
+    "linear_pair": fake_pair,
+    "conv2d_pair": fake_pair,
+    "merge": fake_merge,
+    "linear_update": fake_update,
+    "conv2d_update": fake_update,
+}
+for _name, _fake in FAKES.items():
+    _library.impl(_name, globals()[_name], "CompositeExplicitAutograd")
+    torch.library.register_fake(f"ghl_kernels::{_name}", _fake, lib=_library)
+    if _name != "logsumexp":
+        torch.library.register_autograd(
+            f"ghl_kernels::{_name}", not_differentiable(_name), lib=_library
+        )
+torch.library.register_autograd(
+    "ghl_kernels::logsumexp", logsumexp_backward, setup_context=logsumexp_context, lib=_library
+)
+for _name in ("linear_pair", "conv2d_pair", "linear_update", "conv2d_update"):
+    _operator = getattr(torch.ops.ghl_kernels, _name).default
+    for _key, _device in (("AutocastCPU", "cpu"), ("AutocastCUDA", "cuda")):
+        _library.impl(_name, autocast_activations(_operator, _device), _key)
