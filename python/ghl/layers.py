@@ -1,0 +1,160 @@
+"""Layers that are their torch.nn namesakes in all but one thing: what `weight.grad` holds.
+
+After `loss.backward()` it is the update of the layer's rule, ready for any torch.optim optimizer.
+Bias and every other gradient are the ordinary ones; without gradients nothing differs at all.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ghl import functional
+from ghl.sums import RawSums
+from ghl_kernels import Rule
+
+
+class Plastic(nn.Module):
+    """What a layer with a rule adds to its torch.nn base: the rule and its weight's raw sums.
+
+    Sums belong to a weight; whatever replaces or moves the weight has them made anew.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    _rule: Rule
+    _sums: RawSums | None = None
+    _summed: Tensor | None = None  # the weight that _sums are of
+
+    @property
+    def rule(self) -> Rule:
+        """The layer's rule; may be set to a Rule or a preset's name."""
+        return self._rule
+
+    @rule.setter
+    def rule(self, rule: Rule | str) -> None:
+        self._rule = Rule.of(rule)
+        self._attach()
+
+    def _attach(self) -> None:
+        """Make or share the sums of the present weight, if it will have an update."""
+        self._detach()
+        weight = self.weight
+        if self._rule.gate == "gradient" or not weight.requires_grad:
+            return
+        if not weight.is_leaf:
+            raise RuntimeError(
+                f"weight of {type(self).__name__} is computed from other tensors (a "
+                "parametrization, DataParallel or functional_call), must be a leaf: its update "
+                "is made where its gradient is accumulated; use ghl.unswap or rule='bp' here"
+            )
+        sums = RawSums.of(weight, self._rule, self)
+        self.__dict__.update(_sums=sums, _summed=weight)
+
+    def _detach(self) -> None:
+        sums = self._sums
+        self.__dict__.update(_sums=None, _summed=None)
+        if sums is not None:
+            sums.layers.discard(self)
+            if not sums.layers:
+                sums.release()
+
+    def _collecting(self) -> RawSums | None:
+        """The sums this forward is to feed; None where the plain forward is all there is."""
+        if self._rule.gate == "gradient" or not torch.is_grad_enabled():
+            return None
+        if not self.weight.requires_grad:
+            return None
+        if self._sums is None or self._summed is not self.weight or not self._sums.live:
+            self._attach()
+        return None if self._rule.gate == "sign_only" else self._sums
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        result = super()._apply(fn, recurse)
+        if "_rule" in self.__dict__:
+            self._attach()
+        return result
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k not in ("_sums", "_summed")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._attach()
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, rule={self._rule}"
+
+
+class Linear(Plastic, nn.Linear):
+    """nn.Linear for x (..., in_features), trained by `rule`: a Rule or a preset's name.
+
+    Arguments and parameters are those of nn.Linear. Raises what Rule raises.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        rule: Rule | str = "ghl",
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        nn.Linear.__init__(self, in_features, out_features, bias, device, dtype)
+        self.rule = rule  # type: ignore[assignment]
+
+    def forward(self, input: Tensor) -> Tensor:
+        sums = self._collecting()
+        if sums is None:
+            return nn.Linear.forward(self, input)
+        return functional.linear(input, self.weight, self.bias, sums)
+
+
+class Conv2d(Plastic, nn.Conv2d):
+    """nn.Conv2d for x (N, C, H, W) or (C, H, W), trained by `rule`: a Rule or a preset's name.
+
+    Arguments and parameters are those of nn.Conv2d. Raises what Rule raises.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: str | int | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: Any = None,
+        dtype: Any = None,
+        rule: Rule | str = "ghl",
+    ) -> None:
+        nn.Conv2d.__init__(
+            self, in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
+            padding_mode, device, dtype,
+        )  # fmt: skip
+        self.rule = rule  # type: ignore[assignment]
+
+    def forward(self, input: Tensor) -> Tensor:
+        sums = self._collecting()
+        if sums is None or input.dim() not in (3, 4):
+            return nn.Conv2d.forward(self, input)
+        x, padding = self._padded(input if input.dim() == 4 else input[None])
+        y = functional.conv2d(
+            x, self.weight, self.bias, self.stride, padding, self.dilation, self.groups, sums
+        )
+        return y if input.dim() == 4 else y[0]
+
+    def _padded(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """x padded where the kernels cannot, and the zero padding that is left to them."""
+        left, right, top, bottom = self._reversed_padding_repeated_twice
+        if self.padding_mode == "zeros" and left == right and top == bottom:
+            return x, (top, left)
+        mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+        return F.pad(x, (left, right, top, bottom), mode=mode), (0, 0)

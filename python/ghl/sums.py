@@ -1,0 +1,142 @@
+"""One weight's raw sums (G, H0, totals) of a backward, and the one merge that ends it.
+
+The sums are linear in the data, the merge is not: however often a layer is used in a forward,
+autograd adds its sums, and the update is made where gradients of a weight have been accumulated.
+H0 and totals ride through autograd as gradients of two leaves that own no memory.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+import ghl_kernels.ops  # noqa: F401  registers torch.ops.ghl_kernels
+from ghl_kernels import Rule
+from ghl_kernels.checks import sum_dtype
+from ghl_kernels.native import is_channels_last
+
+_of_weight: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def as_rows(t: Tensor, weight: Tensor) -> Tensor:
+    """(out_channels, rest) in the memory order of `weight`: a view of a t with its strides."""
+    return (t.movedim(1, -1) if is_channels_last(weight) else t).reshape(t.shape[0], -1)
+
+
+def from_rows(rows: Tensor, weight: Tensor) -> Tensor:
+    """The inverse of `as_rows`: a view with the shape of `weight`."""
+    if not is_channels_last(weight):
+        return rows.view(weight.shape)
+    out_channels, channels, *kernel_size = weight.shape
+    return rows.view(out_channels, *kernel_size, channels).movedim(-1, 1)
+
+
+class RawSums:
+    """Collects the sums of one weight and turns `weight.grad` from G into the update.
+
+    hebbian (out_channels, rest) and totals (out_channels + 1) are leaves whose gradients are H0,
+    in the memory order of the weight, and the sums of u with the number of rows.
+    compute_dtype: the dtype in which the latest forward used the weight.
+    """
+
+    def __init__(self, weight: nn.Parameter, rule: Rule) -> None:
+        self.rule = rule
+        self.live = True
+        self.layers: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self.compute_dtype = weight.dtype
+        self._weight = weakref.ref(weight)
+        self._task = -1
+        self._arrived: dict[str, Tensor] = {}
+        self._awaited = {"G"} if rule.gate == "sign_only" else {"G", "H0", "totals"}
+
+        options: dict[str, Any] = {"dtype": sum_dtype(weight.dtype), "device": weight.device}
+        number = torch.zeros((), **options)
+        self.hebbian = number.expand(weight.shape[0], weight[0].numel()).requires_grad_()
+        self.totals = number.expand(weight.shape[0] + 1).requires_grad_()
+        self._hooks = [
+            weight.register_post_accumulate_grad_hook(self._take_gradient),
+            self.hebbian.register_post_accumulate_grad_hook(self._take("H0")),
+            self.totals.register_post_accumulate_grad_hook(self._take("totals")),
+        ]
+
+    @classmethod
+    def of(cls, weight: nn.Parameter, rule: Rule, layer: nn.Module) -> RawSums:
+        """The sums of `weight`, shared by all layers that have it; they must agree on the rule."""
+        sums = _of_weight.get(weight)
+        if sums is None or not sums.serves(weight, rule):
+            if sums is not None:
+                others = [other for other in sums.layers if other is not layer]
+                if sums.rule != rule and others:
+                    raise ValueError(
+                        f"rule is {rule}, but another layer has the same weight and {sums.rule}"
+                    )
+                sums.release()
+            sums = _of_weight[weight] = cls(weight, rule)
+        sums.layers.add(layer)
+        return sums
+
+    def serves(self, weight: nn.Parameter, rule: Rule) -> bool:
+        """Whether these sums still fit the weight, which `module.to()` may have changed."""
+        leaf = self.hebbian
+        rest = weight[0].numel() if weight.dim() > 1 else 0
+        return (
+            self.live
+            and self.rule == rule
+            and leaf.device == weight.device
+            and leaf.dtype == sum_dtype(weight.dtype)
+            and leaf.shape == (weight.shape[0], rest)
+        )
+
+    def release(self) -> None:
+        """Take the hooks off: `weight.grad` is the ordinary gradient again."""
+        self.live = False
+        for hook in self._hooks:
+            hook.remove()
+
+    def _take(self, name: str) -> Any:
+        def take(leaf: Tensor) -> None:
+            sums, leaf.grad = leaf.grad, None
+            assert sums is not None
+            self._arrive(name, sums)
+
+        return take
+
+    def _take_gradient(self, weight: Tensor) -> None:
+        assert weight.grad is not None
+        if getattr(weight.grad, "_ghl_update", False):
+            raise RuntimeError(
+                "weight.grad already held an update when another backward reached it, and updates "
+                "must not be added: call optimizer.zero_grad() (set_to_none=True, the default) "
+                "before every backward, or for gradient accumulation put the micro-batches into "
+                "one backward"
+            )
+        self._arrive("G", weight.grad)
+
+    def _arrive(self, name: str, sums: Tensor) -> None:
+        """Sums of an earlier backward that never finished are dropped, not mixed in."""
+        task = torch._C._current_graph_task_id()
+        if task != self._task:
+            self._task, self._arrived = task, {}
+        self._arrived[name] = sums
+        weight = self._weight()
+        if weight is not None and self._awaited <= self._arrived.keys():
+            arrived, self._arrived = self._arrived, {}
+            weight.grad = self._merge(weight.detach(), arrived)
+
+    @torch.no_grad()
+    def _merge(self, weight: Tensor, sums: dict[str, Tensor]) -> Tensor:
+        rule, G = self.rule, sums["G"]
+        if rule.gate == "sign_only":
+            update = torch.where(G.isnan(), G, G.sign())
+        else:
+            H0 = from_rows(sums["H0"], weight)
+            used = weight.to(self.compute_dtype)
+            update = torch.ops.ghl_kernels.merge(
+                G, H0, sums["totals"], used, rule.decay, rule.gate, rule.normalize
+            )[0]
+        update._ghl_update = True  # type: ignore[attr-defined]
+        return update

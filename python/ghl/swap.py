@@ -1,0 +1,144 @@
+"""Turns a model's layers into their ghl counterparts and back, in place.
+
+A layer changes its class and nothing else: the same module object, the same Parameters, hooks,
+flags and state_dict keys, whoever holds a reference to it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from ghl.layers import Conv2d, Linear, Plastic
+from ghl_kernels import Rule
+
+COUNTERPARTS: dict[type[nn.Module], type[Plastic]] = {nn.Conv2d: Conv2d, nn.Linear: Linear}
+BASES = {counterpart: base for base, counterpart in COUNTERPARTS.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What a swap did: rules by name of the layer swapped, reasons by name of those left alone."""
+
+    swapped: dict[str, Rule]
+    skipped: dict[str, str]
+
+    def __str__(self) -> str:
+        names = [*self.swapped, *self.skipped]
+        width = max(map(len, names), default=0)
+        lines = [f"{len(self.swapped)} layers swapped, {len(self.skipped)} left as they are"]
+        lines += [f"  {name:<{width}}  {rule}" for name, rule in self.swapped.items()]
+        lines += [f"  {name:<{width}}  - {reason}" for name, reason in self.skipped.items()]
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def swap(
+    model: nn.Module,
+    rule: Rule | str = "ghl",
+    tau: float | Mapping[str, float] | None = None,
+    types: Sequence[type[nn.Module]] = (nn.Conv2d,),
+    exclude: Sequence[str] = (),
+) -> Report:
+    """Train the layers of `model` that are of `types` by `rule`, in place.
+
+    tau: the temperature for all, or {layer name or pattern: tau}, the first that matches a name
+    (patterns as in fnmatch); the rule's own where nothing is given or matches.
+    types: nn.Conv2d, nn.Linear or both. Subclasses are left alone: they may compute differently.
+    exclude: names or patterns of layers to leave as they are.
+
+    Layers that already have a rule get the new one. Raises ValueError, before anything changes,
+    for a model with nothing to swap and for a name or pattern that matches no layer.
+    """
+    rule = Rule.of(rule)
+    types = check_types(types)
+    layers = {name: module for name, module in model.named_modules() if is_candidate(module, types)}
+    if not layers:
+        names = " or ".join(t.__name__ for t in types)
+        raise ValueError(f"model is {type(model).__name__} without a {names} layer to swap")
+    exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+    taus = {"*": tau} if isinstance(tau, (int, float)) else dict(tau or {})
+    check_patterns("exclude", exclude, layers)
+    check_patterns("tau", taus, layers)
+
+    skipped = {n: why for n, m in layers.items() if (why := reason_to_skip(n, m, exclude))}
+    swapped = {n: with_tau(rule, n, taus) for n in layers if n not in skipped}
+    if not swapped:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
+        raise ValueError(f"model is {type(model).__name__} with nothing to swap: {reasons}")
+    for name, layer_rule in swapped.items():
+        become_plastic(layers[name], layer_rule)
+    return Report(swapped, skipped)
+
+
+def unswap(model: nn.Module) -> list[str]:
+    """Turn every ghl layer of `model` back into its torch.nn base, in place; returns their names."""
+    names = []
+    for name, module in model.named_modules():
+        if type(module) in BASES:
+            assert isinstance(module, Plastic)
+            module._detach()
+            for attribute in ("_rule", "_sums", "_summed"):
+                module.__dict__.pop(attribute, None)
+            module.__class__ = BASES[type(module)]
+            names.append(name)
+    return names
+
+
+def check_types(types: Sequence[type[nn.Module]]) -> tuple[type[nn.Module], ...]:
+    types = (types,) if isinstance(types, type) else tuple(types)
+    for t in types:
+        if t not in COUNTERPARTS:
+            raise ValueError(f"types has {t!r}, must be of nn.Conv2d and nn.Linear")
+    if not types:
+        raise ValueError("types is empty, must name nn.Conv2d, nn.Linear or both")
+    return types
+
+
+def is_candidate(module: nn.Module, types: tuple[type[nn.Module], ...]) -> bool:
+    return isinstance(module, types)
+
+
+def check_patterns(argument: str, patterns: Sequence[str] | Mapping, layers: Mapping) -> None:
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in layers):
+            nearest = difflib.get_close_matches(pattern, layers, n=1) or list(layers)[:1]
+            raise ValueError(
+                f"{argument} has {pattern!r}, which matches no layer; the nearest is {nearest[0]!r}"
+            )
+
+
+def reason_to_skip(name: str, module: nn.Module, exclude: Sequence[str]) -> str | None:
+    """Why a layer is left as it is; None when it can be swapped."""
+    if any(fnmatchcase(name, pattern) for pattern in exclude):
+        return "excluded"
+    if type(module) not in COUNTERPARTS and type(module) not in BASES:
+        return f"is a {type(module).__name__}, which may compute differently from its base"
+    weight = module._parameters.get("weight")
+    if weight is None:
+        return "its weight is not a Parameter"
+    if is_lazy(weight):
+        return "is not initialized yet"
+    if not weight.requires_grad:
+        return "its weight is frozen"
+    return None
+
+
+def with_tau(rule: Rule, name: str, taus: Mapping[str, float]) -> Rule:
+    for pattern, tau in taus.items():
+        if fnmatchcase(name, pattern):
+            return rule.replace(tau=tau)
+    return rule
+
+
+def become_plastic(module: nn.Module, rule: Rule) -> None:
+    if type(module) in COUNTERPARTS:
+        module.__class__ = COUNTERPARTS[type(module)]
+    assert isinstance(module, Plastic)
+    module.rule = rule  # type: ignore[method-assign]
