@@ -17,10 +17,11 @@ dispatch.set_libraries(
 )
 
 
-def backend(operator: str, first: Tensor) -> Backend:
+def backend(operator: str, first: Tensor, group_neurons: int | None = None) -> Backend:
     """Which implementation `operator` takes for tensors like `first` (its first argument), and why.
 
-    Raises ValueError for an unknown operator.
+    group_neurons: out_channels / groups of a grouped convolution. Raises ValueError for an unknown
+    operator.
     """
     check_choice("operator", operator, ops.FAKES)
-    return dispatch.choose(operator, first)
+    return dispatch.choose(operator, first, group_neurons)

@@ -76,17 +76,22 @@ def conv2d_pair(
 
 
 def merge(
-    G: Tensor, H0: Tensor, totals: Tensor, w: Tensor, decay: str, gate: str, normalize: str
+    G: Tensor,
+    H0: Tensor,
+    totals: Tensor,
+    w: Tensor,
+    decay: str,
+    gate: str,
+    normalize: str,
+    overwrite: bool = False,
 ) -> Triple:
+    """`overwrite`: the memory of H0 may be used for H."""
     accumulate = sum_dtype(G.dtype)
-    G_sum, H0, w, totals = (t.to(accumulate) for t in (G, H0, w, totals))
-    per_neuron = (-1, *[1] * (w.dim() - 1))
-    if decay == "none":
-        H = H0
-    elif decay == "oja":
-        H = H0 - (H0 * w).flatten(1).sum(1).view(per_neuron) * w
-    else:
-        H = H0 - totals[:-1].view(per_neuron) * w
+    G_sum, H, w, totals = (t.to(accumulate) for t in (G, H0, w, totals))
+    if decay != "none":
+        s = (H * w).flatten(1).sum(1) if decay == "oja" else totals[:-1]
+        decayed = s.view(-1, *[1] * (w.dim() - 1)) * w
+        H = H.sub_(decayed) if overwrite else H - decayed
 
     neurons = torch.stack([(a * b).flatten(1).sum(1) for a, b in ((G_sum, H), (G_sum, G_sum), (H, H))])
     update = gated(G_sum, H, totals[-1], gate, normalize)

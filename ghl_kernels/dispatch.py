@@ -27,6 +27,9 @@ class Backend:
     reason: str
 
 
+NATIVE_DEVICES = ("cpu",)
+FEWEST_GROUP_NEURONS = 8  # below it PyTorch's grouped kernels are faster: bench/FACTS.md
+
 _forced: str | None = None
 _last: dict[str, Backend] = {}
 _libraries: dict[str, Library] = {}
@@ -42,14 +45,15 @@ def library(device_type: str) -> Library | None:
     return _libraries.get(device_type)
 
 
-def choose(operator: str, first: Tensor) -> Backend:
+def choose(operator: str, first: Tensor, group_neurons: int | None = None) -> Backend:
     """The implementation that `operator` takes for tensors like `first`.
 
+    group_neurons: out_channels / groups of a grouped convolution, None of any other layer.
     Raises RuntimeError when an implementation is forced that cannot run them.
     """
     device = first.device.type
     compiled = _libraries.get(device)
-    if compiled is None or not NATIVE_OPERATORS.get(device):
+    if compiled is None or device not in NATIVE_DEVICES:
         unavailable: str | None = f"there are no native kernels for {device}"
     else:
         unavailable = compiled.reason
@@ -59,15 +63,14 @@ def choose(operator: str, first: Tensor) -> Backend:
         return Backend(_forced, "forced")
     if unavailable:
         return Backend("composed", unavailable)
+    if group_neurons is not None and group_neurons < FEWEST_GROUP_NEURONS:
+        return Backend("composed", f"{group_neurons} neurons in a group are too few for a tile")
     return Backend("native", f"compiled kernels for {device} are loaded")
 
 
-NATIVE_OPERATORS = {"cpu": True}
-
-
-def implementation(operator: str, first: Tensor) -> ModuleType:
+def implementation(operator: str, first: Tensor, group_neurons: int | None = None) -> ModuleType:
     """The module whose function `operator` is to be called, noted as the last that ran."""
-    backend = choose(operator, first)
+    backend = choose(operator, first, group_neurons)
     _last[operator] = backend
     return IMPLEMENTATIONS[backend.name]
 

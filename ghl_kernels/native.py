@@ -35,10 +35,10 @@ def empty_rows(w: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty(w.shape, dtype=dtype, device=w.device, memory_format=layout)
 
 
-def in_order_of(w: Tensor, t: Tensor) -> Tensor:
-    """t in the dtype and memory order of the sums of w; a copy only if it is not."""
+def in_order_of(w: Tensor, t: Tensor, dtype: torch.dtype) -> Tensor:
+    """t in `dtype` and the memory order of the sums of w; a copy only if it is not."""
     layout = torch.channels_last if is_channels_last(w) else torch.contiguous_format
-    return t.to(sum_dtype(w.dtype)).contiguous(memory_format=layout)
+    return t.to(dtype).contiguous(memory_format=layout)
 
 
 def like_weight(result: Tensor, w: Tensor, dtype: torch.dtype) -> Tensor:
@@ -89,14 +89,23 @@ def conv2d_pair(
 
 
 def merge(
-    G: Tensor, H0: Tensor, totals: Tensor, w: Tensor, decay: str, gate: str, normalize: str
+    G: Tensor,
+    H0: Tensor,
+    totals: Tensor,
+    w: Tensor,
+    decay: str,
+    gate: str,
+    normalize: str,
+    overwrite: bool = False,
 ) -> Triple:
+    """`overwrite`: the update may take the memory of H0."""
     dtype = sum_dtype(G.dtype)
-    update = empty_rows(w, dtype)
+    H0 = in_order_of(w, H0, dtype)
+    update = H0 if overwrite else empty_rows(w, dtype)
     neurons = torch.empty(3, w.shape[0], dtype=dtype, device=w.device)
     layer = torch.empty(3, dtype=dtype, device=w.device)
     torch.ops.ghl_kernels.merge.native(
-        in_order_of(w, G), in_order_of(w, H0), totals.to(dtype).contiguous(), in_order_of(w, w),
+        in_order_of(w, G, dtype), H0, totals.to(dtype).contiguous(), in_order_of(w, w, dtype),
         update, neurons, layer,
         code("decay", decay), code("gate", gate), code("normalize", normalize),
     )  # fmt: skip

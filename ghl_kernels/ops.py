@@ -77,7 +77,8 @@ def conv2d_pair(
 ) -> Triple:
     checks.check_conv2d(x, y, g, w, stride, padding, dilation, groups)
     check_rule(competition=competition, tau=tau)
-    return dispatch.implementation("conv2d_pair", x).conv2d_pair(
+    group_neurons = w.shape[0] // groups if groups > 1 else None
+    return dispatch.implementation("conv2d_pair", x, group_neurons).conv2d_pair(
         x, y, g, w, stride, padding, dilation, groups, competition, tau
     )
 
@@ -95,8 +96,11 @@ def merge_update(
     sums: Triple, x: Tensor, w: Tensor, decay: str, gate: str, normalize: str
 ) -> Triple:
     """The merge as the epilogue of a pair: w as the forward used it, the update in w's dtype."""
-    used = w.to(x.dtype).to(sums[0].dtype)
-    update, neurons, layer = merge(*sums, used, decay, gate, normalize)
+    G, H0, totals = sums
+    used = w.to(x.dtype).to(G.dtype)
+    update, neurons, layer = dispatch.implementation("merge", G).merge(
+        G, H0, totals, used, decay, gate, normalize, overwrite=True
+    )
     return update.to(w.dtype), neurons, layer
 
 

@@ -33,8 +33,7 @@ class LogsumexpKernel {
 
  private:
   void run_tile(int64_t task, int64_t row0, int64_t rows) {
-    const SignalTile<T> y{y_ + task * signal_tile_elements(neurons_), neurons_contiguous(p_.y),
-                          signal_row_stride(neurons_)};
+    T* y = y_ + task * signal_tile_elements(neurons_);
     const RowStatistics<T> of = from_row(statistics_, task * kTileRows);
     const T tau = static_cast<T>(p_.tau);
     gather<In>(p_.y, 0, neurons_, row0, rows, y);

@@ -15,28 +15,6 @@ struct NeuronSums {
   Vector<T> gh{}, gg{}, hh{}, largest{};
 };
 
-// f(offset, elements) for each vector of count elements; the last may have fewer than its lanes.
-template <class T, class F>
-inline void for_each_vector(int64_t count, F f) {
-  int64_t i = 0;
-  for (; i + kLanes<T> <= count; i += kLanes<T>) f(i, kLanes<T>);
-  if (i < count) f(i, count - i);
-}
-
-template <class T>
-inline Vector<T> load_some(const T* p, int64_t count) {
-  if (count == kLanes<T>) return load(p);
-  Vector<T> v{};
-  for (int64_t i = 0; i < count; ++i) v[i] = p[i];
-  return v;
-}
-
-template <class T>
-inline void store_some(T* p, Vector<T> v, int64_t count) {
-  if (count == kLanes<T>) return store(p, v);
-  for (int64_t i = 0; i < count; ++i) p[i] = v[i];
-}
-
 template <class T>
 class MergeKernel {
  public:

@@ -13,11 +13,15 @@ namespace {
 
 constexpr int kMicroNeurons = GHL_VECTOR_BYTES == 64 ? 12 : 6;
 
-template <class T, int Neurons, int Vectors, bool NeuronsContiguous>
-void multiply(int64_t rows, const T* signal, int64_t row_stride, const T* panel, T* out,
-              int64_t out_stride, int64_t neurons, int64_t columns) {
+template <class T, int Neurons, int Vectors>
+void multiply(int64_t rows, const T* signal, const T* panel, T* out, int64_t out_stride,
+              int64_t neurons, int64_t columns) {
+  using V = Vector<T>;
   using V = Vector<T>;
   constexpr int64_t lanes = kLanes<T>, width = Vectors * lanes;
+  // The sums are far away when the weight is large; ask for them before they are needed.
+  for (int k = 0; k < minimum(Neurons, neurons); ++k)
+    for (int v = 0; v < Vectors; ++v) __builtin_prefetch(out + k * out_stride + v * lanes, 1);
   V sums[Neurons][Vectors] = {};
   for (int64_t m = 0; m < rows; ++m) {
     V x[Vectors];
@@ -25,8 +29,7 @@ void multiply(int64_t rows, const T* signal, int64_t row_stride, const T* panel,
     for (int v = 0; v < Vectors; ++v) x[v] = load(panel + m * width + v * lanes);
 #pragma GCC unroll 12
     for (int k = 0; k < Neurons; ++k) {
-      const V s = broadcast(NeuronsContiguous ? signal[m * row_stride + k]
-                                              : signal[k * kNeuronStride + m]);
+      const V s = broadcast(signal[k * kNeuronStride + m]);
 #pragma GCC unroll 2
       for (int v = 0; v < Vectors; ++v) sums[k][v] += s * x[v];
     }
@@ -46,26 +49,24 @@ void multiply(int64_t rows, const T* signal, int64_t row_stride, const T* panel,
   }
 }
 
-template <class T, int Neurons, bool NeuronsContiguous>
-inline void multiply_panel(int64_t rows, const T* signal, int64_t row_stride, const T* panel,
-                           T* out, int64_t out_stride, int64_t neurons, int64_t columns) {
-  const auto kernel = columns <= kLanes<T> ? multiply<T, Neurons, 1, NeuronsContiguous>
-                                           : multiply<T, Neurons, 2, NeuronsContiguous>;
-  kernel(rows, signal, row_stride, panel, out, out_stride, neurons, columns);
+template <class T, int Neurons>
+inline void multiply_panel(int64_t rows, const T* signal, const T* panel, T* out,
+                           int64_t out_stride, int64_t neurons, int64_t columns) {
+  const auto kernel = columns <= kLanes<T> ? multiply<T, Neurons, 1> : multiply<T, Neurons, 2>;
+  kernel(rows, signal, panel, out, out_stride, neurons, columns);
 }
 
-// All neurons of a tile against one panel: whole microtiles, then the smallest that holds the rest.
-template <class T, bool NeuronsContiguous>
-void multiply_neurons(int64_t rows, SignalTile<T> signal, int64_t k0, int64_t k1, const T* panel,
-                      T* out, int64_t out_stride, int64_t columns) {
+// Any number of neurons against one panel: whole microtiles, then the smallest that holds the rest.
+template <class T>
+void multiply_neurons(int64_t rows, const T* signal, int64_t neurons, const T* panel, T* out,
+                      int64_t out_stride, int64_t columns) {
   constexpr int third = kMicroNeurons / 3;
-  for (int64_t k = k0; k < k1; k += kMicroNeurons) {
-    const int64_t rest = k1 - k;
-    const T* from = signal.data + (NeuronsContiguous ? k : k * kNeuronStride);
-    const auto kernel = rest > 2 * third ? multiply_panel<T, kMicroNeurons, NeuronsContiguous>
-                        : rest > third   ? multiply_panel<T, 2 * third, NeuronsContiguous>
-                                         : multiply_panel<T, third, NeuronsContiguous>;
-    kernel(rows, from, signal.row_stride, panel, out + (k - k0) * out_stride, out_stride, rest,
+  for (int64_t k = 0; k < neurons; k += kMicroNeurons) {
+    const int64_t rest = neurons - k;
+    const auto kernel = rest > 2 * third ? multiply_panel<T, kMicroNeurons>
+                        : rest > third   ? multiply_panel<T, 2 * third>
+                                         : multiply_panel<T, third>;
+    kernel(rows, signal + k * kNeuronStride, panel, out + k * out_stride, out_stride, rest,
            columns);
   }
 }

@@ -121,16 +121,17 @@ class PairKernel {
     T *image, *panels, *u, *g, *row;
   };
 
+  struct Product {
+    const T* signal;
+    T* sums;
+  };
+
   int64_t most_groups() const {
     return minimum(p_.groups, divide_up(split_.neurons, group_neurons_) + 1);
   }
-  SignalTile<T> tile(const Activation& a, T* data, int64_t neurons) const {
-    return {data, neurons_contiguous(a), signal_row_stride(neurons)};
-  }
-
   void compute_statistics(int64_t task, int64_t row0, RowStatistics<T> out) {
     const int64_t rows = minimum(kTileRows, rows_ - row0);
-    const SignalTile<T> y = tile(p_.y, tasks_[task].u, neurons_);
+    T* y = tasks_[task].u;
     gather<In>(p_.y, 0, neurons_, row0, rows, y);
     row_statistics(y, neurons_, rows, static_cast<T>(p_.tau), out);
     if (p_.competition != Competition::softmax) find_winners(y, neurons_, rows, out);
@@ -162,16 +163,16 @@ class PairKernel {
                 Patches<In, T>& patches) {
     const Task& task = tasks_[index];
     RowStatistics<T> statistics = from_row(statistics_, split_.by_neurons ? row0 : index * kTileRows);
-    const SignalTile<T> u = tile(p_.y, task.u, k1 - k0), g = tile(p_.g, task.g, k1 - k0);
     if (split_.by_neurons || p_.competition == Competition::linear) {
-      gather<In>(p_.y, k0, k1, row0, rows, u);
+      gather<In>(p_.y, k0, k1, row0, rows, task.u);
     } else {
       compute_statistics(index, row0, statistics);
     }
-    compete(u, k0, k1 - k0, rows, p_.competition, static_cast<T>(p_.tau), statistics);
-    add_totals(u, k1 - k0, rows, task.totals + k0);
-    gather<In>(p_.g, k0, k1, row0, rows, g);
+    compete(task.u, k0, k1 - k0, rows, p_.competition, static_cast<T>(p_.tau), statistics);
+    add_totals(task.u, k1 - k0, rows, task.totals + k0);
+    gather<In>(p_.g, k0, k1, row0, rows, task.g);
 
+    const Product products[] = {{task.g, task.G}, {task.u, task.H0}};
     const int64_t group0 = k0 / group_neurons_, group1 = divide_up(k1, group_neurons_);
     patches.pack(row0, rows, group0, group1);
     for (int64_t group = group0; group < group1; ++group) {
@@ -180,17 +181,12 @@ class PairKernel {
       for (int64_t column = 0; column < geometry_.columns; column += kPanel<T>) {
         const T* panel = patches.panel(group - group0, column);
         const int64_t at = first * geometry_.columns + column;
-        sum_panel(g, first - k0, last - k0, rows, panel, task.G + at, column);
-        sum_panel(u, first - k0, last - k0, rows, panel, task.H0 + at, column);
+        const int64_t rest = geometry_.columns - column;
+        for (const Product& p : products)
+          multiply_neurons(rows, p.signal + (first - k0) * kNeuronStride, last - first, panel,
+                           p.sums + at, geometry_.columns, rest);
       }
     }
-  }
-
-  void sum_panel(SignalTile<T> signal, int64_t k0, int64_t k1, int64_t rows, const T* panel, T* out,
-                 int64_t column) {
-    const auto kernel =
-        signal.neurons_contiguous ? multiply_neurons<T, true> : multiply_neurons<T, false>;
-    kernel(rows, signal, k0, k1, panel, out, geometry_.columns, geometry_.columns - column);
   }
 
   // Adds the tasks' sums in their order and brings the row from (kh, kw, channels) to the weight's.

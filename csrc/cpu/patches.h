@@ -90,13 +90,14 @@ class Patches {
     column_step_ = geometry_.channels;
     row_step_ = geometry_.channels * geometry_.width;
     T* inside = image_ + p_.padding[0] * row_step_ + p_.padding[1] * column_step_;
-    constexpr int64_t block = 16;
-    for (int64_t c = 0; c < geometry_.channels; c += block) {
-      const int64_t count = minimum(block, geometry_.channels - c);
-      for (int64_t h = 0; h < p_.x.size[2]; ++h)
-        for (int64_t w = 0; w < p_.x.size[3]; ++w)
-          convert(from + c * p_.x.stride[1] + h * p_.x.stride[2] + w * p_.x.stride[3],
-                  p_.x.stride[1], inside + h * row_step_ + w * column_step_ + c, count);
+    const int64_t channels = geometry_.channels, height = p_.x.size[2], width = p_.x.size[3];
+    for (int64_t h = 0; h < height; ++h, from += p_.x.stride[2], inside += row_step_) {
+      if (p_.x.stride[3] == 1) {
+        transpose(from, p_.x.stride[1], channels, width, inside, channels);
+      } else {
+        for (int64_t w = 0; w < width; ++w)
+          convert(from + w * p_.x.stride[3], p_.x.stride[1], inside + w * channels, channels);
+      }
     }
   }
 

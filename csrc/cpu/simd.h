@@ -36,13 +36,17 @@ template <>
 struct VectorOf<float> {
   typedef float type __attribute__((vector_size(GHL_VECTOR_BYTES)));
   typedef uint32_t bits __attribute__((vector_size(GHL_VECTOR_BYTES)));
+  typedef int32_t lanes __attribute__((vector_size(GHL_VECTOR_BYTES)));
 };
 template <>
 struct VectorOf<double> {
   typedef double type __attribute__((vector_size(GHL_VECTOR_BYTES)));
+  typedef int64_t lanes __attribute__((vector_size(GHL_VECTOR_BYTES)));
 };
 template <class T>
 using Vector = typename VectorOf<T>::type;
+template <class T>
+using Lanes = typename VectorOf<T>::lanes;
 template <class T>
 constexpr int64_t kLanes = GHL_VECTOR_BYTES / sizeof(T);
 
@@ -83,6 +87,28 @@ inline T larger(T a, T b) {
 template <class T>
 inline Vector<T> larger_of_lanes(Vector<T> a, Vector<T> b) {
   return ((b > a) | (b != b)) ? b : a;
+}
+
+// f(offset, elements) for each vector of count elements; the last may have fewer than its lanes.
+template <class T, class F>
+inline void for_each_vector(int64_t count, F f) {
+  int64_t i = 0;
+  for (; i + kLanes<T> <= count; i += kLanes<T>) f(i, kLanes<T>);
+  if (i < count) f(i, count - i);
+}
+
+template <class T>
+inline Vector<T> load_some(const T* p, int64_t count) {
+  if (count == kLanes<T>) return load(p);
+  Vector<T> v{};
+  for (int64_t i = 0; i < count; ++i) v[i] = p[i];
+  return v;
+}
+
+template <class T>
+inline void store_some(T* p, Vector<T> v, int64_t count) {
+  if (count == kLanes<T>) return store(p, v);
+  for (int64_t i = 0; i < count; ++i) p[i] = v[i];
 }
 
 // exp for x <= 0 to about 1 ulp: 2^n e^r with |r| <= ln(2)/2 and a degree-6 polynomial for e^r.
