@@ -5,8 +5,8 @@ torch is found, never imported: an import would cost seconds and fail in an isol
 
 from __future__ import annotations
 
-import hashlib
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -17,6 +17,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
+SOURCE_HASH = runpy.run_path(str(ROOT / "ghl_kernels" / "source_hash.py"))["source_hash"]()
 
 
 def torch_directory() -> Path | None:
@@ -34,14 +35,6 @@ def compiler() -> str | None:
     named = os.environ.get("CXX")
     candidates = [named.split()[0]] if named else ["c++", "g++", "clang++"]
     return next((path for c in candidates if (path := shutil.which(c))), None)
-
-
-def source_hash() -> str:
-    """Hash of the kernel sources, in the order of their names."""
-    digest = hashlib.sha256()
-    for path in sorted(p for p in (ROOT / "csrc").rglob("*") if p.is_file()):
-        digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()[:16]
 
 
 class BuildNative(build_ext):
@@ -73,7 +66,7 @@ class BuildNative(build_ext):
         options = {
             "CMAKE_BUILD_TYPE": "Release",
             "GHL_TORCH_DIR": torch,
-            "GHL_SOURCE_HASH": source_hash(),
+            "GHL_SOURCE_HASH": SOURCE_HASH,
             "Python_EXECUTABLE": sys.executable,
             "pybind11_DIR": pybind11.get_cmake_dir(),
         }
@@ -95,4 +88,7 @@ class BuildNative(build_ext):
         return [str(path) for path in self.package_directory().glob("*.so")]
 
 
-setup(ext_modules=[Extension("ghl_kernels._native", sources=[])], cmdclass={"build_ext": BuildNative})
+setup(
+    ext_modules=[Extension("ghl_kernels._native", sources=[])],
+    cmdclass={"build_ext": BuildNative},
+)

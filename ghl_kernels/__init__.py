@@ -12,9 +12,7 @@ from ghl_kernels.rule import PRESETS, Rule, check_choice
 
 __all__ = ["PRESETS", "Backend", "Rule", "backend", "force", "last", "ops", "reference"]
 
-dispatch.set_libraries(
-    cpu=library.load("ghl_kernels_cpu"), cuda=library.load("ghl_kernels_cuda")
-)
+dispatch.set_libraries(cpu=library.load("ghl_kernels_cpu"), cuda=library.load("ghl_kernels_cuda"))
 
 
 def backend(operator: str, first: Tensor, group_neurons: int | None = None) -> Backend:

@@ -66,9 +66,7 @@ def check_activations(x: Tensor, y: Tensor, g: Tensor, w: Tensor) -> None:
         if t.dtype != x.dtype:
             raise TypeError(f"{name} has dtype {t.dtype}, must be {x.dtype} like x")
     if w.dtype not in (x.dtype, sum_dtype(x.dtype)):
-        raise TypeError(
-            f"w has dtype {w.dtype}, must be {x.dtype} like x or {sum_dtype(x.dtype)}"
-        )
+        raise TypeError(f"w has dtype {w.dtype}, must be {x.dtype} like x or {sum_dtype(x.dtype)}")
 
 
 def check_linear(x: Tensor, y: Tensor, g: Tensor, w: Tensor) -> None:

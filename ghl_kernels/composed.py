@@ -93,7 +93,8 @@ def merge(
         decayed = s.view(-1, *[1] * (w.dim() - 1)) * w
         H = H.sub_(decayed) if overwrite else H - decayed
 
-    neurons = torch.stack([(a * b).flatten(1).sum(1) for a, b in ((G_sum, H), (G_sum, G_sum), (H, H))])
+    products = (G_sum, H), (G_sum, G_sum), (H, H)
+    neurons = torch.stack([(a * b).flatten(1).sum(1) for a, b in products])
     update = gated(G_sum, H, totals[-1], gate, normalize)
     return torch.empty_like(w, dtype=G.dtype).copy_(update), neurons, neurons.sum(1)
 

@@ -64,7 +64,7 @@ def choose(operator: str, first: Tensor, group_neurons: int | None = None) -> Ba
     if unavailable:
         return Backend("composed", unavailable)
     if group_neurons is not None and group_neurons < FEWEST_GROUP_NEURONS:
-        return Backend("composed", f"{group_neurons} neurons in a group are too few for a tile")
+        return Backend("composed", f"groups of {group_neurons} are too few neurons for a tile")
     return Backend("native", f"compiled kernels for {device} are loaded")
 
 

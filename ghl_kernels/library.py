@@ -7,7 +7,8 @@ then composed of PyTorch's own, and `ghl doctor` prints the reason kept here.
 from __future__ import annotations
 
 import dataclasses
-import importlib
+import importlib.machinery
+import importlib.util
 from pathlib import Path
 from types import ModuleType
 
@@ -42,8 +43,14 @@ def load(name: str) -> Library:
 
 
 def introspection() -> ModuleType | None:
-    """The pybind11 module of build information, if it was compiled for this Python."""
+    """The pybind11 module of build information, if one for this Python lies beside this file."""
+    name = "ghl_kernels._introspection"
+    spec = importlib.machinery.PathFinder.find_spec(name, [str(DIRECTORY)])
+    if spec is None or spec.loader is None:
+        return None
     try:
-        return importlib.import_module("ghl_kernels._introspection")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
     except ImportError:
         return None
+    return module

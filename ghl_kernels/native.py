@@ -61,9 +61,11 @@ def logsumexp(y: Tensor, tau: float, dim: int) -> Tensor:
 def linear_pair(x: Tensor, y: Tensor, g: Tensor, w: Tensor, competition: str, tau: float) -> Triple:
     x, y, g = (t[:, :, None, None] for t in (x, y, g))
     pair = conv2d_pair(x, y, g, w[:, :, None, None], [1, 1], [0, 0], [1, 1], 1, competition, tau)
-    return like_weight(pair[0].flatten(1), w, pair[0].dtype), like_weight(
-        pair[1].flatten(1), w, pair[1].dtype
-    ), pair[2]
+    return (
+        like_weight(pair[0].flatten(1), w, pair[0].dtype),
+        like_weight(pair[1].flatten(1), w, pair[1].dtype),
+        pair[2],
+    )
 
 
 def conv2d_pair(

@@ -28,8 +28,7 @@ SCHEMAS = (
     f"conv2d_pair({ACTIVATIONS}, {GEOMETRY}, {COMPETITION}) -> (Tensor, Tensor, Tensor)",
     f"merge(Tensor G, Tensor H0, Tensor totals, Tensor w, {MERGE}) -> (Tensor, Tensor, Tensor)",
     f"linear_update({ACTIVATIONS}, {COMPETITION}, {MERGE}) -> (Tensor, Tensor, Tensor)",
-    f"conv2d_update({ACTIVATIONS}, {GEOMETRY}, {COMPETITION}, {MERGE})"
-    " -> (Tensor, Tensor, Tensor)",
+    f"conv2d_update({ACTIVATIONS}, {GEOMETRY}, {COMPETITION}, {MERGE}) -> (Tensor, Tensor, Tensor)",
     "logsumexp.native(Tensor y, Tensor(a!) lse, float tau) -> ()",
     "pair.native(Tensor x, Tensor y, Tensor g, Tensor(a!) G, Tensor(b!) H0, Tensor(c!) totals, "
     "int[] stride, int[] padding, int[] dilation, int groups, int competition, float tau, "

@@ -50,12 +50,9 @@ void merge(const MergeParams& p, const Threads& threads) {
 
 extern const Kernels GHL_JOIN(kernels_, GHL_INSTRUCTION_SET);
 const Kernels GHL_JOIN(kernels_, GHL_INSTRUCTION_SET) = {
-    GHL_STRING(GHL_INSTRUCTION_SET),
-    workspace_bytes<PairKernel, PairParams>,
-    run<PairKernel, PairParams>,
-    workspace_bytes<LogsumexpKernel, LogsumexpParams>,
-    run<LogsumexpKernel, LogsumexpParams>,
-    merge,
+    GHL_STRING(GHL_INSTRUCTION_SET),       workspace_bytes<PairKernel, PairParams>,
+    run<PairKernel, PairParams>,           workspace_bytes<LogsumexpKernel, LogsumexpParams>,
+    run<LogsumexpKernel, LogsumexpParams>, merge,
 };
 
 }  // namespace ghl::cpu

@@ -41,11 +41,11 @@ struct PairParams {
   int64_t groups;
   Competition competition;
   double tau;
-  Dtype dtype;          // of x, y and g; sums are float64 for float64, else float32
-  void* G;              // out_channels rows of in_channels / groups * kh * kw
-  void* H0;             // likewise
-  void* totals;         // sum of u for each neuron, then the number of rows
-  bool channels_last;   // a row of G is (kh, kw, in_channels / groups), else (.., kh, kw)
+  Dtype dtype;         // of x, y and g; sums are float64 for float64, else float32
+  void* G;             // out_channels rows of in_channels / groups * kh * kw
+  void* H0;            // likewise
+  void* totals;        // sum of u for each neuron, then the number of rows
+  bool channels_last;  // a row of G is (kh, kw, in_channels / groups), else (.., kh, kw)
 };
 
 struct LogsumexpParams {

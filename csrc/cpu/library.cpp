@@ -31,7 +31,9 @@ void parallel_for(int64_t count, Body body, void* context) {
   });
 }
 
-Threads threads() { return {static_cast<int64_t>(torch::stable::get_num_threads()), parallel_for}; }
+Threads threads() {
+  return {static_cast<int64_t>(torch::stable::get_num_threads()), parallel_for};
+}
 
 Dtype dtype_of(const Tensor& t) {
   switch (t.scalar_type()) {
@@ -60,7 +62,8 @@ Activation activation(const Tensor& t) {
 // `t` holds `elements` numbers of `dtype` without a gap.
 void* dense(const Tensor& t, ScalarType dtype, int64_t elements) {
   STD_TORCH_CHECK(t.scalar_type() == dtype, "an output or sum has the wrong dtype");
-  STD_TORCH_CHECK(t.numel() == elements, "an output has ", t.numel(), " elements, needs ", elements);
+  STD_TORCH_CHECK(t.numel() == elements, "an output has ", t.numel(), " elements, needs ",
+                  elements);
   return t.mutable_data_ptr();
 }
 

@@ -35,9 +35,8 @@ class MergeKernel {
     for (int64_t task = 1; task < tasks; ++task) largest[0] = larger(largest[0], largest[task]);
     sum_layer();
     const T divisor = normalizer(largest[0]);
-    threads.run(tasks, [&](int64_t task) {
-      each_neuron(task, [&](int64_t k) { gate(k, divisor); });
-    });
+    threads.run(tasks,
+                [&](int64_t task) { each_neuron(task, [&](int64_t k) { gate(k, divisor); }); });
   }
 
  private:

@@ -84,9 +84,8 @@ class PairKernel {
       t.G = own_sums ? arena_.take<T>(sums) : static_cast<T*>(p.G);
       t.H0 = own_sums ? arena_.take<T>(sums) : static_cast<T*>(p.H0);
       t.totals = arena_.take<double>(neurons_);
-      t.image = arena_.take<T>(geometry_.direct ? 0
-                                                : geometry_.channels * geometry_.height *
-                                                      geometry_.width);
+      t.image = arena_.take<T>(
+          geometry_.direct ? 0 : geometry_.channels * geometry_.height * geometry_.width);
       t.panels = arena_.take<T>(most_groups() * group_panel_elements<T>(geometry_.columns));
       t.u = arena_.take<T>(signal_tile_elements(neurons_));  // statistics need all neurons
       t.g = arena_.take<T>(signal_tile_elements(split_.neurons));
@@ -144,7 +143,8 @@ class PairKernel {
     const int64_t row0 = split_.by_neurons ? 0 : index * split_.rows;
     const int64_t row1 = minimum(row0 + split_.rows, rows_);
     const int64_t sums = (k1 - k0) * geometry_.columns;
-    if (!geometry_.direct) clear(task.image, geometry_.channels * geometry_.height * geometry_.width);
+    if (!geometry_.direct)
+      clear(task.image, geometry_.channels * geometry_.height * geometry_.width);
     clear(task.G + k0 * geometry_.columns, sums);
     clear(task.H0 + k0 * geometry_.columns, sums);
     clear(task.totals + k0, k1 - k0);
@@ -162,7 +162,8 @@ class PairKernel {
   void sum_tile(int64_t index, int64_t k0, int64_t k1, int64_t row0, int64_t rows,
                 Patches<In, T>& patches) {
     const Task& task = tasks_[index];
-    RowStatistics<T> statistics = from_row(statistics_, split_.by_neurons ? row0 : index * kTileRows);
+    RowStatistics<T> statistics =
+        from_row(statistics_, split_.by_neurons ? row0 : index * kTileRows);
     if (split_.by_neurons || p_.competition == Competition::linear) {
       gather<In>(p_.y, k0, k1, row0, rows, task.u);
     } else {
@@ -197,8 +198,8 @@ class PairKernel {
     static_cast<T*>(p_.totals)[k] = static_cast<T>(total);
 
     const int64_t at = k * geometry_.columns;
-    T* Task::*const both[] = {&Task::G, &Task::H0};
-    for (T* Task::*sums : both) {
+    T* Task::* const both[] = {&Task::G, &Task::H0};
+    for (T* Task::* sums : both) {
       T* out = tasks_[0].*sums + at;
       for (int64_t task = 1; task < split_.tasks && !split_.by_neurons; ++task)
         for (int64_t c = 0; c < geometry_.columns; ++c) out[c] += (tasks_[task].*sums)[at + c];
@@ -206,7 +207,8 @@ class PairKernel {
       if (p_.channels_last || taps == 1) continue;
       __builtin_memcpy(row, out, geometry_.columns * sizeof(T));
       for (int64_t c = 0; c < geometry_.group_channels; ++c)
-        for (int64_t t = 0; t < taps; ++t) out[c * taps + t] = row[t * geometry_.group_channels + c];
+        for (int64_t t = 0; t < taps; ++t)
+          out[c * taps + t] = row[t * geometry_.group_channels + c];
     }
   }
 

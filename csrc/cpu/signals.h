@@ -1,4 +1,5 @@
-// Tiles of the postsynaptic signals: g as it is, and u recomputed from y, for some rows and neurons.
+// Tiles of the postsynaptic signals: g as it is, and u recomputed from y, for some rows and
+// neurons.
 //
 // A row of y is one competition: an output position of a convolution, a sample of a linear layer.
 // Softmax is exp(y/tau - maximum) / sum with maximum and sum of the whole row, so that a slice of
@@ -17,9 +18,13 @@ constexpr int64_t kTileRows = 256;
 constexpr int64_t kNeuronStride = kTileRows + 16;
 
 // Elements of a tile, with room to read a whole microtile at the end.
-inline int64_t signal_tile_elements(int64_t neurons) { return (neurons + 16) * kNeuronStride; }
+inline int64_t signal_tile_elements(int64_t neurons) {
+  return (neurons + 16) * kNeuronStride;
+}
 
-inline int64_t rows_of(const Activation& a) { return a.size[0] * a.size[2] * a.size[3]; }
+inline int64_t rows_of(const Activation& a) {
+  return a.size[0] * a.size[2] * a.size[3];
+}
 
 // The longest stretch of consecutive rows whose elements lie a constant step apart.
 struct Runs {

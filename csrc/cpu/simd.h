@@ -67,9 +67,15 @@ inline Vector<T> broadcast(T value) {
   return value - Vector<T>{};
 }
 
-inline int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
+inline int64_t minimum(int64_t a, int64_t b) {
+  return a < b ? a : b;
+}
+inline int64_t divide_up(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+inline int64_t round_up(int64_t a, int64_t b) {
+  return divide_up(a, b) * b;
+}
 
 template <class T>
 inline T sum_of_lanes(Vector<T> v) {

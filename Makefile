@@ -1,0 +1,51 @@
+# `make quickstart` and `make test` need Python 3.11 or newer and, for the fast kernels, a C++
+# compiler; everything else goes into a virtual environment of the project's own.
+VENV ?= .venv
+PYTHON ?= python3
+BIN = $(VENV)/bin
+SOURCES = $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml constraints.txt
+BENCHMARK = build/benchmark.json
+
+# The whole comparison, or with QUICK=1 one that shows that it runs.
+TRAIN = $(BIN)/ghl train --rule ghl hebb sign bp --data digits
+ifdef QUICK
+TRAIN += --width 0.125 --epochs 2 --limit-train 256 --limit-test 128
+endif
+
+.PHONY: install quickstart test lint format bench clean
+
+install: $(VENV)/installed
+
+$(VENV)/installed: $(SOURCES)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt setuptools cmake ninja pybind11 torch
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install --quiet -c constraints.txt \
+	    --no-build-isolation --editable '.[train,test]'
+	touch $@
+
+quickstart: install
+	$(BIN)/ghl doctor
+	$(TRAIN) --out runs/quickstart-$$(date +%Y%m%d-%H%M%S)
+
+test: install lint
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+	$(BIN)/mypy
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+
+# Wants a quiet machine; writes bench/results/<machine>.json.
+bench: install
+	mkdir -p build
+	$(BIN)/python -m pytest bench --benchmark-json=$(BENCHMARK)
+	$(BIN)/python -m bench.report $(BENCHMARK)
+
+clean:
+	rm -rf $(VENV) build *.egg-info ghl_kernels/*.so

@@ -1,0 +1,52 @@
+"""Times the update of each case by each implementation, after checking that it is right.
+
+`make bench` runs this and has `bench.report` turn pytest-benchmark's file into a committed result.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from bench.cases import CASES
+from bench.implementations import IMPLEMENTATIONS
+from bench.memory import in_fresh_process
+from ghl_kernels import Rule, reference
+
+ROUNDS = 9
+
+
+def assert_is_the_update(update: torch.Tensor, expected: reference.Update) -> None:
+    """Magnitudes everywhere; signs where rounding cannot have decided them."""
+    magnitude = expected.update.abs()
+    torch.testing.assert_close(update.double().abs(), magnitude, rtol=2e-3, atol=2e-5)
+    certain = (expected.G.abs() > 1e-4 * expected.G.abs().amax()) & (magnitude > 2e-5)
+    assert torch.equal(update.sign()[certain], expected.update.sign()[certain].float())
+
+
+@pytest.fixture(scope="module", params=CASES)
+def layer(request: pytest.FixtureRequest) -> Any:
+    case = CASES[request.param]
+    tensors = case.tensors()
+    expected = reference.conv2d_update(
+        *(t.double() for t in tensors), Rule(tau=case.tau), padding=case.padding
+    )
+    return case, tensors, expected
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_update(benchmark: Any, layer: Any, name: str) -> None:
+    case, tensors, expected = layer
+    update = IMPLEMENTATIONS[name]
+    assert_is_the_update(update(case, *tensors), expected)
+    benchmark.group = case.name
+    benchmark.extra_info.update(
+        case=case.name,
+        implementation=name,
+        flops=case.flops,
+        bytes=case.bytes,
+        peak_transient_bytes=in_fresh_process(case.name, name),
+    )
+    benchmark.pedantic(update, (case, *tensors), rounds=ROUNDS, warmup_rounds=1)

@@ -1,0 +1,95 @@
+"""`ghl doctor`: what is installed, compiled and found here, and what each kind of layer will take.
+
+Reads only; a broken library is reported, never raised.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from collections.abc import Iterator
+
+import torch
+
+import ghl_kernels
+from ghl_kernels import dispatch, library
+from ghl_kernels.library import Library
+from ghl_kernels.source_hash import source_hash
+
+PACKAGES = ("ghl-kernels", "torch", "torchvision", "triton", "numpy", "scikit-learn", "matplotlib")
+LAYERS = (
+    ("linear", "linear_pair", None),
+    ("conv2d", "conv2d_pair", None),
+    ("conv2d, 32 neurons a group", "conv2d_pair", 32),
+    ("conv2d, depthwise", "conv2d_pair", 1),
+)
+
+
+def main() -> int:
+    """Print the findings; returns the exit status, 0."""
+    for title, lines in (
+        ("installed", installed()),
+        ("compiled", compiled()),
+        ("devices", devices()),
+        ("layers", layers()),
+    ):
+        print(title)
+        for line in lines:
+            print(f"  {line}")
+    return 0
+
+
+def installed() -> Iterator[str]:
+    yield f"python {platform.python_version()} on {platform.machine()}"
+    for package in PACKAGES:
+        try:
+            yield f"{package} {importlib.metadata.version(package)}"
+        except importlib.metadata.PackageNotFoundError:
+            yield f"{package}: not installed"
+
+
+def compiled() -> Iterator[str]:
+    module = library.introspection()
+    if module is None:
+        yield (
+            "nothing: no C++ compiler (or no cmake, ninja or torch) was found when installing; "
+            "everything works in plain PyTorch, only slower"
+        )
+        return
+    yield f"by {module.compiler} against the headers of torch {module.torch_headers}"
+    yield f"for every torch from {module.torch_target_version} on, by its stable ABI"
+    yield f"flags {module.flags}"
+    here = source_hash()
+    if here not in (None, module.source_hash):
+        yield "from other sources than those beside it: run `make install` again"
+    for device in ("cpu", "cuda"):
+        yield f"{device} library: {library_line(device, module)}"
+
+
+def library_line(device: str, module: object) -> str:
+    found: Library | None = dispatch.library(device)
+    if found is None or not found.loaded:
+        return found.reason or "" if found else "none"
+    if device == "cpu":
+        detail = f"{module.instruction_set(str(found.path))} kernels run here"  # type: ignore[attr-defined]
+    else:
+        detail = f"architectures {module.cuda_architectures(str(found.path))}"  # type: ignore[attr-defined]
+    return f"loaded from {found.path}; {detail}"
+
+
+def devices() -> Iterator[str]:
+    yield f"cpu: {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    if not torch.cuda.is_available():
+        yield "cuda: no GPU found"
+    for index in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(index)
+        yield f"cuda:{index}: {torch.cuda.get_device_name(index)}, sm_{major}{minor}"
+
+
+def layers() -> Iterator[str]:
+    width = max(len(name) for name, *_ in LAYERS)
+    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        example = torch.empty(0, device=device)
+        for name, operator, group_neurons in LAYERS:
+            backend = ghl_kernels.backend(operator, example, group_neurons)
+            yield f"{device} {name:<{width}}  {backend.name:<9} {backend.reason}"
