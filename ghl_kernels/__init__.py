@@ -21,5 +21,5 @@ def backend(operator: str, first: Tensor, group_neurons: int | None = None) -> B
     group_neurons: out_channels / groups of a grouped convolution. Raises ValueError for an unknown
     operator.
     """
-    check_choice("operator", operator, ops.FAKES)
+    check_choice("operator", operator, ops.OPERATORS)
     return dispatch.choose(operator, first, group_neurons)

@@ -7,6 +7,7 @@ list are what a compiled library implements; they write into outputs that `nativ
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -180,20 +181,20 @@ def autocast_activations(operator: Callable[..., Triple], device: str) -> Callab
     return cast
 
 
-def logsumexp_context(ctx: object, inputs: tuple, output: Tensor) -> None:
-    y, ctx.tau, ctx.dim = inputs  # type: ignore[attr-defined]
-    ctx.save_for_backward(y, output)  # type: ignore[attr-defined]
+def logsumexp_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    y, ctx.tau, ctx.dim = inputs
+    ctx.save_for_backward(y, output)
 
 
-def logsumexp_backward(ctx: object, grad: Tensor) -> tuple[Tensor, None, None]:
-    y, lse = ctx.saved_tensors  # type: ignore[attr-defined]
-    tau, dim = ctx.tau, ctx.dim  # type: ignore[attr-defined]
+def logsumexp_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    y, lse = ctx.saved_tensors
+    tau, dim = ctx.tau, ctx.dim
     share = torch.exp(y / tau - lse.unsqueeze(dim))
     return (grad.unsqueeze(dim) * share / tau).to(y.dtype), None, None
 
 
 def not_differentiable(operator: str) -> Callable[..., None]:
-    def backward(ctx: object, *grads: Tensor) -> None:
+    def backward(ctx: Any, *grads: Tensor) -> None:
         raise RuntimeError(
             f"ghl_kernels::{operator} has no derivative; call it under torch.no_grad()"
         )
@@ -201,25 +202,33 @@ def not_differentiable(operator: str) -> Callable[..., None]:
     return backward
 
 
-FAKES = {
-    "logsumexp": fake_logsumexp,
-    "linear_pair": fake_pair,
-    "conv2d_pair": fake_pair,
-    "merge": fake_merge,
-    "linear_update": fake_update,
-    "conv2d_update": fake_update,
+# The public operators: what runs, and what it returns for tensors without data.
+OPERATORS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "logsumexp": (logsumexp, fake_logsumexp),
+    "linear_pair": (linear_pair, fake_pair),
+    "conv2d_pair": (conv2d_pair, fake_pair),
+    "merge": (merge, fake_merge),
+    "linear_update": (linear_update, fake_update),
+    "conv2d_update": (conv2d_update, fake_update),
 }
-for _name, _fake in FAKES.items():
-    _library.impl(_name, globals()[_name], "CompositeExplicitAutograd")
-    torch.library.register_fake(f"ghl_kernels::{_name}", _fake, lib=_library)
-    if _name != "logsumexp":
+TAKES_ACTIVATIONS = ("linear_pair", "conv2d_pair", "linear_update", "conv2d_update")
+
+
+def register(name: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    qualified = f"ghl_kernels::{name}"
+    _library.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(qualified, fake, lib=_library)
+    if name == "logsumexp":
         torch.library.register_autograd(
-            f"ghl_kernels::{_name}", not_differentiable(_name), lib=_library
+            qualified, logsumexp_backward, setup_context=logsumexp_context, lib=_library
         )
-torch.library.register_autograd(
-    "ghl_kernels::logsumexp", logsumexp_backward, setup_context=logsumexp_context, lib=_library
-)
-for _name in ("linear_pair", "conv2d_pair", "linear_update", "conv2d_update"):
-    _operator = getattr(torch.ops.ghl_kernels, _name).default
-    for _key, _device in (("AutocastCPU", "cpu"), ("AutocastCUDA", "cuda")):
-        _library.impl(_name, autocast_activations(_operator, _device), _key)
+    else:
+        torch.library.register_autograd(qualified, not_differentiable(name), lib=_library)
+    if name in TAKES_ACTIVATIONS:
+        operator = getattr(torch.ops.ghl_kernels, name).default
+        for key, device in (("AutocastCPU", "cpu"), ("AutocastCUDA", "cuda")):
+            _library.impl(name, autocast_activations(operator, device), key)
+
+
+for _name, (_implementation, _fake) in OPERATORS.items():
+    register(_name, _implementation, _fake)

@@ -22,9 +22,10 @@ def check_choice(argument: str, value: object, choices: Collection[str]) -> None
     """Raise a ValueError naming the argument, the value, the choices and the nearest of them."""
     if value in choices:
         return
-    nearest = difflib.get_close_matches(str(value), choices, n=1)
+    nearest = difflib.get_close_matches(str(value).lower(), choices, n=1, cutoff=0.4)
     hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-    raise ValueError(f"{argument} is {value!r}, must be one of {', '.join(choices)}{hint}")
+    listed = ", ".join(choices) if len(choices) <= 12 else f"{len(choices)} known names"
+    raise ValueError(f"{argument} is {value!r}, must be one of {listed}{hint}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,150 @@
+"""The command line: the arguments of `ghl`'s sub-commands, and how their errors are told.
+
+What a sub-command does is in `ghl.recipes` and `ghl.doctor`, imported when it is called.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Command:
+    """A sub-command: its name, its line of help, its arguments, and what runs it."""
+
+    name: str
+    help: str
+    arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+
+
+def absolute(text: str) -> str:
+    """A path that still holds when the run is resumed from another directory."""
+    return str(Path(text).resolve())
+
+
+def train_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `ghl train`; those not given are left to the defaults of arch and rule."""
+    add = parser.add_argument
+    add("--rule", nargs="+", metavar="RULE", help="ghl, hebb, sign, bp; several are compared")
+    add("--arch", help="deephebb, fasthebb, resnet20 to resnet1202, or a torchvision model")
+    add("--width", type=float, help="multiplier on the channels, 0.25 for a narrow network")
+    add("--tau", type=float, help="softmax temperature of every swapped layer")
+    add("--normalize", help="absmax, mean or none")
+    add("--data", help="digits, fashion-mnist, cifar10, cifar100, imagefolder or imagenet")
+    add("--root", type=absolute, help="directory of the data")
+    add("--download", action="store_true", default=None, help="fetch the data into --root")
+    add("--size", type=int, help="side of the images in pixels")
+    add("--limit-train", type=int, metavar="N", help="train on a fixed subset of N images")
+    add("--limit-test", type=int, metavar="N", help="test on a fixed subset of N images")
+    add("--epochs", type=int)
+    add("--batch-size", type=int)
+    add("--lr", type=float, help="learning rate of everything but the swapped layers")
+    add("--lr-hebb", type=float, help="learning rate of the swapped layers' weights")
+    add("--wd", type=float, help="weight decay of everything but the swapped layers")
+    add("--wd-hebb", type=float, help="weight decay of the swapped layers' weights")
+    add("--schedule", help="cosine or constant")
+    add("--seed", type=int)
+    add("--device", help="cpu, cuda, cuda:1; by default a GPU where there is one")
+    add("--workers", type=int, help="processes that load data")
+    add("--out", type=Path, metavar="DIR", help="by default runs/DATA-ARCH-RULE")
+    add("--resume", action="store_true", help="continue the run in DIR from its checkpoint")
+
+
+def train(args: argparse.Namespace) -> int:
+    """Run `ghl train`."""
+    from ghl.recipes.config import DEFAULTS
+    from ghl.recipes.train import compare, open_run
+    from ghl.recipes.train import train as train_one
+
+    given = given_settings(args, exclude=("rule", "out", "resume"))
+    rules = list(dict.fromkeys(args.rule or ()))
+    name = "-".join(given.get(field, DEFAULTS[field]) for field in ("data", "arch"))
+    if len(rules) > 1:
+        out = args.out or Path("runs") / name
+        runs = [open_run(out / rule, {**given, "rule": rule}, resume=args.resume) for rule in rules]
+        compare(runs, out)
+        return 0
+    if rules:
+        given["rule"] = rules[0]
+    out = args.out or Path("runs") / f"{name}-{given.get('rule', DEFAULTS['rule'])}"
+    train_one(open_run(out, given, resume=args.resume))
+    return 0
+
+
+def eval_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `ghl eval`."""
+    parser.add_argument("dir", type=Path, metavar="DIR", help="directory of a run")
+    parser.add_argument("--root", type=absolute, help="directory of the data, if it moved")
+    parser.add_argument("--device", help="where to compute, if not where it was trained")
+    parser.add_argument("--workers", type=int, help="processes that load data")
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    """Run `ghl eval`."""
+    from ghl.recipes.train import evaluate as evaluate_run
+
+    epoch, loss, accuracy = evaluate_run(args.dir, given_settings(args, exclude=("dir",)))
+    print(f"epoch {epoch}: test accuracy {accuracy:.2f} %, test loss {loss:.4f}")
+    return 0
+
+
+def no_arguments(parser: argparse.ArgumentParser) -> None:
+    """For a sub-command without options."""
+
+
+def doctor(args: argparse.Namespace) -> int:
+    """Run `ghl doctor`."""
+    from ghl.doctor import main as doctor_main
+
+    return doctor_main() or 0
+
+
+COMMANDS = (
+    Command("train", "train a network under a learning rule", train_arguments, train),
+    Command("eval", "test accuracy of a run's checkpoint", eval_arguments, evaluate),
+    Command("doctor", "what is installed, compiled and used here", no_arguments, doctor),
+)
+
+
+def given_settings(args: argparse.Namespace, exclude: Sequence[str]) -> dict[str, Any]:
+    """The options that were given, by name of the setting."""
+    skipped = {"command", *exclude}
+    return {
+        name: value
+        for name, value in vars(args).items()
+        if name not in skipped and value is not None
+    }
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of all sub-commands; `command` in its result is the chosen Command."""
+    top = argparse.ArgumentParser(
+        prog="ghl", description="Gradient-guided Hebbian learning: train, evaluate, inspect."
+    )
+    chosen = top.add_subparsers(metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        sub = chosen.add_parser(command.name, help=command.help, description=command.help)
+        command.arguments(sub)
+        sub.set_defaults(command=command)
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; 0, or 2 after one line on stderr about what was wrong in the input."""
+    args = parser().parse_args(argv)
+    try:
+        return args.command.run(args)
+    except (ValueError, FileNotFoundError, FileExistsError) as error:
+        print(f"ghl: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("ghl: interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

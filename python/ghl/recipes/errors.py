@@ -1,0 +1,33 @@
+"""Wording of the errors that a user's input can cause: argument, value, expectation.
+
+What is valid is decided where the value is used; nothing here knows a particular option.
+"""
+
+import math
+from collections.abc import Collection
+
+from ghl_kernels import rule
+
+
+def option(field: str) -> str:
+    """The command line's spelling of a setting: `lr_hebb` is `--lr-hebb`."""
+    return "--" + field.replace("_", "-")
+
+
+def check_choice(field: str, value: str, known: Collection[str]) -> None:
+    """Raise a ValueError that names the nearest of `known` unless `value` is one of them."""
+    rule.check_choice(option(field), value, known)
+
+
+def check_integer(field: str, value: int, smallest: int) -> None:
+    """Raise a ValueError unless `value` is an integer of at least `smallest`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
+        raise ValueError(f"{option(field)} {value!r}: expected an integer of at least {smallest}")
+
+
+def check_number(field: str, value: float, *, zero: bool = False) -> None:
+    """Raise a ValueError unless `value` is finite and above 0 (at least 0 with `zero`)."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or value < 0 or (value == 0 and not zero):
+        bound = "of at least 0" if zero else "above 0"
+        raise ValueError(f"{option(field)} {value!r}: expected a finite number {bound}")

@@ -1,0 +1,41 @@
+"""Figures of training: the curves of one run, and of several runs side by side.
+
+Everything here draws from rows of `metrics.py` and computes nothing.
+"""
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from ghl.recipes.checkpoint import write_atomic
+from ghl.recipes.metrics import Row
+
+COLORS = ("#1f77b4", "#d62728", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b")
+
+
+def draw_curves(path: Path, runs: Mapping[str, Sequence[Row]], title: str) -> None:
+    """Loss and accuracy by epoch, training dashed and test solid, one colour per run."""
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    loss, accuracy = figure.subplots(1, 2)
+    for index, (name, rows) in enumerate(runs.items()):
+        color = COLORS[index % len(COLORS)]
+        epochs = [row.epoch for row in rows]
+        for axes, quantity in ((loss, "loss"), (accuracy, "acc")):
+            for split, style in (("train", "--"), ("test", "-")):
+                values = [getattr(row, f"{split}_{quantity}") for row in rows]
+                axes.plot(epochs, values, style, marker=".", color=color, label=f"{name}, {split}")
+    loss.set_ylabel("cross-entropy")
+    loss.set_yscale("log")
+    accuracy.set_ylabel("accuracy, %")
+    for axes in (loss, accuracy):
+        axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+    accuracy.legend(fontsize="small")
+    figure.suptitle(title)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    write_atomic(path, lambda file: file.write(buffer.getvalue()))

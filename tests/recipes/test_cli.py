@@ -1,0 +1,113 @@
+"""The command line: its sub-commands, and one clear line for every bad input."""
+
+import pytest
+import torch
+
+from ghl.cli import main
+
+SMALL = ["--width", "0.05", "--epochs", "1", "--limit-train", "128", "--limit-test", "64"]
+
+
+def run(*words):
+    return main([str(word) for word in words])
+
+
+def test_train_then_eval(tmp_path, capsys):
+    assert run("train", *SMALL, "--out", tmp_path / "run") == 0
+    row = capsys.readouterr().out.splitlines()[-1].split()
+    assert run("eval", tmp_path / "run") == 0
+    assert capsys.readouterr().out == f"epoch 1: test accuracy {row[5]} %, test loss {row[4]}\n"
+
+
+def test_default_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run("train", *SMALL, "--rule", "bp") == 0
+    assert (tmp_path / "runs" / "digits-deephebb-bp" / "checkpoint.pt").exists()
+
+
+def test_several_rules_are_compared(tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run("train", *SMALL, "--rule", "ghl", "sign", "--out", out) == 0
+    table = capsys.readouterr().out.splitlines()[-3:]
+    assert [line.split()[0] for line in table] == ["rule", "ghl", "sign"]
+    assert (out / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    assert (out / "ghl" / "metrics.csv").exists()
+    assert (out / "sign" / "metrics.csv").exists()
+
+
+def test_several_rules_are_checked_before_the_first_is_trained(tmp_path, capsys):
+    assert run("train", *SMALL, "--rule", "ghl", "sing", "--out", tmp_path / "out") == 2
+    assert "did you mean 'sign'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--arch", "deephep"], "--arch is 'deephep', must be one of"),
+        (["--rule", "hebbian"], "--rule is 'hebbian', must be one of ghl, hebb, sign, bp"),
+        (["--data", "mnist"], "--data is 'mnist', must be one of"),
+        (["--tau", "0"], "--tau 0.0: expected a finite number above 0"),
+        (["--tau", "nan"], "--tau nan: expected a finite number above 0"),
+        (["--lr", "inf"], "--lr inf: expected a finite number above 0"),
+        (["--epochs", "-1"], "--epochs -1: expected an integer of at least 1"),
+        (["--data", "cifar10"], "--root: expected the directory that holds cifar10"),
+        (["--data", "cifar10", "--root", "/no"], "--root /no: expected a directory"),
+        (["--download"], "--download: expected one of fashion-mnist"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_no_directory(tmp_path, capsys, words, message):
+    assert run("train", *words, "--out", tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"ghl: error: {message}")
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_numbers_that_are_none(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run("train", "--epochs", "ten")
+    assert stopped.value.code == 2
+    assert "argument --epochs: invalid int value: 'ten'" in capsys.readouterr().err
+
+
+def test_resume_refuses_other_settings(tmp_path, capsys):
+    assert run("train", *SMALL, "--out", tmp_path) == 0
+    assert run("train", *SMALL, "--out", tmp_path) == 2
+    assert "--resume continues it" in capsys.readouterr().err
+    assert run("train", "--out", tmp_path, "--resume", "--epochs", "2", "--rule", "bp") == 2
+    error = capsys.readouterr().err
+    assert "--epochs 2 (the run has 1)" in error
+    assert "--rule bp (the run has ghl)" in error
+
+
+@pytest.mark.parametrize("command", ["train", "eval"])
+def test_damaged_checkpoint(tmp_path, capsys, command):
+    assert run("train", *SMALL, "--out", tmp_path) == 0
+    path = tmp_path / "checkpoint.pt"
+    path.write_bytes(path.read_bytes()[:5000])
+    words = ["train", "--resume", "--out", tmp_path] if command == "train" else ["eval", tmp_path]
+    assert run(*words) == 2
+    assert capsys.readouterr().err.startswith(f"ghl: error: checkpoint {path}: expected an intact")
+
+
+def test_checkpoint_of_another_version(tmp_path, capsys):
+    assert run("train", *SMALL, "--out", tmp_path) == 0
+    path = tmp_path / "checkpoint.pt"
+    torch.save(torch.load(path, weights_only=True) | {"version": 99}, path)
+    assert run("eval", tmp_path) == 2
+    assert "expected version 1, found 99" in capsys.readouterr().err
+
+
+def test_eval_without_a_run(tmp_path, capsys):
+    assert run("eval", tmp_path / "none") == 2
+    assert "none: expected a run in it" in capsys.readouterr().err
+
+
+def test_unexpected_errors_keep_their_traceback(tmp_path, monkeypatch):
+    def broken(run):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("ghl.recipes.train.train", broken)
+    with pytest.raises(RuntimeError, match="a bug"):
+        run("train", *SMALL, "--out", tmp_path / "out")
