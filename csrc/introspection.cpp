@@ -38,6 +38,14 @@ PYBIND11_MODULE(_introspection, m) {
       [](const std::string& path) { return text(path, "ghl_kernels_instruction_set"); },
       pybind11::arg("library"), "The instruction set whose CPU kernels run on this processor.");
   m.def(
+      "use_instruction_set",
+      [](const std::string& path, const std::string& name) {
+        const auto use = reinterpret_cast<bool (*)(const char*)>(symbol(path, "ghl_kernels_use"));
+        if (!use(name.c_str())) throw std::invalid_argument(name + " does not run here");
+      },
+      pybind11::arg("library"), pybind11::arg("name"),
+      "Take the CPU kernels of that instruction set from now on: for tests and comparisons.");
+  m.def(
       "cuda_architectures",
       [](const std::string& path) { return text(path, "ghl_kernels_cuda_architectures"); },
       pybind11::arg("library"), "The GPU architectures the CUDA library was compiled for.");

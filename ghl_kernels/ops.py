@@ -7,6 +7,7 @@ list are what a compiled library implements; they write into outputs that `nativ
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -51,6 +52,10 @@ def check_rule(**choices: object) -> None:
             raise ValueError(f"tau is {value!r}, must be finite and greater than 0")
 
 
+def group_neurons(w: Tensor, groups: int) -> int | None:
+    return w.shape[0] // groups if groups > 1 else None
+
+
 def logsumexp(y: Tensor, tau: float, dim: int) -> Tensor:
     checks.check_logsumexp(y, dim)
     check_rule(tau=tau)
@@ -77,8 +82,7 @@ def conv2d_pair(
 ) -> Triple:
     checks.check_conv2d(x, y, g, w, stride, padding, dilation, groups)
     check_rule(competition=competition, tau=tau)
-    group_neurons = w.shape[0] // groups if groups > 1 else None
-    return dispatch.implementation("conv2d_pair", x, group_neurons).conv2d_pair(
+    return dispatch.implementation("conv2d_pair", x, group_neurons(w, groups)).conv2d_pair(
         x, y, g, w, stride, padding, dilation, groups, competition, tau
     )
 
@@ -93,14 +97,11 @@ def merge(
 
 
 def merge_update(
-    sums: Triple, x: Tensor, w: Tensor, decay: str, gate: str, normalize: str
+    implementation: ModuleType, sums: Triple, x: Tensor, w: Tensor, *merge: str
 ) -> Triple:
     """The merge as the epilogue of a pair: w as the forward used it, the update in w's dtype."""
-    G, H0, totals = sums
-    used = w.to(x.dtype).to(G.dtype)
-    update, neurons, layer = dispatch.implementation("merge", G).merge(
-        G, H0, totals, used, decay, gate, normalize, overwrite=True
-    )
+    used = w.to(x.dtype).to(sums[0].dtype)
+    update, neurons, layer = implementation.merge(*sums, used, *merge, overwrite=True)
     return update.to(w.dtype), neurons, layer
 
 
@@ -115,9 +116,11 @@ def linear_update(
     gate: str,
     normalize: str,
 ) -> Triple:
-    check_rule(decay=decay, gate=gate, normalize=normalize)
-    sums = linear_pair(x, y, g, w, competition, tau)
-    return merge_update(sums, x, w, decay, gate, normalize)
+    checks.check_linear(x, y, g, w)
+    check_rule(competition=competition, tau=tau, decay=decay, gate=gate, normalize=normalize)
+    implementation = dispatch.implementation("linear_update", x)
+    sums = implementation.linear_pair(x, y, g, w, competition, tau)
+    return merge_update(implementation, sums, x, w, decay, gate, normalize)
 
 
 def conv2d_update(
@@ -135,9 +138,12 @@ def conv2d_update(
     gate: str,
     normalize: str,
 ) -> Triple:
-    check_rule(decay=decay, gate=gate, normalize=normalize)
-    sums = conv2d_pair(x, y, g, w, stride, padding, dilation, groups, competition, tau)
-    return merge_update(sums, x, w, decay, gate, normalize)
+    checks.check_conv2d(x, y, g, w, stride, padding, dilation, groups)
+    check_rule(competition=competition, tau=tau, decay=decay, gate=gate, normalize=normalize)
+    implementation = dispatch.implementation("conv2d_update", x, group_neurons(w, groups))
+    geometry = stride, padding, dilation, groups
+    sums = implementation.conv2d_pair(x, y, g, w, *geometry, competition, tau)
+    return merge_update(implementation, sums, x, w, decay, gate, normalize)
 
 
 def fake_logsumexp(y: Tensor, tau: float, dim: int) -> Tensor:

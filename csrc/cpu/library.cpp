@@ -7,7 +7,9 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <atomic>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <vector>
 
@@ -20,9 +22,13 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-const Kernels& kernels() {
-  static const Kernels& chosen = fastest_kernels();
+std::atomic<const Kernels*>& chosen_kernels() {
+  static std::atomic<const Kernels*> chosen{usable_kernels().front()};
   return chosen;
+}
+
+const Kernels& kernels() {
+  return *chosen_kernels().load();
 }
 
 void parallel_for(int64_t count, Body body, void* context) {
@@ -153,6 +159,18 @@ STABLE_TORCH_LIBRARY_IMPL(ghl_kernels, CPU, m) {
   m.impl("merge.native", TORCH_BOX(&ghl::cpu::merge));
 }
 
-extern "C" __attribute__((visibility("default"))) const char* ghl_kernels_instruction_set() {
+#define GHL_EXPORT extern "C" __attribute__((visibility("default")))
+
+GHL_EXPORT const char* ghl_kernels_instruction_set() {
   return ghl::cpu::kernels().instruction_set;
+}
+
+// Take the kernels of that instruction set from now on; false if this processor has it not.
+GHL_EXPORT bool ghl_kernels_use(const char* instruction_set) {
+  for (const ghl::cpu::Kernels* kernels : ghl::cpu::usable_kernels()) {
+    if (std::strcmp(kernels->instruction_set, instruction_set) != 0) continue;
+    ghl::cpu::chosen_kernels() = kernels;
+    return true;
+  }
+  return false;
 }

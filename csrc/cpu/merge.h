@@ -60,7 +60,8 @@ class MergeKernel {
     NeuronSums<T> sums;
     for_each_vector<T>(p_.row_size, [&](int64_t i, int64_t count) {
       const Vector<T> g = load_some(G + i, count), h0 = load_some(H0 + i, count);
-      const Vector<T> h = p_.decay == Decay::none ? h0 : h0 - s * load_some(w + i, count);
+      Vector<T> h = p_.decay == Decay::none ? h0 : h0 - s * load_some(w + i, count);
+      for (int64_t lane = count; lane < kLanes<T>; ++lane) h[lane] = 0;  // s may be infinite
       const Vector<T> magnitude = h < 0 ? -h : h;
       sums.gh += g * h;
       sums.gg += g * g;

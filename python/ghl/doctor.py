@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -66,14 +67,14 @@ def compiled() -> Iterator[str]:
         yield f"{device} library: {library_line(device, module)}"
 
 
-def library_line(device: str, module: object) -> str:
+def library_line(device: str, module: Any) -> str:
     found: Library | None = dispatch.library(device)
     if found is None or not found.loaded:
         return found.reason or "" if found else "none"
     if device == "cpu":
-        detail = f"{module.instruction_set(str(found.path))} kernels run here"  # type: ignore[attr-defined]
+        detail = f"{module.instruction_set(str(found.path))} kernels run here"
     else:
-        detail = f"architectures {module.cuda_architectures(str(found.path))}"  # type: ignore[attr-defined]
+        detail = f"architectures {module.cuda_architectures(str(found.path))}"
     return f"loaded from {found.path}; {detail}"
 
 

@@ -17,17 +17,28 @@ from torch import Tensor
 from ghl.sums import RawSums, as_rows
 
 
-def cast_for_autocast(x: Tensor, *rest: Tensor | None) -> list[Tensor | None]:
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype autocast has operations on x's device compute in; None without autocast."""
+    device = x.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
+def cast_for_autocast(
+    x: Tensor, w: Tensor, b: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Each tensor in the dtype autocast would use for it here; as it is without autocast."""
-    tensors = [x, *rest]
-    if not torch.is_autocast_enabled(x.device.type):
-        return tensors
-    dtype = torch.get_autocast_dtype(x.device.type)
-    return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
+    dtype = autocast_dtype(x)
+
+    def cast(t: Tensor) -> Tensor:
+        return t if dtype is None or t.dtype == torch.float64 else t.to(dtype)
+
+    return cast(x), cast(w), None if b is None else cast(b)
 
 
 def save(ctx: Any, x: Tensor, w: Tensor, b: Tensor | None, y: Tensor) -> None:
-    """Keep what backward needs. `ctx.overwritten()` tells whether y was changed in place since.
+    """Keep what backward needs, and what tells `saved_output` whether y was overwritten since.
 
     A traced graph has no in-place operations left, and there a copy that nothing needs is removed.
     """
@@ -41,6 +52,19 @@ def save(ctx: Any, x: Tensor, w: Tensor, b: Tensor | None, y: Tensor) -> None:
     ctx.version = y._version
 
 
+def owned(y: Tensor) -> Tensor:
+    """y with its memory but not as a view, which autograd would not let in-place operations touch.
+
+    F.linear of more or fewer than two dimensions returns a view of the matrix product.
+    """
+    return y if torch.compiler.is_compiling() or not y._is_view() else y.data
+
+
+def is_differentiated() -> bool:
+    """Whether the running backward will itself be differentiated: create_graph=True."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
 def saved_output(ctx: Any, y: Tensor, recompute: Callable[[], Tensor]) -> Tensor:
     """The y that forward returned."""
     if ctx.probe is not None and ctx.probe._version != ctx.version:
@@ -49,7 +73,7 @@ def saved_output(ctx: Any, y: Tensor, recompute: Callable[[], Tensor]) -> Tensor
 
 
 class LinearFunction(torch.autograd.Function):
-    """y = x wᵀ + b; the leaves come first, so that their sums arrive before the weight's."""
+    """y = x wᵀ + b; hebbian and totals are leaves whose gradients are the sums of the rule."""
 
     @staticmethod
     def forward(
@@ -63,7 +87,7 @@ class LinearFunction(torch.autograd.Function):
         tau: float,
     ) -> Tensor:
         x_used, w_used, b_used = cast_for_autocast(x, w, b)
-        y = F.linear(x_used, w_used, b_used)
+        y = owned(F.linear(x_used, w_used, b_used))
         save(ctx, x_used, w, b, y)
         ctx.rule = competition, tau
         return y
@@ -82,6 +106,8 @@ class LinearFunction(torch.autograd.Function):
             G, H0, totals = torch.ops.ghl_kernels.linear_pair(
                 x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1]), rows, w, *ctx.rule
             )
+        if is_differentiated():
+            G = rows.mT @ x.reshape(-1, x.shape[-1])
         return as_rows(H0, w), totals, grad_x, G, grad_b, None, None
 
 
@@ -96,9 +122,9 @@ class Conv2dFunction(torch.autograd.Function):
         x: Tensor,
         w: Tensor,
         b: Tensor | None,
-        stride: tuple[int, int],
-        padding: tuple[int, int],
-        dilation: tuple[int, int],
+        stride: tuple[int, ...],
+        padding: tuple[int, ...],
+        dilation: tuple[int, ...],
         groups: int,
         competition: str,
         tau: float,
@@ -116,9 +142,9 @@ class Conv2dFunction(torch.autograd.Function):
         used = w.to(x.dtype)
         stride, padding, dilation, groups = ctx.geometry
         _, _, needs_x, _, needs_b, *_ = ctx.needs_input_grad
-        grad_x, _, grad_b = torch.ops.aten.convolution_backward(
+        grad_x, differentiable_G, grad_b = torch.ops.aten.convolution_backward(
             g, x, used, [w.shape[0]], stride, padding, dilation, False, [0, 0], groups,
-            [needs_x, False, needs_b],
+            [needs_x, is_differentiated(), needs_b],
         )  # fmt: skip
         with torch.no_grad():
             bias = None if b is None else b.to(x.dtype)
@@ -126,32 +152,43 @@ class Conv2dFunction(torch.autograd.Function):
             G, H0, totals = torch.ops.ghl_kernels.conv2d_pair(
                 x, y, g, w, stride, padding, dilation, groups, *ctx.rule
             )
+        if differentiable_G is not None:
+            G = differentiable_G
         return as_rows(H0, w), totals, grad_x, G, grad_b, None, None, None, None, None, None
 
 
 def note_dtype(x: Tensor, w: Tensor, sums: RawSums) -> None:
     """Tell the merge in which dtype this forward uses the weight."""
-    dtype = w.dtype
-    if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
+    dtype = w.dtype if w.dtype == torch.float64 else autocast_dtype(x) or w.dtype
     if sums.compute_dtype != dtype:
         sums.compute_dtype = dtype
+
+
+def behind_leaves(w: Tensor) -> Tensor:
+    """w as a view: its gradient then takes a step more than those of the leaves of its sums.
+
+    Autograd accumulates into leaves before it does anything else, but into those of one operation
+    in no set order; so all sums have arrived when the hooks of w run, and they see the update.
+    """
+    return w.view_as(w)
 
 
 def linear(x: Tensor, w: Tensor, b: Tensor | None, sums: RawSums) -> Tensor:
     """F.linear of x (..., in_features) whose backward feeds `sums`."""
     note_dtype(x, w, sums)
     rule = sums.rule
-    return LinearFunction.apply(sums.hebbian, sums.totals, x, w, b, rule.competition, rule.tau)
+    return LinearFunction.apply(
+        sums.hebbian, sums.totals, x, behind_leaves(w), b, rule.competition, rule.tau
+    )
 
 
 def conv2d(
     x: Tensor,
     w: Tensor,
     b: Tensor | None,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
     groups: int,
     sums: RawSums,
 ) -> Tensor:
@@ -159,6 +196,6 @@ def conv2d(
     note_dtype(x, w, sums)
     rule = sums.rule
     return Conv2dFunction.apply(
-        sums.hebbian, sums.totals, x, w, b, stride, padding, dilation, groups,
+        sums.hebbian, sums.totals, x, behind_leaves(w), b, stride, padding, dilation, groups,
         rule.competition, rule.tau,
     )  # fmt: skip

@@ -6,7 +6,7 @@ Bias and every other gradient are the ordinary ones; without gradients nothing d
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +23,7 @@ class Plastic(nn.Module):
     Sums belong to a weight; whatever replaces or moves the weight has them made anew.
     """
 
-    weight: nn.Parameter
-    bias: nn.Parameter | None
+    weight: Any  # the base class declares it
     _rule: Rule
     _sums: RawSums | None = None
     _summed: Tensor | None = None  # the weight that _sums are of
@@ -36,6 +35,9 @@ class Plastic(nn.Module):
 
     @rule.setter
     def rule(self, rule: Rule | str) -> None:
+        self._set_rule(rule)
+
+    def _set_rule(self, rule: Rule | str) -> None:
         self._rule = Rule.of(rule)
         self._attach()
 
@@ -74,9 +76,17 @@ class Plastic(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         result = super()._apply(fn, recurse)
-        if "_rule" in self.__dict__:
-            self._attach()
+        self._follow_weight()
         return result
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._follow_weight()
+
+    def _follow_weight(self) -> None:
+        """Attach again now, not in a forward that may be traced, to a weight that changed."""
+        if "_rule" in self.__dict__ and self._parameters.get("weight") is not None:
+            self._attach()
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k not in ("_sums", "_summed")}
@@ -105,7 +115,7 @@ class Linear(Plastic, nn.Linear):
         dtype: Any = None,
     ) -> None:
         nn.Linear.__init__(self, in_features, out_features, bias, device, dtype)
-        self.rule = rule  # type: ignore[assignment]
+        self._set_rule(rule)
 
     def forward(self, input: Tensor) -> Tensor:
         sums = self._collecting()
@@ -126,11 +136,11 @@ class Conv2d(Plastic, nn.Conv2d):
         out_channels: int,
         kernel_size: int | tuple[int, int],
         stride: int | tuple[int, int] = 1,
-        padding: str | int | tuple[int, int] = 0,
+        padding: Literal["same", "valid"] | int | tuple[int, int] = 0,
         dilation: int | tuple[int, int] = 1,
         groups: int = 1,
         bias: bool = True,
-        padding_mode: str = "zeros",
+        padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
         device: Any = None,
         dtype: Any = None,
         rule: Rule | str = "ghl",
@@ -139,7 +149,7 @@ class Conv2d(Plastic, nn.Conv2d):
             self, in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
             padding_mode, device, dtype,
         )  # fmt: skip
-        self.rule = rule  # type: ignore[assignment]
+        self._set_rule(rule)
 
     def forward(self, input: Tensor) -> Tensor:
         sums = self._collecting()

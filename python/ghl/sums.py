@@ -11,6 +11,7 @@ import weakref
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -33,6 +34,24 @@ def from_rows(rows: Tensor, weight: Tensor) -> Tensor:
         return rows.view(weight.shape)
     out_channels, channels, *kernel_size = weight.shape
     return rows.view(out_channels, *kernel_size, channels).movedim(-1, 1)
+
+
+def register_first(weight: Tensor, hook: Any) -> Any:
+    """Register a post-accumulate-grad hook before those that weight has: they see the update."""
+    handle = weight.register_post_accumulate_grad_hook(hook)
+    hooks: Any = weight._post_accumulate_grad_hooks  # type: ignore[attr-defined]
+    hooks.update([(key, hooks.pop(key)) for key in list(hooks) if key != handle.id])
+    return handle
+
+
+def check_alone() -> None:
+    """An update merged on each rank and averaged afterwards is wrong: sign(mean) ≠ mean(sign)."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        raise RuntimeError(
+            f"a rule made its update in a process group of {dist.get_world_size()} ranks, where "
+            "G and H0 must be summed over the ranks before the merge, which is not built yet: "
+            "train in one process, or with rule='bp'"
+        )
 
 
 class RawSums:
@@ -58,7 +77,7 @@ class RawSums:
         self.hebbian = number.expand(weight.shape[0], weight[0].numel()).requires_grad_()
         self.totals = number.expand(weight.shape[0] + 1).requires_grad_()
         self._hooks = [
-            weight.register_post_accumulate_grad_hook(self._take_gradient),
+            register_first(weight, self._take_gradient),
             self.hebbian.register_post_accumulate_grad_hook(self._take("H0")),
             self.totals.register_post_accumulate_grad_hook(self._take("totals")),
         ]
@@ -98,15 +117,36 @@ class RawSums:
             hook.remove()
 
     def _take(self, name: str) -> Any:
+        owner = weakref.ref(self)  # a leaf and its owner in a cycle would never be collected
+
         def take(leaf: Tensor) -> None:
             sums, leaf.grad = leaf.grad, None
-            assert sums is not None
-            self._arrive(name, sums)
+            collector = owner()
+            weight = collector._weight() if collector is not None else None
+            if collector is not None and weight is not None and sums is not None:
+                collector._check_no_update(weight)
+                collector._arrive(name, sums)
 
         return take
 
     def _take_gradient(self, weight: Tensor) -> None:
         assert weight.grad is not None
+        self._check_no_update(weight)
+        if not self.layers:
+            return
+        check_alone()
+        self._arrive("G", weight.grad)
+        if not self._arrived:
+            return
+        if len(weight._post_accumulate_grad_hooks) > 1:  # type: ignore[attr-defined]
+            raise RuntimeError(
+                "weight has a post-accumulate-grad hook of its own, which would see the ordinary "
+                "gradient: under torch.compile sums may arrive after the gradient; run this layer "
+                "without torch.compile, or use the update after backward()"
+            )
+        torch.autograd.Variable._execution_engine.queue_callback(self._check_complete)
+
+    def _check_no_update(self, weight: Tensor) -> None:
         if getattr(weight.grad, "_ghl_update", False):
             raise RuntimeError(
                 "weight.grad already held an update when another backward reached it, and updates "
@@ -114,7 +154,15 @@ class RawSums:
                 "before every backward, or for gradient accumulation put the micro-batches into "
                 "one backward"
             )
-        self._arrive("G", weight.grad)
+
+    def _check_complete(self) -> None:
+        """At the end of a backward: a gradient without sums must not pass for an update."""
+        if self._arrived.pop("G", None) is not None:
+            raise RuntimeError(
+                "weight.grad holds an ordinary gradient, because no layer with a rule gave the "
+                "sums for an update: call backward() without inputs=, and use the weight through "
+                "its layer (or give the layer rule='bp')"
+            )
 
     def _arrive(self, name: str, sums: Tensor) -> None:
         """Sums of an earlier backward that never finished are dropped, not mixed in."""

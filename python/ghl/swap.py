@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -18,7 +19,7 @@ from ghl.layers import Conv2d, Linear, Plastic
 from ghl_kernels import Rule
 
 COUNTERPARTS: dict[type[nn.Module], type[Plastic]] = {nn.Conv2d: Conv2d, nn.Linear: Linear}
-BASES = {counterpart: base for base, counterpart in COUNTERPARTS.items()}
+BASES: dict[type[nn.Module], type[nn.Module]] = {c: base for base, c in COUNTERPARTS.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +44,7 @@ def swap(
     model: nn.Module,
     rule: Rule | str = "ghl",
     tau: float | Mapping[str, float] | None = None,
-    types: Sequence[type[nn.Module]] = (nn.Conv2d,),
+    types: type[nn.Module] | Sequence[type[nn.Module]] = (nn.Conv2d,),
     exclude: Sequence[str] = (),
 ) -> Report:
     """Train the layers of `model` that are of `types` by `rule`, in place.
@@ -51,47 +52,56 @@ def swap(
     tau: the temperature for all, or {layer name or pattern: tau}, the first that matches a name
     (patterns as in fnmatch); the rule's own where nothing is given or matches.
     types: nn.Conv2d, nn.Linear or both. Subclasses are left alone: they may compute differently.
-    exclude: names or patterns of layers to leave as they are.
+    exclude: names or patterns of layers to leave as they are, or of modules that hold them.
 
     Layers that already have a rule get the new one. Raises ValueError, before anything changes,
-    for a model with nothing to swap and for a name or pattern that matches no layer.
+    for a model with nothing to swap, for a name or pattern that matches nothing, and for layers
+    that share a weight under different rules.
     """
     rule = Rule.of(rule)
     types = check_types(types)
-    layers = {name: module for name, module in model.named_modules() if is_candidate(module, types)}
+    modules = dict(model.named_modules())
+    layers = {name: module for name, module in modules.items() if isinstance(module, types)}
     if not layers:
         names = " or ".join(t.__name__ for t in types)
         raise ValueError(f"model is {type(model).__name__} without a {names} layer to swap")
     exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
     taus = {"*": tau} if isinstance(tau, (int, float)) else dict(tau or {})
-    check_patterns("exclude", exclude, layers)
-    check_patterns("tau", taus, layers)
+    check_patterns("exclude", exclude, modules, "module")
+    check_patterns("tau", taus, layers, "layer")
 
     skipped = {n: why for n, m in layers.items() if (why := reason_to_skip(n, m, exclude))}
     swapped = {n: with_tau(rule, n, taus) for n in layers if n not in skipped}
     if not swapped:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
         raise ValueError(f"model is {type(model).__name__} with nothing to swap: {reasons}")
+    check_shared(modules, swapped)
+    for name in swapped:
+        if isinstance(layer := layers[name], Plastic):
+            layer._detach()  # or layers that share a weight would see each other's old rule
     for name, layer_rule in swapped.items():
         become_plastic(layers[name], layer_rule)
     return Report(swapped, skipped)
 
 
 def unswap(model: nn.Module) -> list[str]:
-    """Turn every ghl layer of `model` back into its torch.nn base, in place; returns their names."""
-    names = []
-    for name, module in model.named_modules():
-        if type(module) in BASES:
-            assert isinstance(module, Plastic)
-            module._detach()
-            for attribute in ("_rule", "_sums", "_summed"):
-                module.__dict__.pop(attribute, None)
-            module.__class__ = BASES[type(module)]
-            names.append(name)
-    return names
+    """Turn every ghl layer of `model` back into its torch.nn base, in place; returns names."""
+    plastic = {n: m for n, m in model.named_modules() if type(m) in BASES}
+    for module in plastic.values():
+        forget_rule(module)
+        module.__class__ = BASES[type(module)]
+    return list(plastic)
 
 
-def check_types(types: Sequence[type[nn.Module]]) -> tuple[type[nn.Module], ...]:
+def forget_rule(layer: Any) -> None:
+    layer._detach()
+    for attribute in ("_rule", "_sums", "_summed"):
+        layer.__dict__.pop(attribute, None)
+
+
+def check_types(
+    types: type[nn.Module] | Sequence[type[nn.Module]],
+) -> tuple[type[nn.Module], ...]:
     types = (types,) if isinstance(types, type) else tuple(types)
     for t in types:
         if t not in COUNTERPARTS:
@@ -101,30 +111,47 @@ def check_types(types: Sequence[type[nn.Module]]) -> tuple[type[nn.Module], ...]
     return types
 
 
-def is_candidate(module: nn.Module, types: tuple[type[nn.Module], ...]) -> bool:
-    return isinstance(module, types)
-
-
-def check_patterns(argument: str, patterns: Sequence[str] | Mapping, layers: Mapping) -> None:
+def check_patterns(
+    argument: str, patterns: Sequence[str] | Mapping, names: Mapping, kind: str
+) -> None:
     for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in layers):
-            nearest = difflib.get_close_matches(pattern, layers, n=1) or list(layers)[:1]
+        if not any(fnmatchcase(name, pattern) for name in names):
+            nearest = difflib.get_close_matches(pattern, names, n=1, cutoff=0.0)
             raise ValueError(
-                f"{argument} has {pattern!r}, which matches no layer; the nearest is {nearest[0]!r}"
+                f"{argument} has {pattern!r}, which matches no {kind}; "
+                f"the nearest is {nearest[0]!r}"
+            )
+
+
+def check_shared(modules: Mapping[str, nn.Module], swapped: Mapping[str, Rule]) -> None:
+    """Layers with one weight must agree on the rule, those of an earlier swap included."""
+    first: dict[int, tuple[str, Rule]] = {}
+    for name, module in modules.items():
+        rule = swapped.get(name) or (module.rule if isinstance(module, Plastic) else None)
+        weight = module._parameters.get("weight")
+        if rule is None or rule.gate == "gradient" or weight is None:
+            continue
+        other, other_rule = first.setdefault(id(weight), (name, rule))
+        if other_rule != rule:
+            raise ValueError(
+                f"{name!r} would have {rule}, but shares its weight with {other!r}, "
+                f"which has {other_rule}"
             )
 
 
 def reason_to_skip(name: str, module: nn.Module, exclude: Sequence[str]) -> str | None:
     """Why a layer is left as it is; None when it can be swapped."""
-    if any(fnmatchcase(name, pattern) for pattern in exclude):
+    parts = name.split(".")
+    holders = [".".join(parts[:n]) for n in range(1, len(parts) + 1)]
+    if any(fnmatchcase(holder, pattern) for holder in holders for pattern in exclude):
         return "excluded"
+    weight = module._parameters.get("weight")
+    if weight is not None and is_lazy(weight):
+        return "is not initialized yet"
     if type(module) not in COUNTERPARTS and type(module) not in BASES:
         return f"is a {type(module).__name__}, which may compute differently from its base"
-    weight = module._parameters.get("weight")
     if weight is None:
         return "its weight is not a Parameter"
-    if is_lazy(weight):
-        return "is not initialized yet"
     if not weight.requires_grad:
         return "its weight is frozen"
     return None
@@ -141,4 +168,4 @@ def become_plastic(module: nn.Module, rule: Rule) -> None:
     if type(module) in COUNTERPARTS:
         module.__class__ = COUNTERPARTS[type(module)]
     assert isinstance(module, Plastic)
-    module.rule = rule  # type: ignore[method-assign]
+    module._set_rule(rule)

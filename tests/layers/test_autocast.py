@@ -1,0 +1,112 @@
+"""Low precision: autocast, and models that are bfloat16 or float16 throughout."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import ghl
+from ghl_kernels import Rule
+
+from .oracle import assert_like_reference, assert_update, record
+
+
+def net(dtype=torch.float32):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(8 * 36, 5)
+    )
+    return model.to(dtype)
+
+
+def image(dtype=torch.float32):
+    return torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+def loss_of(model, x, dtype=torch.bfloat16, enabled=True):
+    with torch.autocast("cpu", dtype, enabled=enabled):
+        y = model(x)
+    return y.float().square().sum()
+
+
+def rounded_loss(model):
+    return loss_of(model, image())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("preset", ["ghl", "hebb"])
+def test_autocast(dtype, preset):
+    """float32 updates of low-precision x, y and g, with the weight as the forward rounded it."""
+    plain, rule = net(), Rule.preset(preset).replace(tau=0.5)
+
+    def run(model):
+        return loss_of(model, image(), dtype)
+
+    calls = record(plain, run)
+    model = copy.deepcopy(plain)
+    ghl.swap(model, rule, types=(nn.Conv2d, nn.Linear))
+    loss = run(model)
+    assert torch.equal(loss, run(plain))
+    loss.backward()
+    for name, (call,) in calls.items():
+        call.x = call.x.to(dtype)
+        assert call.y.dtype == dtype
+        weight = model.get_submodule(name).weight
+        assert weight.grad.dtype == torch.float32
+        assert_update(weight, [call], rule, used=weight.to(dtype), rounding=2e-6)
+
+
+def test_autocast_of_a_shared_layer():
+    """Two uses under autocast are summed in float32 before the merge."""
+    torch.manual_seed(2)
+    shared, x = nn.Linear(6, 6), torch.randn(7, 6)
+    plain = nn.Sequential(shared, nn.Tanh(), shared)
+    calls = record(plain, lambda m: loss_of(m, x))["0"]
+    for call in calls:
+        call.x = call.x.bfloat16()
+    model = copy.deepcopy(plain)
+    ghl.swap(model, types=nn.Linear)
+    loss_of(model, x).backward()
+    weight = model[0].weight
+    assert_update(weight, calls, Rule(), used=weight.bfloat16(), rounding=2e-6)
+
+
+def test_autocast_switched_between_steps():
+    """The weight is rounded in the steps under autocast and only in those."""
+    model, updates = net(), []
+    ghl.swap(model, types=(nn.Conv2d, nn.Linear))
+    for enabled in (False, True, False, True):
+        model.zero_grad()
+        loss_of(model, image(), enabled=enabled).backward()
+        updates.append([model[i].weight.grad for i in (0, 3)])
+    for layer in range(2):
+        assert torch.equal(updates[0][layer], updates[2][layer])
+        assert torch.equal(updates[1][layer], updates[3][layer])
+        assert not torch.equal(updates[0][layer], updates[1][layer])
+
+
+def test_backward_inside_autocast():
+    """Calling backward() inside the region changes nothing."""
+    model, updates = net(), []
+    ghl.swap(model, types=(nn.Conv2d, nn.Linear))
+    for inside in (False, True):
+        model.zero_grad()
+        loss = rounded_loss(model)
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            loss.backward()
+        updates.append([p.grad for p in model.parameters()])
+    for a, b in zip(*updates, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("preset", ["ghl", "hebb", "sign", "bp"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_models_of_one_dtype(dtype, preset):
+    """The update has the weight's dtype; sums are wider than it, their rounding is not."""
+
+    def run(model):
+        return model(image(dtype)).float().square().mean()
+
+    model = assert_like_reference(net(dtype), run, preset)
+    assert model[0].weight.grad.dtype == dtype

@@ -1,0 +1,227 @@
+"""One update per backward: when it is made, who sees it, and what is refused."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import ghl
+
+
+def model_and_input():
+    torch.manual_seed(0)
+    model = nn.Sequential(ghl.Linear(5, 6), nn.Tanh(), ghl.Linear(6, 4))
+    return model, torch.randn(7, 5)
+
+
+def loss_of(model, x):
+    return model(x).square().sum()
+
+
+def updates(model):
+    return [model[i].weight.grad for i in (0, 2)]
+
+
+def fresh_updates(model, x):
+    """The updates of one backward, with nothing before it."""
+    model.zero_grad()
+    loss_of(model, x).backward()
+    given = [u.clone() for u in updates(model)]
+    model.zero_grad()
+    return given
+
+
+def assert_all_equal(given, expected):
+    for a, b in zip(given, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_second_backward_before_zero_grad_is_an_error():
+    """Updates must not be added; after zero_grad all is as in the first backward."""
+    model, x = model_and_input()
+    expected = fresh_updates(model, x)
+    loss_of(model, x).backward()
+    with pytest.raises(RuntimeError, match=r"already held an update.*zero_grad"):
+        loss_of(model, x).backward()
+    model.zero_grad()
+    loss_of(model, x).backward()
+    assert_all_equal(updates(model), expected)
+
+
+def test_zero_grad_that_keeps_the_tensors_is_an_error():
+    """Zeros in place of an update cannot be told from one; the message says what to do."""
+    model, x = model_and_input()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    loss_of(model, x).backward()
+    optimizer.zero_grad(set_to_none=False)
+    with pytest.raises(RuntimeError, match="set_to_none=True"):
+        loss_of(model, x).backward()
+
+
+def test_gradient_set_before_the_first_backward():
+    """What a user put into weight.grad is part of the ordinary gradient, as always."""
+    torch.manual_seed(1)
+    layer, x = ghl.Linear(5, 4, rule="sign"), torch.randn(7, 5)
+    layer.weight.grad = torch.full_like(layer.weight, -1e6)
+    layer(x).square().sum().backward()
+    assert layer.weight.grad.eq(-1).all()
+
+
+def test_retained_graph():
+    """The same graph twice gives the same update twice."""
+    model, x = model_and_input()
+    loss = loss_of(model, x)
+    loss.backward(retain_graph=True)
+    first = [u.clone() for u in updates(model)]
+    model.zero_grad()
+    loss.backward()
+    assert_all_equal(updates(model), first)
+
+
+def test_sums_of_a_backward_that_raised_are_dropped():
+    """A hook that throws midway leaves sums behind; the next step must not have them."""
+    model, x = model_and_input()
+    expected = fresh_updates(model, x)
+    failing = [True]
+
+    def throw(gradient):
+        if failing[0]:
+            raise KeyError("thrown midway")
+
+    def run():
+        hidden = model[0](x)
+        hidden.register_hook(throw)
+        return model[2](model[1](hidden)).square().sum()
+
+    with pytest.raises(KeyError, match="midway"):
+        run().backward()
+    failing[0] = False
+    model.zero_grad()
+    run().backward()
+    assert_all_equal(updates(model), expected)
+
+
+def test_sums_without_a_gradient_are_dropped():
+    """A use whose weight gradient never came (its hook threw) does not add to the next."""
+    torch.manual_seed(2)
+    layer, x = ghl.Linear(5, 4), torch.randn(7, 5)
+    layer(x).square().sum().backward()
+    expected, layer.weight.grad = layer.weight.grad, None
+
+    def throw(gradient):
+        raise KeyError("thrown between the sums")
+
+    handle = layer.weight.register_hook(throw)
+    with pytest.raises(KeyError):
+        layer(10 * torch.randn(7, 5)).square().sum().backward()
+    handle.remove()
+    layer(x).square().sum().backward()
+    assert torch.equal(layer.weight.grad, expected)
+
+
+@pytest.mark.parametrize("inputs", ["weight", "parameters"])
+def test_backward_of_chosen_inputs_is_an_error(inputs):
+    """backward(inputs=) skips the sums; the ordinary gradient must not pass for an update."""
+    model, x = model_and_input()
+    chosen = [model[0].weight] if inputs == "weight" else list(model.parameters())
+    with pytest.raises(RuntimeError, match=r"call backward\(\) without inputs="):
+        loss_of(model, x).backward(inputs=chosen)
+    expected = fresh_updates(model, x)
+    loss_of(model, x).backward()
+    assert_all_equal(updates(model), expected)
+
+
+def test_weight_used_without_its_layer_is_an_error():
+    """A gradient that no layer's backward accompanied has no update."""
+    torch.manual_seed(3)
+    layer, x = ghl.Linear(5, 4), torch.randn(7, 5)
+    with pytest.raises(RuntimeError, match="use the weight through its layer"):
+        F.linear(x, layer.weight).square().sum().backward()
+
+
+def test_penalty_on_the_weight_joins_its_gradient():
+    """A loss term of the weight itself is part of the gradient that gates."""
+    torch.manual_seed(4)
+    layer, x = ghl.Linear(5, 4, rule="sign"), torch.randn(7, 5)
+    (layer(x).square().sum() + 1e6 * layer.weight.sum()).backward()
+    assert layer.weight.grad.eq(1).all()
+
+
+def test_weight_that_is_not_a_leaf_is_an_error():
+    """Parametrizations and functional_call have no place where an update could go."""
+    torch.manual_seed(5)
+    layer, x = ghl.Linear(5, 4), torch.randn(7, 5)
+    doubled = {"weight": layer.weight * 2, "bias": layer.bias}
+    with pytest.raises(RuntimeError, match=r"must be a leaf.*rule='bp'"):
+        torch.func.functional_call(layer, doubled, (x,))
+    nn.utils.parametrizations.weight_norm(layer)
+    with pytest.raises(RuntimeError, match=r"weight of ParametrizedLinear .* must be a leaf"):
+        layer(x)
+    with torch.no_grad():
+        layer(x)
+    layer.double().load_state_dict(layer.state_dict())
+    layer.rule = "bp"
+    layer(x.double()).sum().backward()
+
+
+def test_functional_call_with_leaves():
+    """Leaves in place of the parameters get the update; the parameters do so afterwards."""
+    torch.manual_seed(6)
+    layer, x = ghl.Linear(5, 4), torch.randn(7, 5)
+    leaves = {k: p.detach().clone().requires_grad_() for k, p in layer.named_parameters()}
+    torch.func.functional_call(layer, leaves, (x,)).square().sum().backward()
+    assert layer.weight.grad is None
+    layer(x).square().sum().backward()
+    assert torch.equal(layer.weight.grad, leaves["weight"].grad)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("first", [True, False])
+def test_users_hook_on_the_weight_sees_the_update(when, first):
+    """In a first layer (no ∂L/∂x) and behind others, whether registered before ours or after."""
+    torch.manual_seed(7)
+    plain, seen = nn.Conv2d(3, 4, 3), []
+
+    def watch(weight):
+        seen.append(weight.grad)
+
+    if when == "before":
+        plain.weight.register_post_accumulate_grad_hook(watch)
+    model = nn.Sequential(plain)
+    ghl.swap(model)
+    if when == "after":
+        plain.weight.register_post_accumulate_grad_hook(watch)
+    model.to(memory_format=torch.channels_last)
+    model(torch.randn(2, 3, 6, 6, requires_grad=not first)).square().sum().backward()
+    assert len(seen) == 1
+    assert seen[0] is plain.weight.grad
+    assert seen[0].abs().max() == 1
+
+
+def test_optimizer_inside_backward():
+    """The recipe of PyTorch's tutorial: step and free every gradient as it comes."""
+    model, x = model_and_input()
+    weights = [model[i].weight for i in (0, 2)]
+    optimizers = {p: torch.optim.SGD([p], lr=0.1) for p in model.parameters()}
+    expected = []
+    for _ in range(2):
+        expected.append(
+            [w.add(u, alpha=-0.1) for w, u in zip(weights, fresh_updates(model, x), strict=True)]
+        )
+        loss_of(model, x).backward()
+        for optimizer in optimizers.values():
+            optimizer.step()
+
+    def step(parameter):
+        optimizers[parameter].step()
+        optimizers[parameter].zero_grad()
+
+    model, x = model_and_input()
+    weights = [model[i].weight for i in (0, 2)]
+    optimizers = {p: torch.optim.SGD([p], lr=0.1) for p in model.parameters()}
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(step)
+    for after in expected:
+        loss_of(model, x).backward()
+        assert updates(model) == [None, None]
+        assert_all_equal(weights, after)

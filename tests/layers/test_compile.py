@@ -1,0 +1,174 @@
+"""torch.compile without graph breaks: the updates of eager mode, traced once."""
+
+import copy
+
+import pytest
+import torch
+import torch._dynamo
+import torchvision
+from functorch.compile import make_boxed_func
+from torch import nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._inductor.utils import run_and_get_code
+
+import ghl
+
+BOTH = (nn.Conv2d, nn.Linear)
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def small_net():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(4 * 36, 5)
+    )
+    ghl.swap(model, types=BOTH)
+    return model
+
+
+def shared_net():
+    torch.manual_seed(1)
+    layer = ghl.Conv2d(4, 4, 3, padding="same")
+    return nn.Sequential(layer, nn.Tanh(), layer, nn.ReLU(inplace=True))
+
+
+def resnet():
+    torch.manual_seed(2)
+    model = torchvision.models.resnet18(num_classes=5).eval()
+    ghl.swap(model)
+    return model
+
+
+INPUTS = {small_net: (2, 3, 8, 8), shared_net: (2, 4, 6, 6), resnet: (1, 3, 32, 32)}
+
+
+def gradients(run, model, x):
+    model.zero_grad()
+    run(x).square().sum().backward()
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+def assert_compiled_like_eager(model, x, backend, rounding=1e-4):
+    """Two steps, the second without a new compilation, have the gradients of eager mode."""
+    compiled = torch.compile(copy.deepcopy(model), backend=backend, fullgraph=True)
+    for seed in range(2):
+        torch.manual_seed(seed)
+        x = torch.randn_like(x)
+        with torch._dynamo.config.patch(error_on_recompile=seed > 0):
+            given = gradients(compiled, compiled._orig_mod, x)
+        for name, expected in gradients(model, model, x).items():
+            wrong = (given[name] - expected).abs() > rounding * expected.abs().amax()
+            assert wrong.double().mean() < 1e-3, name  # the sign of a G that is all rounding
+            assert given[name].stride() == expected.stride()
+
+
+@pytest.mark.parametrize("make", INPUTS)
+def test_aot_eager(make):
+    """Traced forward and backward, run by PyTorch's own operators."""
+    assert_compiled_like_eager(make(), torch.zeros(INPUTS[make]), "aot_eager")
+
+
+@pytest.mark.parametrize("make", [small_net, shared_net])
+def test_inductor(make):
+    """Generated code around our operators."""
+    assert_compiled_like_eager(make(), torch.zeros(INPUTS[make]), "inductor")
+
+
+@pytest.mark.parametrize("preset", ["hebb", "sign", "bp"])
+def test_presets(preset):
+    """Other gates, traced anew when the rule of a layer changes."""
+    model, x = small_net(), torch.zeros(INPUTS[small_net])
+    ghl.swap(model, preset, types=BOTH)
+    assert_compiled_like_eager(model, x, "aot_eager")
+
+
+def test_output_is_saved_without_a_copy():
+    """The copy of y in the traced graph, there for operations in place, is gone from the code."""
+    model, x = small_net(), torch.zeros(INPUTS[small_net])
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph.code)
+        return make_boxed_func(graph.forward)
+
+    traced = torch.compile(model, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep))
+    traced(x).sum().backward()
+    assert graphs[0].count("aten.clone") == 2
+    assert "aten.clone" not in graphs[1]
+
+    torch._dynamo.reset()
+    model.zero_grad()
+    compiled = torch.compile(model, fullgraph=True)
+    _, (forward, _) = run_and_get_code(lambda: compiled(x).sum().backward())
+    returned = forward[forward.index("def call") :].split("return (")[1].split(")\n")[0]
+    convolution = forward.split(" = extern_kernels.convolution(")[0].split()[-1]
+    linear = forward.split("out=")[1].split(")")[0]
+    assert convolution in returned.split(", ")
+    assert returned.count(f"{linear},") == 2
+
+
+def test_autocast():
+    """Under autocast in the caller, as in eager mode."""
+    model, x = small_net(), torch.randn(INPUTS[small_net])
+    compiled = torch.compile(copy.deepcopy(model), backend="aot_eager", fullgraph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        given = gradients(compiled, compiled._orig_mod, x)
+        expected = gradients(model, model, x)
+    for name in expected:
+        torch.testing.assert_close(given[name], expected[name], atol=1e-2, rtol=1e-2)
+
+
+def test_another_batch_size():
+    """A second size makes the batch symbolic, a third needs nothing new."""
+    model = small_net()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for size in (2, 3, 5):
+        x = torch.randn(size, 3, 8, 8)
+        with torch._dynamo.config.patch(error_on_recompile=size == 5):
+            given = gradients(compiled, model, x)
+        for name, expected in gradients(model, model, x).items():
+            torch.testing.assert_close(given[name], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_after_a_state_was_assigned():
+    """New Parameters are taken up when they are loaded, not inside the traced forward."""
+    model, x = small_net(), torch.randn(INPUTS[small_net])
+    model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    given = gradients(compiled, model, x)
+    for name, expected in gradients(model, model, x).items():
+        torch.testing.assert_close(given[name], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_no_grad():
+    """Without gradients the traced model is the plain one."""
+    model, x = small_net(), torch.randn(INPUTS[small_net])
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        assert torch.equal(compiled(x), model(x))
+
+
+def test_hook_on_a_compiled_weight_is_an_error_or_sees_the_update():
+    """In one traced graph gradients come in no set order; an ordinary one is never passed on."""
+    model, x, seen = small_net(), torch.randn(INPUTS[small_net]), []
+    for i in (0, 3):
+        model[i].weight.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad))
+    with pytest.raises(RuntimeError, match="post-accumulate-grad hook of its own"):
+        gradients(torch.compile(model, backend="aot_eager"), model, x)
+    assert all(update.abs().max() == 1 for update in seen)
+
+
+def test_output_overwritten_outside_the_graph():
+    """The copy of an output that inductor drops is missed by an error, not by a wrong update."""
+    torch.manual_seed(3)
+    layer, x = ghl.Linear(5, 4), torch.randn(3, 5)
+    y = torch.compile(layer, fullgraph=True)(x)
+    y.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
