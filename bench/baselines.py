@@ -12,6 +12,9 @@ from torch import Tensor, nn
 
 
 def weight_gradient(x: Tensor, g: Tensor, w: Tensor, padding: int) -> Tensor:
+    """gᵀx: a matrix product for a linear layer, the library's weight gradient for a convolution."""
+    if x.shape[2:] == w.shape[2:] == (1, 1):
+        return (g.flatten(1).T @ x.flatten(1)).view_as(w)
     return torch.ops.aten.convolution_backward(
         g, x, w, None, [1, 1], [padding] * 2, [1, 1], False, [0, 0], 1, [False, True, False]
     )[1]

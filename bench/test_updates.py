@@ -19,11 +19,12 @@ ROUNDS = 9
 
 
 def assert_is_the_update(update: torch.Tensor, expected: reference.Update) -> None:
-    """Magnitudes everywhere; signs where rounding cannot have decided them."""
-    magnitude = expected.update.abs()
-    torch.testing.assert_close(update.double().abs(), magnitude, rtol=2e-3, atol=2e-5)
-    certain = (expected.G.abs() > 1e-4 * expected.G.abs().amax()) & (magnitude > 2e-5)
-    assert torch.equal(update.sign()[certain], expected.update.sign()[certain].float())
+    """The values where rounding cannot have decided sign(G), which may even be 0; else |H|."""
+    certain = expected.G.abs() > 1e-4 * expected.G.abs().amax()
+    assert certain.double().mean() > 0.99
+    exact = expected.update
+    torch.testing.assert_close(update.double()[certain], exact[certain], rtol=2e-3, atol=2e-5)
+    assert (update.abs()[~certain] <= exact.abs()[~certain] * 1.002 + 2e-5).all()
 
 
 @pytest.fixture(scope="module", params=CASES)

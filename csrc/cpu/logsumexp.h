@@ -37,7 +37,7 @@ class LogsumexpKernel {
     const RowStatistics<T> of = from_row(statistics_, task * kTileRows);
     const T tau = static_cast<T>(p_.tau);
     gather<In>(p_.y, 0, neurons_, row0, rows, y);
-    row_statistics(y, neurons_, rows, tau, of);
+    row_statistics(y, neurons_, rows, inverse<T>(p_.tau), of);
     for (int64_t m = 0; m < rows; ++m) {
       const T maximum = of.maximum[m];
       static_cast<T*>(p_.lse)[row0 + m] =

@@ -12,18 +12,20 @@ namespace ghl::cpu {
 namespace {
 
 constexpr int kMicroNeurons = GHL_VECTOR_BYTES == 64 ? 12 : 6;
+// The sums of a microtile are asked for a vector at a time, this many rows apart: all at once they
+// would hold up the loads that the next rows need.
+constexpr int64_t kPrefetchRows = 8;
 
+// `sums` is the microtile's own (neurons, columns) block, with nothing between its rows.
 template <class T, int Neurons, int Vectors>
-void multiply(int64_t rows, const T* signal, const T* panel, T* out, int64_t out_stride,
-              int64_t neurons, int64_t columns) {
-  using V = Vector<T>;
+void multiply(int64_t rows, const T* signal, const T* panel, T* sums, int64_t neurons,
+              int64_t columns) {
   using V = Vector<T>;
   constexpr int64_t lanes = kLanes<T>, width = Vectors * lanes;
-  // The sums are far away when the weight is large; ask for them before they are needed.
-  for (int k = 0; k < minimum(Neurons, neurons); ++k)
-    for (int v = 0; v < Vectors; ++v) __builtin_prefetch(out + k * out_stride + v * lanes, 1);
-  V sums[Neurons][Vectors] = {};
+  V products[Neurons][Vectors] = {};
   for (int64_t m = 0; m < rows; ++m) {
+    if (m % kPrefetchRows == 0 && m < kPrefetchRows * Neurons * Vectors)
+      __builtin_prefetch(sums + m / kPrefetchRows * lanes, 1);
     V x[Vectors];
 #pragma GCC unroll 2
     for (int v = 0; v < Vectors; ++v) x[v] = load(panel + m * width + v * lanes);
@@ -31,44 +33,37 @@ void multiply(int64_t rows, const T* signal, const T* panel, T* out, int64_t out
     for (int k = 0; k < Neurons; ++k) {
       const V s = broadcast(signal[k * kNeuronStride + m]);
 #pragma GCC unroll 2
-      for (int v = 0; v < Vectors; ++v) sums[k][v] += s * x[v];
+      for (int v = 0; v < Vectors; ++v) products[k][v] += s * x[v];
     }
   }
-  if (neurons >= Neurons && columns >= width) {
-    for (int k = 0; k < Neurons; ++k)
-      for (int v = 0; v < Vectors; ++v) {
-        T* to = out + k * out_stride + v * lanes;
-        store(to, load(to) + sums[k][v]);
-      }
-    return;
-  }
-  for (int k = 0; k < minimum(Neurons, neurons); ++k) {
-    T row[width];
-    for (int v = 0; v < Vectors; ++v) store(row + v * lanes, sums[k][v]);
-    for (int64_t c = 0; c < minimum(width, columns); ++c) out[k * out_stride + c] += row[c];
+  for (int k = 0; k < minimum(Neurons, neurons); ++k, sums += columns) {
+    if (columns == width) {
+      for (int v = 0; v < Vectors; ++v)
+        store(sums + v * lanes, load(sums + v * lanes) + products[k][v]);
+    } else {
+      T row[width];
+      for (int v = 0; v < Vectors; ++v) store(row + v * lanes, products[k][v]);
+      for (int64_t c = 0; c < columns; ++c) sums[c] += row[c];
+    }
   }
 }
 
 template <class T, int Neurons>
-inline void multiply_panel(int64_t rows, const T* signal, const T* panel, T* out,
-                           int64_t out_stride, int64_t neurons, int64_t columns) {
+inline void multiply_panel(int64_t rows, const T* signal, const T* panel, T* sums, int64_t neurons,
+                           int64_t columns) {
   const auto kernel = columns <= kLanes<T> ? multiply<T, Neurons, 1> : multiply<T, Neurons, 2>;
-  kernel(rows, signal, panel, out, out_stride, neurons, columns);
+  kernel(rows, signal, panel, sums, neurons, columns);
 }
 
-// Any number of neurons against one panel: whole microtiles, then the smallest that holds the rest.
+// By the smallest microtile that holds the neurons.
 template <class T>
-void multiply_neurons(int64_t rows, const T* signal, int64_t neurons, const T* panel, T* out,
-                      int64_t out_stride, int64_t columns) {
+inline void multiply_microtile(int64_t rows, const T* signal, const T* panel, T* sums,
+                               int64_t neurons, int64_t columns) {
   constexpr int third = kMicroNeurons / 3;
-  for (int64_t k = 0; k < neurons; k += kMicroNeurons) {
-    const int64_t rest = neurons - k;
-    const auto kernel = rest > 2 * third ? multiply_panel<T, kMicroNeurons>
-                        : rest > third   ? multiply_panel<T, 2 * third>
-                                         : multiply_panel<T, third>;
-    kernel(rows, signal + k * kNeuronStride, panel, out + k * out_stride, out_stride, rest,
-           columns);
-  }
+  const auto kernel = neurons > 2 * third ? multiply_panel<T, kMicroNeurons>
+                      : neurons > third   ? multiply_panel<T, 2 * third>
+                                          : multiply_panel<T, third>;
+  kernel(rows, signal, panel, sums, neurons, columns);
 }
 
 }  // namespace

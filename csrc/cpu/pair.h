@@ -17,6 +17,7 @@ namespace {
 constexpr int64_t kMostSumBytes = 16 << 20;
 constexpr int64_t kAlignment = 64;
 constexpr int64_t kMostTasks = 256;
+constexpr int64_t kStripNeurons = 32 * kMicroNeurons;
 
 // Hands out aligned pieces of one block; with no block it only counts the bytes.
 class Arena {
@@ -89,7 +90,7 @@ class PairKernel {
       t.panels = arena_.take<T>(most_groups() * group_panel_elements<T>(geometry_.columns));
       t.u = arena_.take<T>(signal_tile_elements(neurons_));  // statistics need all neurons
       t.g = arena_.take<T>(signal_tile_elements(split_.neurons));
-      t.row = arena_.take<T>(geometry_.columns);
+      t.block = arena_.take<T>(kMicroNeurons * geometry_.columns);
     }
     statistics_ = take_statistics<T>(arena_, split_.by_neurons ? rows_ : split_.tasks * kTileRows);
   }
@@ -105,11 +106,7 @@ class PairKernel {
       });
     }
     threads.run(split_.tasks, [&](int64_t task) { sum_task(task); });
-    const int64_t share = divide_up(neurons_, split_.tasks);
-    threads.run(split_.tasks, [&](int64_t task) {
-      for (int64_t k = task * share; k < minimum((task + 1) * share, neurons_); ++k)
-        finish_neuron(k, tasks_[task].row);
-    });
+    threads.run(split_.tasks, [&](int64_t task) { finish(task); });
     static_cast<T*>(p_.totals)[neurons_] = static_cast<T>(rows_);
   }
 
@@ -117,7 +114,7 @@ class PairKernel {
   struct Task {
     T *G, *H0;
     double* totals;
-    T *image, *panels, *u, *g, *row;
+    T *image, *panels, *u, *g, *block;
   };
 
   struct Product {
@@ -132,7 +129,7 @@ class PairKernel {
     const int64_t rows = minimum(kTileRows, rows_ - row0);
     T* y = tasks_[task].u;
     gather<In>(p_.y, 0, neurons_, row0, rows, y);
-    row_statistics(y, neurons_, rows, static_cast<T>(p_.tau), out);
+    row_statistics(y, neurons_, rows, inverse<T>(p_.tau), out);
     if (p_.competition != Competition::softmax) find_winners(y, neurons_, rows, out);
   }
 
@@ -169,46 +166,85 @@ class PairKernel {
     } else {
       compute_statistics(index, row0, statistics);
     }
-    compete(task.u, k0, k1 - k0, rows, p_.competition, static_cast<T>(p_.tau), statistics);
+    compete(task.u, k0, k1 - k0, rows, p_.competition, inverse<T>(p_.tau), statistics);
     add_totals(task.u, k1 - k0, rows, task.totals + k0);
     gather<In>(p_.g, k0, k1, row0, rows, task.g);
 
     const Product products[] = {{task.g, task.G}, {task.u, task.H0}};
     const int64_t group0 = k0 / group_neurons_, group1 = divide_up(k1, group_neurons_);
     patches.pack(row0, rows, group0, group1);
-    for (int64_t group = group0; group < group1; ++group) {
-      const int64_t first = k0 > group * group_neurons_ ? k0 : group * group_neurons_;
-      const int64_t last = minimum(k1, (group + 1) * group_neurons_);
-      for (int64_t column = 0; column < geometry_.columns; column += kPanel<T>) {
-        const T* panel = patches.panel(group - group0, column);
-        const int64_t at = first * geometry_.columns + column;
-        const int64_t rest = geometry_.columns - column;
+    for_each_strip(k0, k1, [&](int64_t first, int64_t last) {
+      const int64_t group = first / group_neurons_ - group0;
+      for (int64_t column = 0; column < geometry_.columns; column += kPanel<T>)
         for (const Product& p : products)
-          multiply_neurons(rows, p.signal + (first - k0) * kNeuronStride, last - first, panel,
-                           p.sums + at, geometry_.columns, rest);
-      }
+          sum_panel(p, k0, first, last, rows, patches.panel(group, column), column);
+    });
+  }
+
+  // Neurons of one group, few enough that a tile of their signals stays in the second cache level.
+  template <class F>
+  void for_each_strip(int64_t k0, int64_t k1, const F& f) const {
+    for (int64_t first = k0; first < k1;) {
+      const int64_t group_end = (first / group_neurons_ + 1) * group_neurons_;
+      const int64_t last = minimum(minimum(k1, group_end), first + kStripNeurons);
+      f(first, last);
+      first = last;
     }
   }
 
-  // Adds the tasks' sums in their order and brings the row from (kh, kw, channels) to the weight's.
-  void finish_neuron(int64_t k, T* row) {
-    double total = 0;
-    for (int64_t task = 0; task < split_.tasks; ++task)
-      if (!split_.by_neurons || k / split_.neurons == task) total += tasks_[task].totals[k];
-    static_cast<T*>(p_.totals)[k] = static_cast<T>(total);
+  void sum_panel(const Product& p, int64_t k0, int64_t first, int64_t last, int64_t rows,
+                 const T* panel, int64_t column) {
+    const int64_t columns = minimum(kPanel<T>, geometry_.columns - column);
+    for (int64_t k = first; k < last; k += kMicroNeurons) {
+      const int64_t neurons = minimum(kMicroNeurons, last - k);
+      T* sums = p.sums + k * geometry_.columns + neurons * column;
+      multiply_microtile(rows, p.signal + (k - k0) * kNeuronStride, panel, sums, neurons, columns);
+    }
+  }
 
-    const int64_t at = k * geometry_.columns;
+  // While they are being summed, a microtile's sums lie panel by panel: (panels, neurons, columns)
+  // in the memory of its rows. Adds the tasks' sums in their order and makes rows of them.
+  void finish(int64_t index) {
+    const int64_t k0 = split_.by_neurons ? index * split_.neurons : 0;
+    const int64_t k1 = minimum(k0 + split_.neurons, neurons_);
+    int64_t microtile = 0;
+    for_each_strip(k0, k1, [&](int64_t first, int64_t last) {
+      for (int64_t k = first; k < last; k += kMicroNeurons, ++microtile)
+        if (split_.by_neurons || microtile % split_.tasks == index)
+          finish_microtile(k, minimum(kMicroNeurons, last - k), index);
+    });
+  }
+
+  void finish_microtile(int64_t k0, int64_t neurons, int64_t index) {
+    const int64_t first = split_.by_neurons ? index : 0;
+    const int64_t last = split_.by_neurons ? index : split_.tasks - 1;
+    for (int64_t k = k0; k < k0 + neurons; ++k) {
+      double total = 0;
+      for (int64_t task = first; task <= last; ++task) total += tasks_[task].totals[k];
+      static_cast<T*>(p_.totals)[k] = static_cast<T>(total);
+    }
+    const int64_t at = k0 * geometry_.columns, count = neurons * geometry_.columns;
+    T* block = tasks_[index].block;
     T* Task::* const both[] = {&Task::G, &Task::H0};
     for (T* Task::* sums : both) {
-      T* out = tasks_[0].*sums + at;
-      for (int64_t task = 1; task < split_.tasks && !split_.by_neurons; ++task)
-        for (int64_t c = 0; c < geometry_.columns; ++c) out[c] += (tasks_[task].*sums)[at + c];
-      const int64_t taps = p_.kernel_size[0] * p_.kernel_size[1];
-      if (p_.channels_last || taps == 1) continue;
-      __builtin_memcpy(row, out, geometry_.columns * sizeof(T));
-      for (int64_t c = 0; c < geometry_.group_channels; ++c)
-        for (int64_t t = 0; t < taps; ++t)
-          out[c * taps + t] = row[t * geometry_.group_channels + c];
+      T* out = tasks_[first].*sums + at;
+      __builtin_memcpy(block, out, count * sizeof(T));
+      for (int64_t task = first + 1; task <= last; ++task)
+        for (int64_t i = 0; i < count; ++i) block[i] += (tasks_[task].*sums)[at + i];
+      for (int64_t column = 0; column < geometry_.columns; column += kPanel<T>)
+        scatter_panel(block + neurons * column, neurons, column, out);
+    }
+  }
+
+  // One panel of a microtile to its place in the rows, in the weight's order.
+  void scatter_panel(const T* panel, int64_t neurons, int64_t column, T* rows) const {
+    const int64_t columns = minimum(kPanel<T>, geometry_.columns - column);
+    const int64_t taps = p_.channels_last ? 1 : p_.kernel_size[0] * p_.kernel_size[1];
+    const int64_t channels = geometry_.columns / taps;
+    for (int64_t c = 0; c < columns; ++c) {
+      const int64_t to = (column + c) % channels * taps + (column + c) / channels;
+      for (int64_t k = 0; k < neurons; ++k)
+        rows[k * geometry_.columns + to] = panel[k * columns + c];
     }
   }
 

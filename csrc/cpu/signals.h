@@ -6,6 +6,8 @@
 // the neurons can be computed alone and u never exists beyond one tile.
 #pragma once
 
+#include <limits>
+
 #include "kernels.h"
 #include "simd.h"
 #include "transpose.h"
@@ -69,6 +71,13 @@ void gather(const Activation& a, int64_t k0, int64_t k1, int64_t row0, int64_t r
   }
 }
 
+// 1 / tau, finite: a tau too small for T makes the largest y win, not NaN.
+template <class T>
+T inverse(double tau) {
+  constexpr double largest = std::numeric_limits<T>::max();
+  return static_cast<T>(1 / tau < largest ? 1 / tau : largest);
+}
+
 // Of each row: the largest y, and the sum over neurons of exp((y - maximum) / tau).
 // A NaN in the row makes both NaN. `winner` is the first neuron at the maximum.
 template <class T>
@@ -79,13 +88,14 @@ struct RowStatistics {
 };
 
 template <class T>
-void row_statistics(const T* y, int64_t neurons, int64_t rows, T tau, RowStatistics<T> out) {
+void row_statistics(const T* y, int64_t neurons, int64_t rows, T inverse_tau,
+                    RowStatistics<T> out) {
   for (int64_t m = 0; m < rows; m += kLanes<T>) {
     Vector<T> maximum = load(y + m), sum{};
     for (int64_t k = 1; k < neurons; ++k)
       maximum = larger_of_lanes<T>(maximum, load(y + k * kNeuronStride + m));
     for (int64_t k = 0; k < neurons; ++k)
-      sum += exp_nonpositive((load(y + k * kNeuronStride + m) - maximum) / tau);
+      sum += exp_nonpositive((load(y + k * kNeuronStride + m) - maximum) * inverse_tau);
     store(out.maximum + m, maximum);
     store(out.sum + m, sum);
   }
@@ -102,15 +112,17 @@ void find_winners(const T* y, int64_t neurons, int64_t rows, RowStatistics<T> ou
 
 // y becomes u in place. The tile holds the neurons from k0 on.
 template <class T>
-void compete(T* y, int64_t k0, int64_t neurons, int64_t rows, Competition competition, T tau,
-             RowStatistics<T> of) {
+void compete(T* y, int64_t k0, int64_t neurons, int64_t rows, Competition competition,
+             T inverse_tau, RowStatistics<T> of) {
   if (competition == Competition::linear) return;
   const bool hard = competition == Competition::hard;
+  T share[kNeuronStride];
+  for (int64_t m = 0; m < rows; m += kLanes<T>) store(share + m, 1 / load(of.sum + m));
   for (int64_t k = 0; k < neurons; ++k) {
     T* row = y + k * kNeuronStride;
     for (int64_t m = 0; m < rows && !hard; m += kLanes<T>) {
-      const Vector<T> e = exp_nonpositive((load(row + m) - load(of.maximum + m)) / tau);
-      store(row + m, e / load(of.sum + m));
+      const Vector<T> below = load(row + m) - load(of.maximum + m);
+      store(row + m, exp_nonpositive(below * inverse_tau) * load(share + m));
     }
     for (int64_t m = 0; m < rows && competition != Competition::softmax; ++m) {
       const T lost = of.maximum[m] != of.maximum[m] ? of.maximum[m] : T(0);
