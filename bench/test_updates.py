@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import timeit
 from typing import Any
 
 import pytest
@@ -27,6 +28,13 @@ def assert_is_the_update(update: torch.Tensor, expected: reference.Update) -> No
     assert (update.abs()[~certain] <= exact.abs()[~certain] * 1.002 + 2e-5).all()
 
 
+@pytest.fixture(scope="module")
+def matmul_rate() -> float:
+    """FLOP/s of the library's float32 matrix product here and now: no update can be faster."""
+    a, b = torch.randn(2, 2048, 2048)
+    return 2 * 2048**3 / min(timeit.repeat(lambda: a @ b, number=1, repeat=ROUNDS))
+
+
 @pytest.fixture(scope="module", params=CASES)
 def layer(request: pytest.FixtureRequest) -> Any:
     case = CASES[request.param]
@@ -38,7 +46,7 @@ def layer(request: pytest.FixtureRequest) -> Any:
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
-def test_update(benchmark: Any, layer: Any, name: str) -> None:
+def test_update(benchmark: Any, layer: Any, name: str, matmul_rate: float) -> None:
     case, tensors, expected = layer
     update = IMPLEMENTATIONS[name]
     assert_is_the_update(update(case, *tensors), expected)
@@ -48,6 +56,7 @@ def test_update(benchmark: Any, layer: Any, name: str) -> None:
         implementation=name,
         flops=case.flops,
         bytes=case.bytes,
+        floor_ms=case.flops / matmul_rate * 1e3,
         peak_transient_bytes=in_fresh_process(case.name, name),
     )
     benchmark.pedantic(update, (case, *tensors), rounds=ROUNDS, warmup_rounds=1)
