@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
 from collections.abc import Collection
 
 CHOICES = {
@@ -55,7 +54,7 @@ class Rule:
             check_choice(argument, getattr(self, argument), choices)
         if isinstance(self.tau, bool) or not isinstance(self.tau, (int, float)):
             raise TypeError(f"tau is {self.tau!r}, must be a number")
-        if not (math.isfinite(self.tau) and self.tau > 0):
+        if not 0 < self.tau < float("inf"):
             raise ValueError(f"tau is {self.tau!r}, must be finite and greater than 0")
         object.__setattr__(self, "tau", float(self.tau))
 

@@ -14,6 +14,11 @@ Tensors = Sequence[Tensor]
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
+def choices(rule: Rule) -> tuple[str, float, str, str, str]:
+    """A rule as the operators take it; torch 2.11 cannot trace dataclasses.astuple."""
+    return rule.competition, rule.tau, rule.decay, rule.gate, rule.normalize
+
+
 @dataclasses.dataclass(frozen=True)
 class Linear:
     rows: int
@@ -32,7 +37,7 @@ class Linear:
         return torch.ops.ghl_kernels.linear_pair(*tensors, rule.competition, rule.tau)
 
     def update(self, tensors: Tensors, rule: Rule) -> tuple[Tensor, Tensor, Tensor]:
-        return torch.ops.ghl_kernels.linear_update(*tensors, *dataclasses.astuple(rule))
+        return torch.ops.ghl_kernels.linear_update(*tensors, *choices(rule))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,9 +79,7 @@ class Conv:
         )
 
     def update(self, tensors: Tensors, rule: Rule) -> tuple[Tensor, Tensor, Tensor]:
-        return torch.ops.ghl_kernels.conv2d_update(
-            *tensors, *self.geometry, *dataclasses.astuple(rule)
-        )
+        return torch.ops.ghl_kernels.conv2d_update(*tensors, *self.geometry, *choices(rule))
 
 
 Layer = Linear | Conv

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch._dynamo.testing
 from cases import LAYOUTS, Conv, Linear
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
