@@ -182,10 +182,10 @@ def test_inductor_compiles_all_operators_in_one_graph(implementation: str) -> No
 
 def test_one_compilation_serves_every_batch_size(implementation: str) -> None:
     """With a dynamic batch; none of the checks turns a symbolic size into a constant."""
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter, rule = torch._dynamo.testing.CompileCounterWithBackend("aot_eager"), Rule()
     torch._dynamo.reset()
     compiled = torch.compile(
-        lambda x, y, g, w: LINEAR.update((x, y, g, w), Rule())[0],
+        lambda x, y, g, w: LINEAR.update((x, y, g, w), rule)[0],
         fullgraph=True,
         dynamic=True,
         backend=counter,
