@@ -125,11 +125,13 @@ class PairKernel {
   int64_t most_groups() const {
     return minimum(p_.groups, divide_up(split_.neurons, group_neurons_) + 1);
   }
-  void compute_statistics(int64_t task, int64_t row0, RowStatistics<T> out) {
+  // Leaves y in the task's tile, or with `keep_powers` exp((y - maximum) / tau).
+  void compute_statistics(int64_t task, int64_t row0, RowStatistics<T> out,
+                          bool keep_powers = false) {
     const int64_t rows = minimum(kTileRows, rows_ - row0);
     T* y = tasks_[task].u;
     gather<In>(p_.y, 0, neurons_, row0, rows, y);
-    row_statistics(y, neurons_, rows, inverse<T>(p_.tau), out);
+    row_statistics(y, neurons_, rows, inverse<T>(p_.tau), out, keep_powers ? y : nullptr);
     if (p_.competition != Competition::softmax) find_winners(y, neurons_, rows, out);
   }
 
@@ -161,12 +163,17 @@ class PairKernel {
     const Task& task = tasks_[index];
     RowStatistics<T> statistics =
         from_row(statistics_, split_.by_neurons ? row0 : index * kTileRows);
+    const bool whole_rows = !split_.by_neurons && p_.competition == Competition::softmax;
     if (split_.by_neurons || p_.competition == Competition::linear) {
       gather<In>(p_.y, k0, k1, row0, rows, task.u);
     } else {
-      compute_statistics(index, row0, statistics);
+      compute_statistics(index, row0, statistics, whole_rows);
     }
-    compete(task.u, k0, k1 - k0, rows, p_.competition, inverse<T>(p_.tau), statistics);
+    if (whole_rows) {
+      divide_by_sum(task.u, k1 - k0, rows, statistics);
+    } else {
+      compete(task.u, k0, k1 - k0, rows, p_.competition, inverse<T>(p_.tau), statistics);
+    }
     add_totals(task.u, k1 - k0, rows, task.totals + k0);
     gather<In>(p_.g, k0, k1, row0, rows, task.g);
 

@@ -87,15 +87,20 @@ struct RowStatistics {
   int32_t* winner;
 };
 
+// With `powers`, which may be y itself, the exponentials are kept there.
 template <class T>
-void row_statistics(const T* y, int64_t neurons, int64_t rows, T inverse_tau,
-                    RowStatistics<T> out) {
+void row_statistics(const T* y, int64_t neurons, int64_t rows, T inverse_tau, RowStatistics<T> out,
+                    T* powers = nullptr) {
   for (int64_t m = 0; m < rows; m += kLanes<T>) {
     Vector<T> maximum = load(y + m), sum{};
     for (int64_t k = 1; k < neurons; ++k)
       maximum = larger_of_lanes<T>(maximum, load(y + k * kNeuronStride + m));
-    for (int64_t k = 0; k < neurons; ++k)
-      sum += exp_nonpositive((load(y + k * kNeuronStride + m) - maximum) * inverse_tau);
+    for (int64_t k = 0; k < neurons; ++k) {
+      const int64_t at = k * kNeuronStride + m;
+      const Vector<T> power = exp_nonpositive((load(y + at) - maximum) * inverse_tau);
+      if (powers) store(powers + at, power);
+      sum += power;
+    }
     store(out.maximum + m, maximum);
     store(out.sum + m, sum);
   }
@@ -110,26 +115,36 @@ void find_winners(const T* y, int64_t neurons, int64_t rows, RowStatistics<T> ou
   }
 }
 
+// The tile, which holds exp((y - maximum) / tau), becomes softmax in place.
+template <class T>
+void divide_by_sum(T* powers, int64_t neurons, int64_t rows, RowStatistics<T> of) {
+  T share[kNeuronStride];
+  for (int64_t m = 0; m < rows; m += kLanes<T>) store(share + m, 1 / load(of.sum + m));
+  for (int64_t k = 0; k < neurons; ++k, powers += kNeuronStride)
+    for (int64_t m = 0; m < rows; m += kLanes<T>)
+      store(powers + m, load(powers + m) * load(share + m));
+}
+
 // y becomes u in place. The tile holds the neurons from k0 on.
 template <class T>
 void compete(T* y, int64_t k0, int64_t neurons, int64_t rows, Competition competition,
              T inverse_tau, RowStatistics<T> of) {
   if (competition == Competition::linear) return;
   const bool hard = competition == Competition::hard;
-  T share[kNeuronStride];
-  for (int64_t m = 0; m < rows; m += kLanes<T>) store(share + m, 1 / load(of.sum + m));
-  for (int64_t k = 0; k < neurons; ++k) {
+  for (int64_t k = 0; k < neurons && !hard; ++k) {
     T* row = y + k * kNeuronStride;
-    for (int64_t m = 0; m < rows && !hard; m += kLanes<T>) {
-      const Vector<T> below = load(row + m) - load(of.maximum + m);
-      store(row + m, exp_nonpositive(below * inverse_tau) * load(share + m));
-    }
-    for (int64_t m = 0; m < rows && competition != Competition::softmax; ++m) {
+    for (int64_t m = 0; m < rows; m += kLanes<T>)
+      store(row + m, exp_nonpositive((load(row + m) - load(of.maximum + m)) * inverse_tau));
+  }
+  if (!hard) divide_by_sum(y, neurons, rows, of);
+  if (competition == Competition::softmax) return;
+  for (int64_t k = 0; k < neurons; ++k)
+    for (int64_t m = 0; m < rows; ++m) {
+      T& u = y[k * kNeuronStride + m];
       const T lost = of.maximum[m] != of.maximum[m] ? of.maximum[m] : T(0);
       const bool won = of.winner[m] == k0 + k;
-      row[m] = hard ? lost + (won ? 1 : 0) : won ? row[m] : -row[m];
+      u = hard ? lost + (won ? 1 : 0) : won ? u : -u;
     }
-  }
 }
 
 // totals[k] += the sum of u over the rows of the tile.
