@@ -3,11 +3,10 @@
 // Implements the `.native` overloads declared in ghl_kernels/ops.py against LibTorch's stable ABI.
 // Shapes and dtypes were checked in Python; what is checked here is what a wrong call from
 // elsewhere would turn into a bad memory access.
+#include <sys/mman.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-
-#include <sys/mman.h>
 
 #include <atomic>
 #include <cstdlib>
