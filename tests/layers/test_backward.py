@@ -225,3 +225,24 @@ def test_optimizer_inside_backward():
         loss_of(model, x).backward()
         assert updates(model) == [None, None]
         assert_all_equal(weights, after)
+
+
+def test_ranks_that_would_merge_alone_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Averaging what each rank merged is wrong; nothing may do it silently."""
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    layer = ghl.Linear(3, 4)
+    with pytest.raises(RuntimeError, match="process group of 2 ranks"):
+        layer(torch.randn(5, 3)).sum().backward()
+    layer.rule = "bp"
+    layer.zero_grad()
+    layer(torch.randn(5, 3)).sum().backward()
+    assert layer.weight.grad is not None
+
+
+def test_a_second_backward_with_create_graph_is_refused() -> None:
+    """There autograd adds out of place, so that the update cannot be known by its tensor."""
+    layer = ghl.Linear(3, 4)
+    layer(torch.randn(5, 3)).square().sum().backward(create_graph=True)
+    with pytest.raises(RuntimeError, match="already held an update"):
+        layer(torch.randn(5, 3)).square().sum().backward(create_graph=True)
