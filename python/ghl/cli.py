@@ -123,7 +123,7 @@ def given_settings(args: argparse.Namespace, exclude: Sequence[str]) -> dict[str
 def parser() -> argparse.ArgumentParser:
     """The parser of all sub-commands; `command` in its result is the chosen Command."""
     top = argparse.ArgumentParser(
-        prog="ghl", description="Gradient-guided Hebbian learning: train, evaluate, inspect."
+        prog="ghl", description="Global-guided Hebbian learning: train, evaluate, inspect."
     )
     chosen = top.add_subparsers(metavar="COMMAND", required=True)
     for command in COMMANDS:

@@ -66,6 +66,8 @@ def swap(
         names = " or ".join(t.__name__ for t in types)
         raise ValueError(f"model is {type(model).__name__} without a {names} layer to swap")
     exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+    if tau is not None and not isinstance(tau, (int, float, Mapping)):
+        raise TypeError(f"tau is {tau!r}, must be a number or a {{layer name or pattern: number}}")
     taus = {"*": tau} if isinstance(tau, (int, float)) else dict(tau or {})
     check_patterns("exclude", exclude, modules, "module")
     check_patterns("tau", taus, layers, "layer")

@@ -216,3 +216,10 @@ def test_torchvision_model_with_the_arguments_of_the_design():
     assert report.skipped == {"conv1": "excluded"}
     assert report.swapped["layer1.0.conv1"].tau == 0.5
     assert report.swapped["layer2.0.conv1"].tau == 1.0
+
+
+def test_tau_must_be_a_number_or_a_mapping():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3))
+    with pytest.raises(TypeError, match=r"tau is '0\.5', must be a number or"):
+        ghl.swap(model, tau="0.5")
+    assert type(model[0]) is nn.Conv2d
