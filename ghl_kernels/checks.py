@@ -128,6 +128,22 @@ def check_merge(G: Tensor, H0: Tensor, totals: Tensor, w: Tensor) -> None:
     check_shape("totals", totals, (w.shape[0] + 1,), "sum of u for each neuron, number of rows")
 
 
+def check_foreach_merge(
+    G: Sequence[Tensor], H0: Sequence[Tensor], totals: Sequence[Tensor], w: Sequence[Tensor]
+) -> None:
+    if len(G) == 0:
+        raise ValueError("G is an empty list, must hold one tensor for each layer")
+    for name, tensors in (("H0", H0), ("totals", totals), ("w", w)):
+        if len(tensors) != len(G):
+            raise ValueError(f"{name} has {len(tensors)} tensors, must have {len(G)} like G")
+    for number, layer in enumerate(zip(G, H0, totals, w, strict=True)):
+        try:
+            check_merge(*layer)
+            check_device(G[0], G=layer[0])
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"layer {number} of {len(G)}: {error}") from None
+
+
 def check_logsumexp(y: Tensor, dim: int) -> None:
     check_float(y=y)
     if not -y.dim() <= dim < y.dim():

@@ -6,12 +6,15 @@ weight gradient is one library call. Arguments are already checked.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
 from ghl_kernels.checks import sum_dtype
 
 Triple = tuple[Tensor, Tensor, Tensor]
+Triples = tuple[list[Tensor], list[Tensor], list[Tensor]]
 
 
 def logsumexp(y: Tensor, tau: float, dim: int) -> Tensor:
@@ -111,3 +114,24 @@ def gated(G: Tensor, H: Tensor, rows: Tensor, gate: str, normalize: str) -> Tens
     elif normalize == "mean":
         H = H / rows.clamp(min=1)
     return -H if gate == "hebb" else sign * H.abs()
+
+
+def layer_by_layer(
+    merge: Callable[..., Triple], sums: Sequence[Sequence[Tensor]], *choices: str
+) -> Triples:
+    """`merge` of every layer; `sums` are the lists of G, H0, totals and w."""
+    layers = [merge(*one, *choices) for one in zip(*sums, strict=True)]
+    update, neurons, layer = ([merged[i] for merged in layers] for i in range(3))
+    return update, neurons, layer
+
+
+def foreach_merge(
+    G: Sequence[Tensor],
+    H0: Sequence[Tensor],
+    totals: Sequence[Tensor],
+    w: Sequence[Tensor],
+    decay: str,
+    gate: str,
+    normalize: str,
+) -> Triples:
+    return layer_by_layer(merge, (G, H0, totals, w), decay, gate, normalize)

@@ -6,9 +6,12 @@ Which library was loaded, or why none, is in `ghl_kernels.library`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from ghl_kernels import composed
 from ghl_kernels.checks import sum_dtype
 from ghl_kernels.rule import CHOICES
 
@@ -112,3 +115,15 @@ def merge(
         code("decay", decay), code("gate", gate), code("normalize", normalize),
     )  # fmt: skip
     return like_weight(update, w, G.dtype), neurons, layer
+
+
+def foreach_merge(
+    G: Sequence[Tensor],
+    H0: Sequence[Tensor],
+    totals: Sequence[Tensor],
+    w: Sequence[Tensor],
+    decay: str,
+    gate: str,
+    normalize: str,
+) -> composed.Triples:
+    return composed.layer_by_layer(merge, (G, H0, totals, w), decay, gate, normalize)

@@ -18,6 +18,8 @@ from ghl_kernels.checks import sum_dtype
 from ghl_kernels.rule import CHOICES, check_choice
 
 Triple = tuple[Tensor, Tensor, Tensor]
+Tensors = Sequence[Tensor]
+Triples = tuple[list[Tensor], list[Tensor], list[Tensor]]
 
 ACTIVATIONS = "Tensor x, Tensor y, Tensor g, Tensor w"
 GEOMETRY = "int[2] stride, int[2] padding, int[2] dilation, int groups"
@@ -29,6 +31,8 @@ SCHEMAS = (
     f"linear_pair({ACTIVATIONS}, {COMPETITION}) -> (Tensor, Tensor, Tensor)",
     f"conv2d_pair({ACTIVATIONS}, {GEOMETRY}, {COMPETITION}) -> (Tensor, Tensor, Tensor)",
     f"merge(Tensor G, Tensor H0, Tensor totals, Tensor w, {MERGE}) -> (Tensor, Tensor, Tensor)",
+    "foreach_merge(Tensor[] G, Tensor[] H0, Tensor[] totals, Tensor[] w, "
+    f"{MERGE}) -> (Tensor[], Tensor[], Tensor[])",
     f"linear_update({ACTIVATIONS}, {COMPETITION}, {MERGE}) -> (Tensor, Tensor, Tensor)",
     f"conv2d_update({ACTIVATIONS}, {GEOMETRY}, {COMPETITION}, {MERGE}) -> (Tensor, Tensor, Tensor)",
     "logsumexp.native(Tensor y, Tensor(a!) lse, float tau) -> ()",
@@ -94,6 +98,15 @@ def merge(
     check_rule(decay=decay, gate=gate, normalize=normalize)
     implementation = dispatch.implementation("merge", G)
     return implementation.merge(G, H0, totals, w, decay, gate, normalize)
+
+
+def foreach_merge(
+    G: Tensors, H0: Tensors, totals: Tensors, w: Tensors, decay: str, gate: str, normalize: str
+) -> Triples:
+    checks.check_foreach_merge(G, H0, totals, w)
+    check_rule(decay=decay, gate=gate, normalize=normalize)
+    implementation = dispatch.implementation("foreach_merge", G[0])
+    return implementation.foreach_merge(G, H0, totals, w, decay, gate, normalize)
 
 
 def merge_update(
@@ -164,6 +177,14 @@ def fake_merge(G: Tensor, H0: Tensor, totals: Tensor, w: Tensor, *rest: object) 
     return update, w.new_empty((3, w.shape[0]), dtype=dtype), w.new_empty(3, dtype=dtype)
 
 
+def fake_foreach_merge(
+    G: Tensors, H0: Tensors, totals: Tensors, w: Tensors, *rest: object
+) -> Triples:
+    fakes = [fake_merge(*layer) for layer in zip(G, H0, totals, w, strict=True)]
+    update, neurons, layer = ([fake[i] for fake in fakes] for i in range(3))
+    return update, neurons, layer
+
+
 def fake_update(x: Tensor, y: Tensor, g: Tensor, w: Tensor, *rest: object) -> Triple:
     dtype = sum_dtype(x.dtype)
     return (
@@ -214,6 +235,7 @@ OPERATORS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "linear_pair": (linear_pair, fake_pair),
     "conv2d_pair": (conv2d_pair, fake_pair),
     "merge": (merge, fake_merge),
+    "foreach_merge": (foreach_merge, fake_foreach_merge),
     "linear_update": (linear_update, fake_update),
     "conv2d_update": (conv2d_update, fake_update),
 }

@@ -232,6 +232,18 @@ def test_tensors_of_the_merge(name: str) -> None:
             ops.merge(**arguments, decay="oja", gate="sign", normalize="absmax")
 
 
+def test_lists_of_the_foreach_merge() -> None:
+    choices = ("oja", "sign", "absmax")
+    lists = [[torch.ones(shape)] * 2 for shape in MERGE.values()]
+    with pytest.raises(ValueError, match=r"^G is an empty list, must hold one tensor for each"):
+        ops.foreach_merge([], [], [], [], *choices)
+    with pytest.raises(ValueError, match=r"^totals has 1 tensors, must have 2 like G"):
+        ops.foreach_merge(lists[0], lists[1], lists[2][:1], lists[3], *choices)
+    lists[1] = [lists[1][0], torch.ones(3)]
+    with pytest.raises(ValueError, match=r"^layer 1 of 2: H0 has shape"):
+        ops.foreach_merge(*lists, *choices)
+
+
 @pytest.mark.parametrize(("shape", "dim"), [((3, 4), 2), ((3, 4), -3), ((), 0)])
 def test_dimension_of_the_logsumexp(shape: tuple[int, ...], dim: int) -> None:
     expected = f"^dim is {dim}, must be a dimension of y, which has {len(shape)}"

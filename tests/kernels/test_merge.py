@@ -202,3 +202,17 @@ def test_tolerance_is_not_blind() -> None:
     update = merge(tensors, Rule())[0].double()
     exact, natural = reference_merge(wide(tensors), Rule()), reference_merge(tensors, Rule())
     assert largest(update * 1.001 - exact.update) > tolerance(exact.update, natural.update, 5.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_many_layers_at_once_are_each_merged_alone(dtype: torch.dtype) -> None:
+    """In every layout, with the largest |H| and the statistics of each layer its own."""
+    layers = [sums(shape, dtype) for shape in SHAPES]
+    layers += [[LAYOUTS["channels_last"](t) if t.dim() == 4 else t for t in sums((6, 5, 3, 2))]]
+    for rule in (Rule(), Rule(decay="instar", gate="hebb", normalize="mean")):
+        choices = rule.decay, rule.gate, rule.normalize
+        together = torch.ops.ghl_kernels.foreach_merge(*zip(*layers, strict=True), *choices)
+        for one, tensors in zip(zip(*together, strict=True), layers, strict=True):
+            for actual, alone in zip(one, merge(tensors, rule), strict=True):
+                assert torch.equal(actual, alone)
+                assert actual.stride() == alone.stride()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch._dynamo.testing
 from cases import LAYOUTS, Conv, Linear
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 import ghl_kernels
 from ghl_kernels import Rule, ops
@@ -36,17 +38,19 @@ def arguments(name: str, layout: str = "contiguous") -> tuple:
         "linear_pair": (*linear, "softmax", 0.5),
         "conv2d_pair": (*conv, *CONV.geometry, "softmax", 0.5),
         "merge": (G, H0, torch.rand(7), w, *MERGE),
+        "foreach_merge": ([G, H0], [H0, G], [torch.rand(7), torch.rand(7)], [w, w * 2], *MERGE),
         "linear_update": (*linear, "softmax", 0.5, *MERGE),
         "conv2d_update": (*conv, *CONV.geometry, "softmax", 0.5, *MERGE),
     }[name]
 
 
-def as_tuple(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return result if isinstance(result, tuple) else (result,)
+def tensors_of(values: Any) -> list[Tensor]:
+    """The tensors of arguments or of a result, those in lists included."""
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
 
 
 def with_tensors(args: tuple, change: Callable[[Tensor], Tensor]) -> tuple:
-    return tuple(change(a) if isinstance(a, Tensor) else a for a in args)
+    return tree_map_only(Tensor, change, args)
 
 
 @operators
@@ -75,16 +79,13 @@ def test_opcheck_of_the_derivative(layout: str, implementation: str) -> None:
 def test_fake_has_the_real_shape_strides_and_dtype(
     name: str, layout: str, dtype: torch.dtype, implementation: str
 ) -> None:
-    args = with_tensors(arguments(name, layout), lambda t: LAYOUTS["contiguous"](t.to(dtype)))
-    args = tuple(
-        torch.empty_strided(a.shape, b.stride(), dtype=dtype).copy_(a)
-        if isinstance(a, Tensor)
-        else a
-        for a, b in zip(args, arguments(name, layout), strict=True)
+    args = with_tensors(
+        arguments(name, layout),
+        lambda t: torch.empty_strided(t.shape, t.stride(), dtype=dtype).copy_(t),
     )
-    real = as_tuple(OPERATORS[name](*args))
+    real = tensors_of(OPERATORS[name](*args))
     with FakeTensorMode() as mode:
-        fake = as_tuple(OPERATORS[name](*with_tensors(args, mode.from_tensor)))
+        fake = tensors_of(OPERATORS[name](*with_tensors(args, mode.from_tensor)))
     for a, b in zip(real, fake, strict=True):
         assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
 
@@ -92,11 +93,11 @@ def test_fake_has_the_real_shape_strides_and_dtype(
 @pytest.mark.parametrize("name", [n for n in OPERATORS if n != "logsumexp"])
 def test_no_derivative_is_an_error_not_a_zero(name: str, implementation: str) -> None:
     args = with_tensors(arguments(name), lambda t: t.requires_grad_())
-    results = OPERATORS[name](*args)
+    result = tensors_of(OPERATORS[name](*args))[0]
     with pytest.raises(RuntimeError, match=f"{name} has no derivative; call it under .*no_grad"):
-        results[0].sum().backward()
+        result.sum().backward()
     with torch.no_grad():
-        assert not OPERATORS[name](*args)[0].requires_grad
+        assert not any(t.requires_grad for t in tensors_of(OPERATORS[name](*args)))
 
 
 def test_an_update_inside_a_backward_pass(implementation: str) -> None:
@@ -156,9 +157,9 @@ def test_compiles_without_a_graph_break(name: str, layout: str, implementation: 
     def surrounded(*tensors: Tensor) -> tuple[Tensor, ...]:
         given = iter(tensors)
         results = OPERATORS[name](*with_tensors(args, lambda t: next(given) * 2))
-        return tuple(r.reshape(-1) + 1 for r in as_tuple(results))
+        return tuple(r.reshape(-1) + 1 for r in tensors_of(results))
 
-    tensors = [a for a in args if isinstance(a, Tensor)]
+    tensors = tensors_of(args)
     torch._dynamo.reset()
     compiled = torch.compile(surrounded, fullgraph=True, backend="aot_eager")
     for actual, wanted in zip(compiled(*tensors), surrounded(*tensors), strict=True):
