@@ -18,7 +18,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 import ghl_kernels.ops  # noqa: F401  registers torch.ops.ghl_kernels
 from ghl_kernels import Rule
 from ghl_kernels.checks import sum_dtype
-from ghl_kernels.native import is_channels_last
+from ghl_kernels.layout import is_channels_last
 
 _of_weight: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
