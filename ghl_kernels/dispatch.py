@@ -44,7 +44,7 @@ class Backend:
 
 NATIVE_DEVICES = ("cpu",)
 FEWEST_GROUP_NEURONS = 8  # below it PyTorch's grouped kernels are faster: bench/FACTS.md
-LARGEST = 2**31 - 1
+LARGEST = 2**31 - 2**16  # 32-bit numbers that a step over the last tile cannot overflow
 
 _forced: str | None = None
 _last: dict[str, Backend] = {}
@@ -95,7 +95,7 @@ def triton_unavailable(first: Tensor, problem: Problem | None) -> str | None:
     if problem is not None:
         weights = problem.all_neurons * problem.columns
         if max(problem.rows, weights, problem.image) > LARGEST:
-            return "rows, weights or the numbers of one image are more than 2**31 - 1"
+            return "rows, weights or the numbers of one image are more than 2**31 - 2**16"
     return None
 
 
@@ -135,13 +135,18 @@ def choose(operator: str, first: Tensor, problem: Problem | None = None) -> Back
 def choose_on_gpu(first: Tensor, problem: Problem | None) -> Backend:
     reason = triton_unavailable(first, problem)
     if reason:
-        if reason not in _warned:
-            _warned.add(reason)
-            warnings.warn(f"ghl_kernels composes PyTorch's operators: {reason}", stacklevel=2)
-        return Backend("composed", reason)
+        return fall_back(reason)
     if problem is None:
         return Backend("triton", "kernels for every GPU from compute capability 8.0")
     return tuned(problem, first.device)
+
+
+def fall_back(reason: str) -> Backend:
+    """PyTorch's operators, said once for each reason."""
+    if reason not in _warned:
+        _warned.add(reason)
+        warnings.warn(f"ghl_kernels composes PyTorch's operators: {reason}", stacklevel=2)
+    return Backend("composed", reason)
 
 
 def tuned(problem: Problem, device: torch.device) -> Backend:
@@ -151,6 +156,10 @@ def tuned(problem: Problem, device: torch.device) -> Backend:
     if split_k.dot_precision(problem) == "ieee":
         return Backend("library", "float32 without TF32 has no tensor-core product")
     entry, table = tiles.choose(problem, device), tiles.table(device)
+    trial = importlib.import_module("ghl_kernels.triton.trial")
+    failure = trial.failure(problem, entry, device, IMPLEMENTATIONS[entry.strategy])
+    if failure:
+        return fall_back(failure)
     origin = "measured" if table.measured else "computed"
     reason = (
         f"nearest in table {table.name} ({origin}): {entry.kind}, {entry.rows} rows, "

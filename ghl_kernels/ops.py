@@ -236,9 +236,19 @@ OPERATORS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
 TAKES_ACTIVATIONS = ("linear_pair", "conv2d_pair", "linear_update", "conv2d_update")
 
 
+def on_their_device(operator: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes the device of the tensors the current one: Triton launches kernels there."""
+
+    def call(first: Tensor | Tensors, *rest: Any, **named: Any) -> Any:
+        with torch.cuda.device_of(first if isinstance(first, Tensor) else first[0]):
+            return operator(first, *rest, **named)
+
+    return call
+
+
 def register(name: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
     qualified = f"ghl_kernels::{name}"
-    _library.impl(name, implementation, "CompositeExplicitAutograd")
+    _library.impl(name, on_their_device(implementation), "CompositeExplicitAutograd")
     torch.library.register_fake(qualified, fake, lib=_library)
     if name == "logsumexp":
         torch.library.register_autograd(

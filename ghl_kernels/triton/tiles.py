@@ -7,11 +7,14 @@ the entry nearest in the logarithms of its sizes among those of its kind. Tables
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
 import math
 import os
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,8 @@ from ghl_kernels.problem import Problem
 SHIPPED = Path(__file__).parent / "tables"
 STRATEGIES = ("triton", "triton_stored", "library")
 FEW_CHANNELS = 16  # fewer do not fill a tile of one tap
+
+_used = threading.local()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,14 +140,32 @@ def table(device: torch.device) -> Table:
     return Table.read(next(path for path in paths if path.exists()))
 
 
-@functools.lru_cache(maxsize=4096)
+@contextlib.contextmanager
+def use(entry: Entry) -> Iterator[None]:
+    """Make every layer that this thread looks up inside take one entry: to try it or time it."""
+    _used.entry, before = entry, getattr(_used, "entry", None)
+    try:
+        yield
+    finally:
+        _used.entry = before
+
+
 def choose(problem: Problem, device: torch.device, strategy: str | None = None) -> Entry:
     """The nearest entry, of one strategy if it is given, with a tile that fits the layer."""
+    used = getattr(_used, "entry", None)
+    return fitting(used, problem) if used else nearest(problem, device, strategy)
+
+
+@functools.lru_cache(maxsize=4096)
+def nearest(problem: Problem, device: torch.device, strategy: str | None) -> Entry:
     bits = 8 * problem.dtype.itemsize
     alike = [e for e in table(device).entries if e.kind == kind(problem) and e.bits == bits]
     wanted = [e for e in alike if strategy in (None, e.strategy)] or alike
-    nearest = min(wanted, key=lambda entry: entry.distance(problem))
-    if problem.kernel_size[1] % nearest.tile.taps:
-        fitting = dataclasses.replace(nearest.tile, taps=1)
-        return dataclasses.replace(nearest, tile=fitting)
-    return nearest
+    return fitting(min(wanted, key=lambda entry: entry.distance(problem)), problem)
+
+
+def fitting(entry: Entry, problem: Problem) -> Entry:
+    """The entry, its tile of one tap where the rows of the kernel are not made of its taps."""
+    if problem.kernel_size[1] % entry.tile.taps == 0:
+        return entry
+    return dataclasses.replace(entry, tile=dataclasses.replace(entry.tile, taps=1))
