@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -134,6 +135,48 @@ def activation_checkpointing(rank: int, world: int) -> None:
 def grad_scaler(rank: int, world: int) -> None:
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=3)
     assert_close(train(rank, world, micro=2, scaler=scaler), alone("conv"))
+
+
+@scenario
+def overflow_on_one_rank(rank: int, world: int) -> None:
+    """Every rank skips the step, and none waits for another; what was held is gone."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    model = make("conv")
+    before = [p.detach().clone() for p in model.parameters()]
+    wrapped, optimizer = DDP(model), sgd(model)
+    handle = ghl.synchronize(wrapped, optimizer)
+    x, _ = batch("conv", 7)
+    loss = wrapped(x).sum() * (float("inf") if rank == 1 else 1.0)
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() == 2.0
+    assert_close(list(model.parameters()), before, 1e-300)
+    handle.remove()
+    assert_close(train(rank, world, model=model, scaler=scaler), alone("conv"))
+
+
+@scenario
+def numbers_of_float32(rank: int, world: int) -> None:
+    """One step: G, and H0 as -H0 of gate `hebb`, to rounding; no sign takes part."""
+    rule = ghl.Rule(gate="hebb", decay="none", normalize="none")
+    whole, exact = make("conv", "bp", torch.float32), make("conv", rule)
+    x, target = batch("conv", 0)
+    with mock.patch.object(torch.distributed, "is_initialized", lambda: False):
+        loss_of(exact(x), target).backward()
+    loss_of(whole(x.float()), target).backward()
+    model = make("conv", rule, torch.float32)
+    wrapped = DDP(model)
+    handle = ghl.synchronize(wrapped, sgd(model))
+    x, target = parts(rank, world, x.float(), target, [BATCH // world] * world)
+    for number, (piece, wanted) in enumerate(zip(x.chunk(4), target.chunk(4), strict=True)):
+        with wrapped.no_sync() if number < 3 else contextlib.nullcontext():
+            loss_of(wrapped(piece), wanted, world).backward()
+    for p, q in zip(model.parameters(), whole.parameters(), strict=True):
+        assert_close([p.grad], [q.grad], 2e-6 * q.grad.abs().max().item())
+    handle.merge()
+    for p, q in zip(model.parameters(), exact.parameters(), strict=True):
+        assert_close([p.grad], [q.grad], 2e-6 * q.grad.abs().max().item())
 
 
 @scenario
