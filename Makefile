@@ -5,6 +5,7 @@ PYTHON ?= python3
 BIN = $(VENV)/bin
 SOURCES = $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml constraints.txt
 BENCHMARK = build/benchmark.json
+TRITON_3_6 = build/triton-3.6
 
 # The whole comparison takes a minute on 2 cores; QUICK=1 shows in seconds that it runs.
 TRAIN = $(BIN)/ghl train --rule ghl hebb sign bp --data digits --arch deephebb
@@ -13,7 +14,7 @@ TRAIN += $(if $(QUICK),--width 0.125 --epochs 3,--width 0.25 --epochs 20)
 # Threads that wait must not take cores from others on a shared machine.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: install quickstart test lint format bench clean
+.PHONY: install quickstart test compile-check lint format bench clean
 
 install: $(VENV)/installed
 
@@ -30,6 +31,13 @@ quickstart: install
 
 test: install lint
 	$(BIN)/python -m pytest
+
+# Every kernel and tile with the Triton of torch 2.11, in a directory of its own.
+compile-check: install $(TRITON_3_6)/triton
+	PYTHONPATH=$(abspath $(TRITON_3_6)) $(BIN)/python -m pytest tests/compile
+
+$(TRITON_3_6)/triton:
+	$(BIN)/python -m pip install --quiet --no-deps --target $(TRITON_3_6) triton==3.6.0
 
 lint: install
 	$(BIN)/ruff check .

@@ -240,7 +240,8 @@ def on_their_device(operator: Callable[..., Any]) -> Callable[..., Any]:
     """Makes the device of the tensors the current one: Triton launches kernels there."""
 
     def call(first: Tensor | Tensors, *rest: Any, **named: Any) -> Any:
-        with torch.cuda.device_of(first if isinstance(first, Tensor) else first[0]):
+        tensors = [first] if isinstance(first, Tensor) else first
+        with torch.cuda.device(max((t.get_device() for t in tensors if t.is_cuda), default=-1)):
             return operator(first, *rest, **named)
 
     return call

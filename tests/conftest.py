@@ -1,14 +1,24 @@
-"""What every test shares: a seed, poisoned memory, a number of threads, a forced implementation."""
+"""What every test shares: a seed, poisoned memory, a number of threads, a forced implementation.
+
+Without a GPU the Triton kernels run under Triton's interpreter.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-from collections.abc import Iterator
+import importlib
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from types import ModuleType
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
 
 import ghl_kernels
 from ghl_kernels import composed, dispatch, layout, native
@@ -22,9 +32,17 @@ settings.register_profile(
 )
 settings.load_profile("ghl")
 
+ALLOCATING = ("logsumexp", "split_k", "merge", "store_u")  # of ghl_kernels.triton
+
+
+def poison(t: torch.Tensor) -> torch.Tensor:
+    """Fill memory that nobody has written yet: with NaN, or with the largest integer."""
+    unwritten = float("nan") if t.is_floating_point() else torch.iinfo(t.dtype).max
+    return t.fill_(unwritten)
+
 
 class PoisonedTorch(ModuleType):
-    """torch, except that memory nobody has written yet holds NaN."""
+    """torch, except that memory nobody has written yet is poisoned."""
 
     def __init__(self) -> None:
         super().__init__("torch")
@@ -34,11 +52,11 @@ class PoisonedTorch(ModuleType):
 
     @staticmethod
     def empty(*args: object, **kwargs: object) -> torch.Tensor:
-        return torch.empty(*args, **kwargs).fill_(float("nan"))
+        return poison(torch.empty(*args, **kwargs))
 
     @staticmethod
     def empty_like(*args: object, **kwargs: object) -> torch.Tensor:
-        return torch.empty_like(*args, **kwargs).fill_(float("nan"))
+        return poison(torch.empty_like(*args, **kwargs))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -55,8 +73,11 @@ def poisoned_workspace() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
-    for implementation in (native, composed, layout):
-        monkeypatch.setattr(implementation, "torch", PoisonedTorch())
+    modules = [native, composed, layout]
+    if not dispatch.triton_missing():
+        modules += [importlib.import_module(f"ghl_kernels.triton.{name}") for name in ALLOCATING]
+    for module in modules:
+        monkeypatch.setattr(module, "torch", PoisonedTorch())
 
 
 @pytest.fixture(autouse=True)
@@ -78,19 +99,28 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(1)
 
 
+@pytest.fixture
+def forced(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], AbstractContextManager[None]]:
+    """Forces an implementation and asserts, at the end, that it is the one that ran."""
+
+    @contextlib.contextmanager
+    def forced(name: str) -> Iterator[None]:
+        ran: dict[str, ghl_kernels.Backend] = {}
+        monkeypatch.setattr(dispatch, "_last", ran)
+        with ghl_kernels.force(name):
+            yield
+        assert {operator: backend.name for operator, backend in ran.items()} == dict.fromkeys(
+            ran, name
+        )
+        assert ran, "the test reached no operator"
+
+    return forced
+
+
 @pytest.fixture(params=["native", "composed"])
-def implementation(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[str]:
-    """Forces one implementation and, when the test is over, asserts that it is the one that ran."""
+def implementation(request: pytest.FixtureRequest, forced: Callable) -> Iterator[str]:
     library = dispatch.library("cpu")
     if request.param == "native" and not (library and library.loaded):
         pytest.skip(f"no native kernels: {library.reason if library else 'no library for cpu'}")
-    ran: dict[str, ghl_kernels.Backend] = {}
-    monkeypatch.setattr(dispatch, "_last", ran)
-    with ghl_kernels.force(request.param):
+    with forced(request.param):
         yield request.param
-    assert {operator: ghl_kernels.last(operator).name for operator in ran} == dict.fromkeys(
-        ran, request.param
-    )
-    assert ran, "the test reached no operator"

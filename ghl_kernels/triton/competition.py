@@ -25,21 +25,23 @@ def finite(largest):
 
 @triton.jit
 def row_sums(y, columns, scale, COMPETITION: tl.constexpr):
-    """largest y, sum of exponentials relative to it, and winner of each row.
+    """largest y, sum of exponentials relative to it, winner of each row, and the exponentials.
 
     y (rows, neurons) in float32, -inf beyond the last neuron; columns are the neurons' numbers.
     A `hard` competition needs no exponentials: the sum is 1, or NaN as soon as a y is.
     """
     largest = tl.max(y, 1)
     if COMPETITION == "hard":
+        powers = y
         total = 1.0 + tl.sum(tl.where(y == y, 0.0, y), 1)
     else:
-        total = tl.sum(tl.exp2((y - finite(largest)[:, None]) * scale), 1)
+        powers = tl.exp2((y - finite(largest)[:, None]) * scale)
+        total = tl.sum(powers, 1)
     if COMPETITION == "softmax":
         winner = tl.zeros_like(largest).to(tl.int32)
     else:
         winner = tl.min(tl.where(y == largest[:, None], columns[None, :], 2147483647), 1)
-    return largest, total, winner
+    return largest, total, winner, powers
 
 
 @triton.jit
@@ -51,13 +53,13 @@ def inverse_of(total, largest, COMPETITION: tl.constexpr):
 
 
 @triton.jit
-def compete(y, largest, inverse, winner, columns, scale, COMPETITION: tl.constexpr):
-    """u in float32 of y (rows, neurons) in float32, by the statistics of its rows."""
+def compete(powers, inverse, winner, columns, COMPETITION: tl.constexpr):
+    """u in float32 (rows, neurons) of exponentials relative to the largest y of their row."""
     wins = columns[None, :] == winner[:, None]
     if COMPETITION == "hard":
         u = tl.where(wins, inverse[:, None], inverse[:, None] - 1.0)
     else:
-        u = tl.exp2((y - largest[:, None]) * scale) * inverse[:, None]
+        u = powers * inverse[:, None]
         if COMPETITION == "softhebb":
             u = tl.where(wins, u, -u)
     return u
@@ -75,7 +77,7 @@ def u_of_tile(
     else:
         numbers = tl.where((columns < K)[None, :], y.to(tl.float32), float("-inf"))
         if IN_TILE:
-            top, total, first = row_sums(numbers, columns, scale, COMPETITION)
+            top, total, first, powers = row_sums(numbers, columns, scale, COMPETITION)
             share = inverse_of(total, top, COMPETITION)
         else:
             top = tl.load(largest + rows, inside, other=0.0)
@@ -84,5 +86,6 @@ def u_of_tile(
                 first = tl.zeros_like(top).to(tl.int32)
             else:
                 first = tl.load(winner + rows, inside, other=0)
-        u = compete(numbers, top, share, first, columns, scale, COMPETITION).to(y.dtype)
+            powers = tl.exp2((numbers - top[:, None]) * scale)
+        u = compete(powers, share, first, columns, COMPETITION).to(y.dtype)
     return u

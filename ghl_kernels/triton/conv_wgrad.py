@@ -21,7 +21,7 @@ from torch import Tensor
 from ghl_kernels.problem import Problem
 from ghl_kernels.triton.competition import exponent_scale, u_of_tile
 from ghl_kernels.triton.logsumexp import Statistics, statistics
-from ghl_kernels.triton.split_k import Partials, dot_precision
+from ghl_kernels.triton.split_k import Partials, dot_precision, without_spills
 from ghl_kernels.triton.tiles import Tile, programs
 
 
@@ -166,6 +166,7 @@ def conv_wgrad(
         row_statistics = statistics(y, competition, tau)
     positions = out_size[0] * out_size[1]
     in_group = programs(problem, tile) // problem.groups
+    tile = without_spills(tile, problem, y, g, *([] if tile.packed else [x]))
     conv_wgrad_kernel[(in_group, partials.splits, problem.groups)](
         x, y, g, *row_statistics, *partials.sums,
         problem.rows, problem.neurons, problem.channels, problem.columns, partials.rows_per_split,

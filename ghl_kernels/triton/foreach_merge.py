@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ghl_kernels.triton.merge import MOST_PROGRAMS, Layer, combine, measure
+from ghl_kernels.composed import layer_by_layer
+from ghl_kernels.triton.merge import MOST_PROGRAMS, Layer, combine, measure, merge
 
 BLOCK_K, BLOCK_P = 8, 256
 FIELDS = tl.constexpr(len(Layer._fields) + 2)
@@ -77,11 +78,13 @@ def on_device(numbers: Sequence, dtype: torch.dtype, device: torch.device) -> Te
     return pinned.to(device, non_blocking=True)
 
 
-@functools.lru_cache(maxsize=64)
 def shares_of(programs: tuple[int, ...], device: torch.device) -> Tensor:
     """For every program of a launch: its layer, its number there, how many the layer has."""
     shares = [(layer, i, count) for layer, count in enumerate(programs) for i in range(count)]
     return on_device(shares, torch.int32, device)
+
+
+remembered_shares = functools.lru_cache(maxsize=64)(shares_of)
 
 
 def merge_alike(layers: Sequence[Layer], decay: str, gate: str, normalize: str) -> None:
@@ -101,11 +104,14 @@ def merge_alike(layers: Sequence[Layer], decay: str, gate: str, normalize: str) 
         min(programs * triton.cdiv(columns, BLOCK_P), MOST_PROGRAMS)
         for programs, (_, columns) in zip(in_measure, sizes, strict=True)
     )
+    # what is copied in a capture is there only when the graph is replayed
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    shares = shares_of if capturing else remembered_shares
     foreach_measure_kernel[(sum(in_measure),)](
-        table, shares_of(in_measure, device), decay, *types, BLOCK_K, BLOCK_P
+        table, shares(in_measure, device), decay, *types, BLOCK_K, BLOCK_P
     )
     foreach_combine_kernel[(sum(in_combine),)](
-        table, shares_of(in_combine, device), decay, gate, normalize, *types, BLOCK_K, BLOCK_P
+        table, shares(in_combine, device), decay, gate, normalize, *types, BLOCK_K, BLOCK_P
     )
 
 
@@ -119,6 +125,8 @@ def foreach_merge(
     normalize: str,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """The operator: lists of updates, of the statistics of neurons and of layers."""
+    if any(t.numel() == 0 for t in w):
+        return layer_by_layer(merge, (G, H0, totals, w), decay, gate, normalize)
     layers = [Layer.of(*one) for one in zip(G, H0, totals, w, strict=True)]
     alike: dict[tuple, list[Layer]] = {}
     for layer in layers:

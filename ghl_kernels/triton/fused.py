@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ghl_kernels import layout
+from ghl_kernels import composed, layout
 from ghl_kernels.composed import Triple, no_rows, updates
 from ghl_kernels.problem import Problem
 from ghl_kernels.triton import tiles
@@ -75,6 +75,8 @@ def run_conv2d(
 def linear_pair(
     x: Tensor, y: Tensor, g: Tensor, w: Tensor, competition: str, tau: float, sum_u: bool = True
 ) -> Triple:
+    if x.numel() == 0:
+        return composed.linear_pair(x, y, g, w, competition, tau, sum_u)
     problem = Problem.of_linear(x, w)
     x, y, g = (layout.as_matrix(t) for t in (x, y, g))
     return run_linear(problem, x, y, g, w, competition, tau, sum_u, "triton")

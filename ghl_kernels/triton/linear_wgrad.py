@@ -22,7 +22,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ghl_kernels.problem import Problem
 from ghl_kernels.triton.competition import exponent_scale, u_of_tile
 from ghl_kernels.triton.logsumexp import Statistics, statistics
-from ghl_kernels.triton.split_k import Partials, dot_precision
+from ghl_kernels.triton.split_k import Partials, dot_precision, without_spills
 from ghl_kernels.triton.tiles import Tile, programs
 
 
@@ -32,10 +32,13 @@ def load_tile(
     first_column, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     if DESCRIPTORS:
-        return source.load([first_row, first_column])
-    source += tl.cast(first_row, tl.int64) * row_stride
-    offsets = rows[:, None] * row_stride + columns[None, :] * column_stride
-    return tl.load(source + offsets, inside_rows[:, None] & inside_columns[None, :], other=0.0)
+        tile = source.load([first_row, first_column])
+    else:
+        source += tl.cast(first_row, tl.int64) * row_stride
+        offsets = rows[:, None] * row_stride + columns[None, :] * column_stride
+        live = inside_rows[:, None] & inside_columns[None, :]
+        tile = tl.load(source + offsets, live, other=0.0)
+    return tile
 
 
 @triton.jit
@@ -112,10 +115,12 @@ def linear_wgrad(
     row_statistics = Statistics(*partials.sums)
     if competition != "linear" and not in_tile:
         row_statistics = statistics(y, competition, tau)
-    x_block, k_block = [tile.block_m, tile.block_c], [tile.block_m, tile.block_k]
     descriptors = tile.descriptors and takes_descriptors(x, y, g)
     sources = (x, y, g)
-    if descriptors:
+    if not descriptors:
+        tile = without_spills(tile, problem, *sources)
+    else:
+        x_block, k_block = [tile.block_m, tile.block_c], [tile.block_m, tile.block_k]
         sources = tuple(
             TensorDescriptor.from_tensor(t, block)
             for t, block in ((x, x_block), (y, k_block), (g, k_block))

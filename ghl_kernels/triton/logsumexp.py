@@ -49,7 +49,9 @@ def statistics_kernel(
             inside[:, None] & (k < K)[None, :],
             other=float("-inf"),
         )
-        top_here, total_here, first_here = row_sums(numbers.to(tl.float32), k, scale, COMPETITION)
+        top_here, total_here, first_here, _ = row_sums(
+            numbers.to(tl.float32), k, scale, COMPETITION
+        )
         highest = tl.maximum(top, top_here)
         if COMPETITION == "hard":
             total = tl.where(total == 0.0, total_here, total * total_here)

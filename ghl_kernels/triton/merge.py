@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ghl_kernels import composed
 from ghl_kernels.layout import empty_rows, in_order_of, like_weight
 
 BLOCK_NUMBERS = 2048
@@ -56,7 +57,7 @@ def measure(
         gradient = tl.load(G + at, live, other=0.0).to(tl.float32)
         hebbian = tl.load(H0 + at, live, other=0.0).to(tl.float32)
         weight = tl.load(w + at, live, other=0.0).to(tl.float32)
-        H = decayed(hebbian, weight, s[:, None], DECAY)
+        H = tl.where(live, decayed(hebbian, weight, s[:, None], DECAY), 0.0)  # s may be infinite
         GH += tl.sum(gradient * H, 1)
         GG += tl.sum(gradient * gradient, 1)
         HH += tl.sum(H * H, 1)
@@ -190,6 +191,8 @@ def merge(
 ) -> Triple:
     """The operator, of one layer. `overwrite`: the update may take the memory of H0."""
     neurons, columns = w.shape[0], w[0].numel()
+    if columns == 0:
+        return composed.merge(G, H0, totals, w, decay, gate, normalize)
     block_k, block_p = blocks(columns)
     layer = Layer.of(G, H0, totals, w, overwrite)
     programs = triton.cdiv(neurons, block_k)

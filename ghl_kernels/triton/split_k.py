@@ -23,6 +23,8 @@ from ghl_kernels.triton.tiles import Tile, programs
 FEWEST_BLOCKS = 4  # of rows that a split is worth
 BLOCK_NUMBERS = 128
 MOST_SPLITS_AT_ONCE = 64
+NEIGHBOURS = 16  # a multiple of it is what Triton compiles a kernel for
+FEW_ROWS = 16
 
 
 def dot_precision(problem: Problem) -> str:
@@ -31,6 +33,25 @@ def dot_precision(problem: Problem) -> str:
     backend = backends.cuda.matmul if problem.linear else backends.cudnn.conv
     allowed = problem.dtype != torch.float32 or backend.fp32_precision == "tf32"
     return "tf32" if allowed else "ieee"
+
+
+def loads_wide(t: Tensor) -> bool:
+    """Whether the compiler can load several neighbouring numbers of t at once."""
+    multiples = all(stride % NEIGHBOURS == 0 for stride in t.stride() if stride != 1)
+    return t.data_ptr() % 16 == 0 and multiples and 1 in t.stride()
+
+
+def without_spills(tile: Tile, problem: Problem, *tensors: Tensor) -> Tile:
+    """The tile; with few rows where numbers wait in registers for the product.
+
+    They do if 16-bit numbers are loaded one by one, and in a product that is no tensor core's.
+    """
+    sizes = problem.neurons % NEIGHBOURS == 0 and problem.channels % NEIGHBOURS == 0
+    wide = sizes or tile.packed and problem.neurons % NEIGHBOURS == 0
+    wide = problem.dtype == torch.float32 or wide and all(map(loads_wide, tensors))
+    if wide and dot_precision(problem) != "ieee":
+        return tile
+    return dataclasses.replace(tile, block_m=min(tile.block_m, FEW_ROWS))
 
 
 def processors(device: torch.device) -> int:
@@ -80,7 +101,10 @@ class Partials:
             totals[:-1].fill_(0)
         results = sums = G, H0, totals
         if splits > 1:
-            G, H0, totals = (t.new_empty(splits * t.numel()) for t in (G, H0, totals[:-1]))
+            sizes = G.numel(), H0.numel(), w.shape[0]
+            G, H0, totals = (
+                torch.empty(splits * size, dtype=torch.float32, device=w.device) for size in sizes
+            )
             sums = G, H0, totals
         return cls(splits, rows, is_channels_last(w), sum_u, sums, results)
 

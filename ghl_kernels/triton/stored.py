@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ghl_kernels import layout
+from ghl_kernels import composed, layout
 from ghl_kernels.composed import Triple, updates
 from ghl_kernels.problem import Problem
 from ghl_kernels.triton.foreach_merge import foreach_merge
@@ -23,6 +23,8 @@ __all__ += ["logsumexp", "merge"]
 def linear_pair(
     x: Tensor, y: Tensor, g: Tensor, w: Tensor, competition: str, tau: float, sum_u: bool = True
 ) -> Triple:
+    if x.numel() == 0:
+        return composed.linear_pair(x, y, g, w, competition, tau, sum_u)
     problem = Problem.of_linear(x, w)
     x, y, g = (layout.as_matrix(t) for t in (x, y, g))
     u = store_u(y, competition, tau)

@@ -160,6 +160,8 @@ def choose(problem: Problem, device: torch.device, strategy: str | None = None) 
 def nearest(problem: Problem, device: torch.device, strategy: str | None) -> Entry:
     bits = 8 * problem.dtype.itemsize
     alike = [e for e in table(device).entries if e.kind == kind(problem) and e.bits == bits]
+    if not alike:
+        raise ValueError(f"table {table(device).name} has no {bits}-bit entry of {kind(problem)}")
     wanted = [e for e in alike if strategy in (None, e.strategy)] or alike
     return fitting(min(wanted, key=lambda entry: entry.distance(problem)), problem)
 

@@ -1,6 +1,7 @@
 """The command line: the arguments of `ghl`'s sub-commands, and how their errors are told.
 
-What a sub-command does is in `ghl.recipes` and `ghl.doctor`, imported when it is called.
+What a sub-command does is in `ghl.recipes`, `ghl.bench` and `ghl.doctor`, imported when it is
+called.
 """
 
 import argparse
@@ -103,9 +104,40 @@ def doctor(args: argparse.Namespace) -> int:
     return doctor_main() or 0
 
 
+# what is measured by default, fitting into five minutes on a large GPU
+WORKLOADS = ("resnet50_b256", "deephebb_b64", "deephebb_b1024", "vit_b16_b256", "vgg16_b256")
+
+
+def bench_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `ghl bench`."""
+    what = parser.add_subparsers(metavar="WHAT", dest="what", required=True)
+    layers = what.add_parser("layers", help="time every layer of a model against PyTorch's own")
+    tune = what.add_parser("tune", help="choose tiles for the GPU at hand by measuring")
+    for chosen in (layers, tune):
+        add = chosen.add_argument
+        add("workloads", nargs="*", metavar="MODEL_bBATCH", default=WORKLOADS,
+            help=f"by default {' '.join(WORKLOADS)}")  # fmt: skip
+    add = layers.add_argument
+    add("--device", default="cuda", help="cuda by default; cpu")
+    add("--seconds", type=float, default=300, help="begin no further layer after these")
+    add("--out", type=Path, metavar="FILE", help="write all figures there as JSON")
+    add = tune.add_argument
+    add("--budget", type=float, default=300, metavar="SECONDS", help="300 by default")
+    add("--out", type=Path, metavar="FILE", help="by default the user's table for this GPU")
+    add("--log", type=Path, metavar="FILE", help="write every attempt there as JSON")
+
+
+def bench(args: argparse.Namespace) -> int:
+    """Run `ghl bench`."""
+    from ghl.bench import command
+
+    return command.layers(args) if args.what == "layers" else command.tune(args)
+
+
 COMMANDS = (
     Command("train", "train a network under a learning rule", train_arguments, train),
     Command("eval", "test accuracy of a run's checkpoint", eval_arguments, evaluate),
+    Command("bench", "time layers, tune tiles", bench_arguments, bench),
     Command("doctor", "what is installed, compiled and used here", no_arguments, doctor),
 )
 

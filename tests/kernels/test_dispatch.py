@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 import threading
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from cases import Conv, Linear
 
 import ghl_kernels
-from ghl_kernels import Backend, Rule, dispatch, library
+from ghl_kernels import Backend, Problem, Rule, dispatch, library
 from ghl_kernels.library import Library
 from ghl_kernels.ops import OPERATORS
 
@@ -54,6 +57,152 @@ def test_everything_works_with_nothing_compiled(no_library: str) -> None:
     exact = LINEAR.reference([t.double() for t in tensors], "ghl")
     torch.testing.assert_close(LINEAR.update(tensors, Rule())[0].double(), exact.update)
     assert ghl_kernels.last("linear_update") == Backend("composed", no_library)
+
+
+def problem(groups: int = 1, neurons: int = 64) -> Problem:
+    return Problem(1000, neurons, 16, torch.float16, (3, 3), groups=groups)
+
+
+def test_groups_of_few_neurons_are_composed_on_a_cpu(some_library: None) -> None:
+    """The native kernels' tiles are neurons of one group; one group is never too few."""
+
+    def name(groups: int, neurons: int) -> str:
+        return ghl_kernels.backend("conv2d_pair", torch.zeros(1), problem(groups, neurons)).name
+
+    fewest = dispatch.FEWEST_GROUP_NEURONS
+    assert name(1, 1) == name(2, fewest) == "native"
+    assert name(2, fewest - 1) == "composed"
+
+
+def test_a_problem_is_read_from_the_tensors_of_a_layer() -> None:
+    x, y, g, w = Conv(2, 6, (7, 5), 15, (3, 2), (2, 1), (0, 1), groups=3).tensors()
+    of_conv = Problem.of_conv2d(x, y, g, w, (2, 1), (0, 1), 3)
+    wanted = Problem(
+        2 * 3 * 6, 5, 2, torch.float32, (3, 2), (2, 1), padded=True, groups=3, image=6 * 7 * 5
+    )
+    assert dataclasses.astuple(of_conv) == dataclasses.astuple(wanted)
+    assert (of_conv.columns, of_conv.all_neurons, of_conv.depthwise) == (12, 15, False)
+    x, _, _, w = LINEAR.tensors()
+    assert Problem.of_linear(x, w) == Problem(4, 5, 3, torch.float32, linear=True)
+    assert Problem.of_linear(x, w).pointwise
+
+
+BY_TRITON = pytest.mark.parametrize("name", dispatch.BY_TRITON)
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process whose Triton compiles, and does not interpret."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(dispatch, "interpreted", lambda: False)
+
+
+@BY_TRITON
+def test_forcing_triton_on_a_cpu_is_an_error_unless_it_interprets(
+    name: str, compiled: None
+) -> None:
+    wanted = f"{name} is forced for linear_pair, but Triton does not compile for cpu"
+    with ghl_kernels.force(name), pytest.raises(RuntimeError, match=wanted):
+        LINEAR.pair(LINEAR.tensors(), Rule())
+
+
+@BY_TRITON
+def test_forcing_triton_where_it_is_not_is_an_error(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch, "triton_missing", lambda: "Triton cannot be imported: a test")
+    with ghl_kernels.force(name), pytest.raises(RuntimeError, match=r"merge, but .*imported: a te"):
+        ghl_kernels.backend("merge", torch.zeros(1))
+
+
+def test_a_cpu_never_takes_triton_unless_forced(some_library: None) -> None:
+    """Also where it interprets: that is for tests."""
+    assert ghl_kernels.backend("conv2d_pair", torch.zeros(1), problem()).name == "native"
+
+
+def on_gpu(dtype: torch.dtype = torch.float16) -> SimpleNamespace:
+    """What the dispatcher sees of a tensor on a GPU."""
+    return SimpleNamespace(device=torch.device("cuda", 0), dtype=dtype)
+
+
+@pytest.fixture
+def hopper(compiled: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that has warned of nothing, with a GPU of capability 9.0 whose trials succeed."""
+    from ghl_kernels.triton import tiles, trial
+
+    monkeypatch.setattr(dispatch, "_warned", set())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(trial, "failure", lambda *arguments: None)
+    table = tiles.Table.read(tiles.SHIPPED / "sm90.json")
+    monkeypatch.setattr(tiles, "table", lambda device: table)
+    monkeypatch.setattr(tiles, "nearest", tiles.nearest.__wrapped__)
+
+
+def assert_composed_and_said_once(first: SimpleNamespace, of: Problem | None, reason: str) -> None:
+    with pytest.warns(UserWarning, match=f"composes PyTorch's operators: .*{reason}"):
+        backend = ghl_kernels.backend("conv2d_pair", first, of)
+    assert backend.name == "composed"
+    assert reason in backend.reason
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert ghl_kernels.backend("conv2d_pair", first, of) == backend
+    with ghl_kernels.force("triton"), pytest.raises(RuntimeError, match=reason):
+        ghl_kernels.backend("conv2d_pair", first, of)
+
+
+def test_an_old_gpu_is_composed_and_said_once(
+    hopper: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert_composed_and_said_once(on_gpu(), problem(), "compute capability 7.5")
+
+
+def test_float64_is_composed_and_said_once(hopper: None) -> None:
+    assert_composed_and_said_once(on_gpu(torch.float64), None, "no float64")
+
+
+@pytest.mark.parametrize("sizes", [{"rows": 2**31}, {"channels": 2**26}, {"image": 2**31}])
+def test_sizes_beyond_32_bits_are_composed_and_said_once(
+    sizes: dict[str, int], hopper: None
+) -> None:
+    """Rows, weights and the numbers of one image are counted in 32 bits by the kernels."""
+    too_large = dataclasses.replace(problem(), **sizes)
+    assert_composed_and_said_once(on_gpu(), too_large, "rows, weights or the numbers of one image")
+
+
+def test_a_failed_trial_is_composed_and_said_once(
+    hopper: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ghl_kernels.triton.trial.failure", lambda *arguments: "a trial raised")
+    with pytest.warns(UserWarning, match="composes PyTorch's operators: a trial raised"):
+        backend = ghl_kernels.backend("conv2d_pair", on_gpu(), problem())
+    assert backend == Backend("composed", "a trial raised")
+
+
+def test_a_gpu_takes_the_strategy_of_the_nearest_entry_and_says_which(hopper: None) -> None:
+    first = Problem(12544, 512, 512, torch.float16, (3, 3), padded=True)
+    backend = ghl_kernels.backend("conv2d_pair", on_gpu(), first)
+    assert backend.name == "library"
+    assert "table sm90 (computed): conv, 12544 rows, 512 neurons of 4608" in backend.reason
+    second = Problem(802816, 64, 64, torch.float16, (3, 3), padded=True, copied_bytes=5_000_000)
+    backend = ghl_kernels.backend("conv2d_pair", on_gpu(), second)
+    assert backend.name == "triton"
+    assert "5.0 MB moved first to bring activations into channels_last" in backend.reason
+    assert ghl_kernels.backend("merge", on_gpu()).name == "triton"
+
+
+def test_float32_takes_tensor_cores_only_where_tf32_is_allowed(hopper: None) -> None:
+    """By the switch of convolutions; the library's products follow it by themselves."""
+    conv, before = torch.backends.cudnn.conv, torch.backends.cudnn.conv.fp32_precision
+    first = dataclasses.replace(problem(), dtype=torch.float32)
+    try:
+        conv.fp32_precision = "ieee"
+        backend = ghl_kernels.backend("conv2d_pair", on_gpu(torch.float32), first)
+        assert backend == Backend("library", "float32 without TF32 has no tensor-core product")
+        conv.fp32_precision = "tf32"
+        assert "nearest" in ghl_kernels.backend("conv2d_pair", on_gpu(torch.float32), first).reason
+    finally:
+        conv.fp32_precision = before
 
 
 def test_forcing_what_is_not_there_is_an_error(no_library: str) -> None:

@@ -1,0 +1,138 @@
+"""Runs every Triton kernel on small layers and compares with PyTorch's operators.
+
+What compute-sanitizer watches: `compute-sanitizer --tool memcheck python -m bench.sanitize`. Few
+rows and odd sizes, so that every kernel has a last tile that is not full.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+import ghl_kernels
+from ghl.bench.check import Expected, wrong_sums
+from ghl.bench.clock import precision
+from ghl.bench.implementations import FORCED
+from ghl.bench.layers import Layer
+from ghl_kernels import composed
+from ghl_kernels.triton import tiles
+from ghl_kernels.triton.tiles import Entry, Tile
+
+LAYERS = (
+    Layer("linear, whole rows", 1000, 72, 40, linear=True),
+    Layer("linear, statistics", 700, 136, 520, linear=True),
+    Layer("pointwise", 3, 64, 64, (17, 19)),
+    Layer("3x3, three taps", 3, 64, 64, (13, 11), (3, 3), padding=(1, 1)),
+    Layer("3x3, stride and dilation", 2, 40, 136, (15, 14), (3, 3), (2, 2), (2, 2), (2, 2)),
+    Layer("1x1, stride 2", 3, 64, 80, (15, 13), stride=(2, 2)),
+    Layer("packed", 2, 3, 72, (21, 18), (7, 7), (2, 2), (3, 3)),
+    Layer("groups", 2, 64, 64, (9, 11), (3, 3), padding=(1, 1), groups=2),
+    Layer("depthwise", 2, 48, 48, (12, 10), (3, 3), padding=(1, 1), groups=48),
+)
+ON_A_CPU = (  # the interpreter takes seconds for a thousand rows
+    Layer("linear", 24, 20, 18, linear=True),
+    Layer("3x3", 1, 16, 16, (5, 4), (3, 3), padding=(1, 1)),
+)
+OTHER_COMPETITIONS = "hard", "softhebb", "linear"
+MODES = {"cuda": "bfloat16", "cpu": "float32"}  # the interpreter's bfloat16 product is wrong
+
+
+def truth(layer: Layer, tensors: tuple[Tensor, ...], competition: str) -> Expected:
+    """G and H0 of a layer by PyTorch's operators in float32."""
+    operator, geometry = operator_of(layer)
+    with precision("float32"):
+        G, H0, _ = getattr(composed, operator)(
+            *(t.float() for t in tensors), *geometry, competition, layer.tau, True
+        )
+    return Expected(G, H0, update=G)
+
+
+def operator_of(layer: Layer) -> tuple[str, tuple[object, ...]]:
+    if layer.linear:
+        return "linear_pair", ()
+    pairs = (list(p) for p in (layer.stride, layer.padding, layer.dilation))
+    return "conv2d_pair", (*pairs, layer.groups)
+
+
+def tile_for(kind: str, device: torch.device) -> AbstractContextManager[None]:
+    """The GPU's own table; a CPU, whose interpreter takes any tile, has none."""
+    if device.type == "cuda":
+        return nullcontext()
+    tile = Tile(16, 16, 16, 4, 2, programs=8, packed=kind == "packed")
+    if kind == "depthwise":
+        tile = Tile(8, 16, 4, 4, 2, programs=8)
+    return tiles.use(Entry(kind, 32, 1, 1, 1, "triton", tile))
+
+
+def pairs(device: torch.device, mode: str) -> Iterator[tuple[str, str | None]]:
+    """What was run, and what is wrong with it, of the kernels that sum over a batch."""
+    dtype = torch.bfloat16 if mode == "bfloat16" else torch.float32
+    layers = LAYERS if device.type == "cuda" else ON_A_CPU
+    for layer in layers:
+        tensors = layer.tensors(dtype, device)
+        kind = tiles.kind(layer.problem(*tensors))
+        operator, geometry = operator_of(layer)
+        for competition in ("softmax", *(OTHER_COMPETITIONS if layer is layers[0] else ())):
+            if competition != "softmax":  # of equal neurons a GPU's argmax may take any
+                x, y, g, w = tensors
+                tensors = x, torch.rand(y.shape, device=device).argsort(1).to(dtype) / 4, g, w
+            expected = truth(layer, tensors, competition)
+            for name in FORCED:
+                with ghl_kernels.force(name), precision("tf32"), tile_for(kind, device):
+                    G, H0, _ = getattr(torch.ops.ghl_kernels, operator)(
+                        *tensors, *geometry, competition, layer.tau
+                    )
+                wrong = wrong_sums(G, H0, expected, mode)
+                yield f"{layer.name}, {competition}, {name}", wrong
+
+
+def merges(device: torch.device) -> Iterator[tuple[str, str | None]]:
+    """The same of merge, foreach_merge and logsumexp."""
+    torch.manual_seed(0)
+    layers = []
+    for neurons, columns in ((40, 72), (3, 2500), (130, 9)):
+        G, H0, w = torch.randn(3, neurons, columns, device=device)
+        layers.append((G, H0, torch.rand(neurons + 1, device=device) + 1, w))
+    lists = [list(one) for one in zip(*layers, strict=True)]
+    for choices in (("oja", "sign", "absmax"), ("instar", "hebb", "mean")):
+        exact = [composed.merge(*layer, *choices)[0] for layer in layers]
+        with ghl_kernels.force("triton"):
+            single = [torch.ops.ghl_kernels.merge(*layer, *choices)[0] for layer in layers]
+            together = torch.ops.ghl_kernels.foreach_merge(*lists, *choices)[0]
+        for name, found in (("merge", single), ("foreach_merge", together)):
+            far = max(
+                (a - b).abs().amax().item() / b.abs().amax().item()
+                for a, b in zip(found, exact, strict=True)
+            )
+            yield f"{name}, {choices}", None if far < 1e-4 else f"off by {far:.1e}"
+    y = torch.randn(5, 5000, device=device)
+    with ghl_kernels.force("triton"):
+        far = (torch.ops.ghl_kernels.logsumexp(y, 0.5, 1) - composed.logsumexp(y, 0.5, 1)).abs()
+    yield "logsumexp", None if far.amax().item() < 1e-4 else f"off by {far.amax().item():.1e}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cuda", choices=MODES)
+    device = torch.device(parser.parse_args().device)
+    checked, bad = 0, 0
+    with torch.no_grad():
+        for results in (pairs(device, MODES[device.type]), merges(device)):
+            for what, wrong in results:
+                checked += 1
+                if wrong:
+                    bad += 1
+                    print(f"{what}: {wrong}")
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    print(f"{checked} results checked, {bad} wrong")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,320 @@
+"""What `bench/gpu_suite.sh` runs: stages in processes of their own, each with a time of its own.
+
+Imports nothing that could be broken. The result is written whatever happened, and says what did;
+the exit status is that of the tests and the checks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+ROOT = Path(__file__).resolve().parent.parent
+SECONDS = 570  # of the ten minutes that one command may take
+SCHEMA = 1
+LEAVING = 15  # seconds in which a stage that minds its time starts and ends
+TAIL = 6  # lines of a failed stage that are worth the screen
+SANITIZERS = "memcheck", "racecheck", "initcheck"
+PROVENANCE = (
+    "import json, torch; from ghl.bench.report import provenance; "
+    "print(json.dumps(provenance(torch.device('cuda' if torch.cuda.is_available() else 'cpu'))))"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A step: its command, the most seconds it gets, and those kept for it from earlier ones.
+
+    `{seconds}` in the command is replaced by what it has, less what starting and ending take.
+    checks: if it fails, all has failed.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    seconds: float
+    reserve: float = 0
+    checks: bool = True
+    environment: dict[str, str] = dataclasses.field(default_factory=dict)
+    skipped: str | None = None
+
+
+@dataclasses.dataclass
+class Suite:
+    """Where the files go and until when there is time."""
+
+    out: Path
+    work: Path
+    deadline: float
+    log: TextIO
+    scale: float = 1.0  # of what is reserved, where there is less time than usual
+    results: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+
+    def run(self, stages: Sequence[Stage]) -> None:
+        for number, stage in enumerate(stages):
+            reserved = sum(later.reserve for later in stages[number + 1 :] if not later.skipped)
+            left = self.deadline - time.monotonic() - self.scale * reserved
+            self.run_one(stage, min(stage.seconds, left))
+
+    def run_one(self, stage: Stage, seconds: float) -> None:
+        """Run a stage within its time and note how it went."""
+        if stage.skipped or seconds < 1:
+            reason = stage.skipped or "no time left"
+            self.note(stage, None if stage.skipped else False, 0.0, f"skipped: {reason}")
+            return
+        start = time.monotonic()
+        status, output = self.execute(stage, seconds)
+        self.log.write(f"--- {stage.name}\n{output}\n")
+        self.log.flush()
+        took = time.monotonic() - start
+        how = {0: "ok", None: f"stopped after {seconds:.0f} s"}.get(status, f"failed ({status})")
+        self.note(stage, status == 0, took, how)
+        lines = output.strip().splitlines()
+        for line in lines[-1:] if status == 0 else lines[-TAIL:]:
+            print(f"    {line[:200]}", flush=True)
+
+    def execute(self, stage: Stage, seconds: float) -> tuple[int | None, str]:
+        """The exit status, None if the time was over, and the output."""
+        within = str(max(1, int(seconds) - LEAVING))
+        words = [word.replace("{seconds}", within) for word in stage.command]
+        with (self.work / "output").open("w+", errors="replace") as output:
+            try:
+                process = subprocess.Popen(
+                    words, cwd=ROOT, env={**os.environ, **stage.environment}, stdout=output,
+                    stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
+                )  # fmt: skip
+            except OSError as error:
+                return 127, str(error)
+            try:
+                status: int | None = process.wait(seconds)
+            except subprocess.TimeoutExpired:
+                status = None
+            finally:
+                stop(process)
+            output.seek(0)
+            return status, output.read()
+
+    def note(self, stage: Stage, ok: bool | None, seconds: float, how: str) -> None:
+        self.results.append(
+            {"name": stage.name, "ok": ok, "seconds": round(seconds, 1), "how": how,
+             "checks": stage.checks}
+        )  # fmt: skip
+        print(f"{stage.name:<14} {seconds:6.1f} s  {how}", flush=True)
+
+
+def stop(process: subprocess.Popen[bytes] | subprocess.Popen[str]) -> None:
+    """End a stage and what it started; a process that is done has perhaps left others."""
+    for number, patience in ((signal.SIGTERM, 5), (signal.SIGKILL, 5)):
+        try:
+            os.killpg(process.pid, number)
+            process.wait(patience)
+        except (ProcessLookupError, PermissionError, subprocess.TimeoutExpired):
+            continue
+
+
+def tool(name: str) -> str | None:
+    """A program of CUDA's, which need not be on the PATH."""
+    places = os.pathsep.join((os.environ.get("PATH", ""), "/usr/local/cuda/bin"))
+    return shutil.which(name, path=places)
+
+
+def has(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+def stages(work: Path, out: Path, dry: bool) -> list[Stage]:
+    """All stages in their order; `dry` ones do on a CPU and in seconds what they can."""
+    python = sys.executable
+    many = ["-n", "12"] if has("xdist") and not dry else []
+    tests = ["tests/triton", "tests/kernels", "tests/layers"]
+    pytest = [python, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", *many]
+    pip = [python, "-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps", "-e", "."]
+    bench = [python, "-m", "ghl.cli", "bench"]
+    device = "cpu" if dry else "cuda"
+    measured = [*bench, "layers", "--device", device, "--out", f"{work}/measured.json"]
+    tune = [*bench, "tune", "--log", f"{out}/tune.json", "--budget", "{seconds}"]
+    first = [python, "-m", "bench.first_update", "--device", device, "--out", f"{work}/first.json"]
+    train = [python, "-m", "bench.train_step", "--out", f"{work}/train_step.json"]
+    if dry:
+        pip = [python, "-c", "print('install: not in a dry run')"]
+        pytest, tests = [python, "-m", "pytest", "-q"], ["tests/kernels/test_rule.py"]
+        measured += ["deephebb_b1"]
+        first += ["--batch", "1"]
+    tables = {"XDG_CACHE_HOME": str(work / "cache")}  # what is tuned here is what is measured
+    interpret = {"TRITON_INTERPRET": "1"} if dry else {}
+    missing = None if tool("compute-sanitizer") else "compute-sanitizer is not installed"
+    no_gpu = "a dry run" if dry else None
+    no_step = None if (ROOT / "bench" / "train_step.py").exists() else "no bench/train_step.py"
+    kernels = (python, "-W", "ignore", "-m", "bench.sanitize", "--device", device)
+    return [
+        Stage("install", tuple(pip), 150, 30),
+        Stage("tests", (*pytest, *tests), 150, 40),
+        Stage("kernels", kernels, 75, 20, environment=interpret),
+        Stage("sanitize", (python, "-m", "bench.suite", "--sanitize", str(work)), 90, 30,
+              skipped=no_gpu or missing),
+        Stage("tune", tuple(tune), 130, 60, skipped=no_gpu, environment=tables),
+        Stage("measure", (*measured, "--seconds", "{seconds}"), 270, 150, environment=tables),
+        Stage("first_update", tuple(first), 60, 25, checks=False, environment=tables),
+        Stage("train_step", tuple(train), 100, 50, checks=False, environment=tables,
+              skipped=no_gpu or no_step),
+    ]  # fmt: skip
+
+
+def kernel_names() -> set[str]:
+    sources = (ROOT / "ghl_kernels" / "triton").glob("*.py")
+    return {n for path in sources for n in re.findall(r"def (\w+_kernel)\(", path.read_text())}
+
+
+def sanitize(work: Path) -> int:
+    """Run all of compute-sanitizer's tools side by side; 1 if one blames a kernel of ours.
+
+    Each allocation is one of CUDA's, or a read beyond a tensor would hit its neighbour unseen.
+    """
+    sanitizer = tool("compute-sanitizer")
+    assert sanitizer, "the stage is skipped without it"
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    running = {}
+    for name in SANITIZERS:
+        log = work / f"{name}.log"
+        command = [sanitizer, "--tool", name, "--error-exitcode", "9", "--log-file", str(log)]
+        command += [sys.executable, "-m", "bench.sanitize"]
+        running[name] = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT
+        )
+    blamed = 0
+    for name, process in running.items():
+        status = process.wait()
+        log = work / f"{name}.log"
+        text = log.read_text(errors="replace") if log.exists() else ""
+        print(text[:4000])
+        verdict, bad = judge(status, text)
+        blamed += bad
+        print(f"{name}: {verdict}")
+    return 1 if blamed else 0
+
+
+def judge(status: int, log: str) -> tuple[str, bool]:
+    """What a sanitizer's exit status and log mean, and whether kernels of ours are to blame."""
+    ours = sorted(name for name in kernel_names() if name in log)
+    if "Device not supported" in log:
+        return "the tool does not support this machine", False
+    if status == 0:
+        return "no errors", False
+    if ours:
+        return f"errors in {', '.join(ours)}", True
+    if status == 9:
+        return "errors, none in a kernel of ours", False
+    return f"the program ended with {status}", True
+
+
+def read(path: Path) -> Any:
+    """A stage's JSON; None if it left none, or none that is whole."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def where() -> dict[str, Any]:
+    """Where and with what, if no measurement says so; little, if the package does not import."""
+    command = [sys.executable, "-c", PROVENANCE]
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+        return dict(json.loads(done.stdout))
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return {"schema": SCHEMA, "gpu": "unknown", "date": time.strftime("%Y-%m-%d")}
+
+
+def assemble(suite: Suite) -> dict[str, Any]:
+    """The result: where, the stages, what was measured and its summary."""
+    result = dict(read(suite.work / "measured.json") or where())
+    result["stages"] = suite.results
+    result["checks_passed"] = passed(suite.results)
+    summary = result.setdefault("summary", {})
+    first = read(suite.work / "first.json")
+    if first:
+        summary["first_update_seconds"] = first
+    step = read(suite.work / "train_step.json")
+    if step:
+        summary["train_step"] = step
+    result["layers"] = result.pop("layers", [])  # the long part last
+    return result
+
+
+def passed(results: Sequence[dict[str, Any]]) -> bool:
+    return all(stage["ok"] is not False for stage in results if stage["checks"])
+
+
+def file_name(gpu: str) -> str:
+    """As the tables of tiles are called: nvidia-h200."""
+    return "-".join("".join(c if c.isalnum() else " " for c in gpu.lower()).split())
+
+
+def finish(suite: Suite, results: Path) -> Path:
+    """Write the result, and copy what was tuned, to where they come back from."""
+    result = assemble(suite)
+    path = results / f"{file_name(result['gpu'])}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    for table in (suite.work / "cache").rglob("tables/*.json"):
+        shutil.copy(table, suite.out / f"table-{table.name}")
+    return path
+
+
+def print_table(result: dict[str, Any]) -> None:
+    """One line for each entry of the summary."""
+    for name, found in result.get("summary", {}).items():
+        numbers = [f"{k} {v:.2f}" for k, v in found.items() if isinstance(v, int | float)]
+        for key, inner in found.items():
+            if isinstance(inner, dict):
+                told = (f"{v:.2f}" if isinstance(v, float) else str(v) for v in inner.values())
+                numbers.append(f"{key} {' '.join(told)}")
+        print(f"{name:<20} {', '.join(numbers)}")
+
+
+def main(argv: Sequence[str] | None = None, make: Callable[..., list[Stage]] = stages) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--dry-run", action="store_true", help="on a CPU, in a minute")
+    parser.add_argument("--stages", help="only these, separated by commas")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="for all of it")
+    parser.add_argument("--sanitize", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.sanitize:
+        return sanitize(args.sanitize)
+    work = ROOT / "build" / "gpu_suite"
+    out = Path(os.environ["OUT"]) if os.environ.get("OUT") else work
+    for directory in (work, out):
+        directory.mkdir(parents=True, exist_ok=True)
+    to_results = out if os.environ.get("OUT") or args.dry_run else ROOT / "bench" / "results"
+    chosen = make(work, out, args.dry_run)
+    if args.stages:
+        chosen = [stage for stage in chosen if stage.name in args.stages.split(",")]
+    for old in (*work.glob("*.json"), *work.glob("*.log")):
+        old.unlink()
+    if any(stage.name == "tune" and not stage.skipped for stage in chosen):
+        shutil.rmtree(work / "cache", ignore_errors=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    with (out / "suite.log").open("w") as log:
+        suite = Suite(out, work, time.monotonic() + args.seconds, log, args.seconds / SECONDS)
+        try:
+            suite.run(chosen)
+        finally:
+            path = finish(suite, to_results)
+            print_table(json.loads(path.read_text()))
+            print(f"checks {'passed' if passed(suite.results) else 'FAILED'}; written to {path}")
+    return 0 if passed(suite.results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,224 @@
+"""Chooses tiles by measuring: candidates for a layer, an attempt at each, and the table they make.
+
+Timing is handed in (`ghl bench tune` brings it), so that nothing here needs a GPU; a run never
+tunes, it reads the table through `tiles.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ghl_kernels.problem import Problem
+from ghl_kernels.triton import tiles
+from ghl_kernels.triton.tiles import STRATEGIES, Entry, Tile
+
+SMALLEST_BLOCK = 64  # that any layer may take, however small
+SHARED_MEMORY = 227 * 1024  # of a Hopper multiprocessor; where there is less the launch says so
+
+# block_m, block_k, block_c, warps, stages, programs of every multiprocessor, and the options
+Shape = tuple[int, int, int, int, int, int]
+DESCRIPTORS, TAPS_3, PACKED = {"descriptors": True}, {"taps": 3}, {"packed": True}
+TILES: dict[tuple[str, int], tuple[tuple[Shape, dict[str, Any]], ...]] = {
+    ("pointwise", 16): (
+        ((64, 128, 128, 8, 3, 1), DESCRIPTORS),
+        ((128, 128, 128, 8, 2, 1), DESCRIPTORS),
+        ((64, 64, 64, 4, 3, 3), DESCRIPTORS),
+        ((64, 64, 128, 4, 3, 2), DESCRIPTORS),
+        ((64, 128, 64, 4, 3, 1), DESCRIPTORS),
+        ((64, 64, 256, 8, 3, 1), DESCRIPTORS),
+        ((64, 256, 64, 8, 3, 1), DESCRIPTORS),
+        ((64, 128, 128, 8, 4, 1), DESCRIPTORS),
+        ((64, 128, 128, 8, 3, 1), {}),
+        ((64, 64, 64, 4, 3, 3), {}),
+        ((64, 64, 64, 4, 4, 2), DESCRIPTORS),
+        ((64, 64, 64, 4, 2, 4), DESCRIPTORS),
+        ((128, 64, 64, 4, 3, 1), DESCRIPTORS),
+        ((64, 64, 128, 8, 4, 1), DESCRIPTORS),
+        ((64, 128, 64, 8, 4, 1), DESCRIPTORS),
+        ((64, 128, 64, 8, 3, 1), DESCRIPTORS),
+        ((64, 256, 64, 8, 2, 1), DESCRIPTORS),
+    ),
+    ("conv", 16): (
+        ((64, 128, 128, 8, 3, 1), {}),
+        ((64, 64, 64, 8, 3, 1), TAPS_3),
+        ((64, 64, 64, 4, 3, 3), {}),
+        ((64, 64, 128, 4, 3, 2), {}),
+        ((64, 128, 64, 4, 3, 1), {}),
+        ((64, 128, 128, 8, 4, 1), {}),
+        ((64, 64, 64, 8, 4, 1), TAPS_3),
+        ((64, 64, 128, 8, 3, 2), {}),
+        ((64, 256, 64, 8, 3, 1), {}),
+        ((32, 128, 128, 8, 4, 1), {}),
+        ((64, 16, 16, 4, 3, 3), {}),
+        ((64, 32, 32, 4, 3, 3), {}),
+    ),
+    ("packed", 16): (
+        ((64, 64, 32, 4, 3, 2), PACKED),
+        ((64, 64, 64, 4, 3, 2), PACKED),
+        ((64, 128, 128, 8, 2, 1), PACKED),
+        ((64, 64, 32, 4, 2, 2), PACKED),
+        ((64, 64, 64, 8, 3, 1), PACKED),
+        ((64, 128, 64, 8, 3, 1), PACKED),
+        ((64, 128, 32, 4, 3, 2), PACKED),
+        ((64, 16, 64, 4, 3, 3), PACKED),
+    ),
+    ("pointwise", 32): (
+        ((32, 64, 64, 4, 3, 2), {}),
+        ((32, 128, 64, 8, 3, 1), {}),
+        ((32, 64, 128, 8, 3, 1), {}),
+        ((64, 64, 64, 8, 2, 1), {}),
+    ),
+    ("conv", 32): (
+        ((32, 64, 64, 4, 3, 2), {}),
+        ((32, 128, 64, 8, 3, 1), {}),
+        ((32, 64, 128, 8, 3, 1), {}),
+        ((64, 64, 64, 8, 2, 1), {}),
+    ),
+    ("packed", 32): (
+        ((32, 64, 64, 4, 2, 2), PACKED),
+        ((32, 64, 32, 4, 3, 3), PACKED),
+        ((32, 128, 64, 8, 2, 1), PACKED),
+    ),
+    ("depthwise", 16): (((4, 64, 16, 4, 2, 4), {}), ((8, 32, 16, 4, 2, 4), {})),
+    ("depthwise", 32): (((4, 64, 16, 4, 2, 4), {}), ((8, 32, 16, 4, 2, 4), {})),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Attempt:
+    """One candidate of a layer: its milliseconds, or why it was dropped."""
+
+    entry: Entry
+    milliseconds: float | None
+    dropped: str | None = None
+
+
+def bits(problem: Problem) -> int:
+    return 8 * problem.dtype.itemsize
+
+
+def entry_of(problem: Problem, strategy: str, tile: Tile) -> Entry:
+    """The choice of a strategy and a tile for a layer's sizes."""
+    return Entry(
+        tiles.kind(problem), bits(problem), problem.rows, problem.neurons, problem.columns,
+        strategy, tile,
+    )  # fmt: skip
+
+
+def block(numbers: int) -> int:
+    """The smallest block that holds them."""
+    return max(SMALLEST_BLOCK, 1 << (numbers - 1).bit_length())
+
+
+def shared_memory(tile: Tile, itemsize: int) -> int:
+    """Bytes of the tiles of x, y and g in flight; the compiler's own are not counted."""
+    of_row = tile.block_c * tile.taps + 2 * tile.block_k
+    return tile.block_m * of_row * itemsize * tile.stages
+
+
+def useful(problem: Problem, tile: Tile) -> bool:
+    """Whether a tile can suit a layer: it divides its taps, is not mostly empty, and may fit."""
+    if problem.depthwise:
+        return True
+    across = problem.columns if tile.packed else problem.channels
+    return (
+        problem.kernel_size[1] % tile.taps == 0
+        and tile.block_k <= block(problem.neurons)
+        and tile.block_c <= block(across)
+        and shared_memory(tile, problem.dtype.itemsize) <= SHARED_MEMORY
+    )
+
+
+def candidates(
+    problem: Problem, present: Entry | None = None, known: Sequence[Entry] = ()
+) -> list[Entry]:
+    """What a layer may take, `present` first: what it takes now must be in the comparison.
+
+    known: entries of a table, whose tiles of the layer's kind are tried as well.
+    """
+    kind = tiles.kind(problem)
+    listed = [Tile(*shape, **options) for shape, options in TILES[kind, bits(problem)]]
+    listed += [e.tile for e in known if (e.kind, e.bits) == (kind, bits(problem))]
+    tiles_of_kind = [tile for tile in dict.fromkeys(listed) if useful(problem, tile)]
+    if not tiles_of_kind and present:
+        tiles_of_kind = [present.tile]
+    entries = [entry_of(problem, present.strategy, present.tile)] if present else []
+    if tiles_of_kind:
+        entries.append(entry_of(problem, "library", tiles_of_kind[0]))
+    for tile in tiles_of_kind:
+        entries += [entry_of(problem, s, tile) for s in STRATEGIES if s != "library"]
+    by_library = [e for e in entries if e.strategy == "library"][:1]  # its tile is not used
+    return list(dict.fromkeys(e for e in entries if e.strategy != "library" or e in by_library))
+
+
+def attempt_all(
+    entries: Sequence[Entry], measure: Callable[[Entry], float], deadline: float
+) -> list[Attempt]:
+    """Every candidate in turn until the deadline; at least the first is tried.
+
+    `measure` gives milliseconds, or raises for a candidate that fails or is wrong.
+    """
+    attempts: list[Attempt] = []
+    for entry in entries:
+        if attempts and time.monotonic() > deadline:
+            break
+        try:
+            attempts.append(Attempt(entry, measure(entry)))
+        except Exception as error:  # a compiler or a driver raises what it likes
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            attempts.append(Attempt(entry, None, reason[:200]))
+    return attempts
+
+
+def best(attempts: Sequence[Attempt]) -> list[Attempt]:
+    """The fastest of each strategy, the fastest first, which is what a layer takes."""
+    ranked = sorted(
+        (t for t in attempts if t.milliseconds is not None), key=lambda t: t.milliseconds or 0.0
+    )
+    by_strategy: dict[str, Attempt] = {}
+    for attempt in ranked:
+        by_strategy.setdefault(attempt.entry.strategy, attempt)
+    return list(by_strategy.values())
+
+
+def sizes(entry: Entry) -> tuple[Any, ...]:
+    return entry.kind, entry.bits, entry.rows, entry.neurons, entry.columns
+
+
+def merged(base: Sequence[Entry], tuned: Sequence[Entry]) -> list[Entry]:
+    """The tuned entries, and those of the base table whose sizes were not tuned."""
+    done = {sizes(entry) for entry in tuned}
+    return [*tuned, *(entry for entry in base if sizes(entry) not in done)]
+
+
+def as_json(entry: Entry) -> str:
+    """One line of a table; a tile's options that are as by default are left out."""
+    defaults = {f.name: f.default for f in dataclasses.fields(Tile)}
+    fields = dataclasses.asdict(entry)
+    fields["tile"] = {n: v for n, v in fields["tile"].items() if v != defaults[n]}
+    return json.dumps(fields)
+
+
+def write(path: Path, entries: Sequence[Entry], measured: dict[str, str]) -> None:
+    """Write a table whole or not at all, so that a reader never meets half of one."""
+    lines = ",\n    ".join(as_json(entry) for entry in entries)
+    text = f'{{\n  "measured": {json.dumps(measured)},\n  "entries": [\n    {lines}\n  ]\n}}\n'
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
+    try:
+        with os.fdopen(descriptor, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

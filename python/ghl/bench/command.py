@@ -1,0 +1,109 @@
+"""What `ghl bench layers` and `ghl bench tune` do, given their arguments.
+
+`layers` ends with exit status 1 when a result of ours was wrong, whatever its speed; `tune` drops
+what is wrong, and ends with 1 when nothing is left.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from typing import Any
+
+import torch
+
+from ghl.bench import clock as clocks
+from ghl.bench import report
+from ghl.bench.implementations import OURS
+from ghl.bench.layers import layers_of
+from ghl.bench.measure import DEFINITIONS, Bench, Row, measure, summarize
+from ghl_kernels import dispatch
+
+
+def device_of(name: str) -> torch.device:
+    """ValueError in one line for a device that is not here."""
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device is {name!r}, but torch {torch.__version__} finds no GPU here")
+    return device
+
+
+def wrong(rows: list[Row]) -> list[str]:
+    """Refusals of ours for a wrong result; one that does not fit or compile is no error."""
+    ours = [row for row in rows if row["implementation"] in OURS]
+    return [r for r in report.refusals(ours) if ": wrong: " in r]
+
+
+def layers(args: argparse.Namespace) -> int:
+    """Run `ghl bench layers`."""
+    start = time.monotonic()
+    device = device_of(args.device)
+    for workload in args.workloads:
+        layers_of(workload)  # a wrong name is told before anything is measured
+    torch.backends.cudnn.benchmark = True  # what a user who cares for speed sets
+    with torch.no_grad():
+        clock = clocks.clock_for(device)
+        ceilings = clocks.ceilings(clock)
+        result: dict[str, Any] = {
+            **report.provenance(device),
+            "definitions": DEFINITIONS,
+            "ceilings": {
+                "copy_bytes_per_second": ceilings.bytes_per_second,
+                "matmul_flops_per_second": ceilings.flops_per_second,
+                "seen_before": clocks.SEEN.get(report.gpu_of(device)),
+            },
+        }
+
+        def write(rows: list[Row], unfinished: list[str]) -> None:
+            content = {**result, "summary": summarize(rows, unfinished), "unfinished": unfinished}
+            if args.out:
+                report.write_json(args.out, {**content, "layers": rows})
+
+        def done(rows: list[Row]) -> None:
+            began = list(dict.fromkeys(row["workload"] for row in rows))
+            write(rows, began[-1:] + [w for w in args.workloads if w not in began])
+
+        bench = Bench(clock, ceilings, start + args.seconds)
+        rows, unfinished = measure(bench, args.workloads, done)
+    write(rows, unfinished)
+    print_report(rows, ceilings, unfinished)
+    return 1 if wrong(rows) else 0
+
+
+def print_report(rows: list[Row], ceilings: clocks.Ceilings, unfinished: list[str]) -> None:
+    for workload in dict.fromkeys(row["workload"] for row in rows):
+        print(f"{workload}, p50 in ms")
+        for line in report.table([row for row in rows if row["workload"] == workload]):
+            print(f"  {line}")
+    rates = ", ".join(f"{m} {r / 1e12:.1f} TFLOP/s" for m, r in ceilings.flops_per_second.items())
+    print(f"ceilings: copy {ceilings.bytes_per_second / 1e12:.2f} TB/s, {rates}")
+    for line in report.refusals(rows):
+        print(f"refused: {line}")
+    for workload in unfinished:
+        print(f"unfinished, out of time: {workload}")
+    for line in report.summary_lines(summarize(rows, unfinished)):
+        print(line)
+
+
+def tune(args: argparse.Namespace) -> int:
+    """Run `ghl bench tune`."""
+    device = device_of("cuda")
+    missing = dispatch.triton_missing()
+    if missing:
+        raise ValueError(f"there is nothing to tune: {missing}")
+    from ghl.bench import tuning
+
+    for workload in args.workloads:
+        layers_of(workload)
+    torch.backends.cudnn.benchmark = True
+    with torch.no_grad():
+        tuned, path = tuning.tune_gpu(
+            args.workloads, args.budget, args.out, clocks.clock_for(device)
+        )
+    if args.log:
+        report.write_json(args.log, tuning.as_log(tuned))
+    dropped = [a for t in tuned for a in t.attempts if a.dropped]
+    for reason in dict.fromkeys(a.dropped for a in dropped):
+        print(f"dropped {sum(a.dropped == reason for a in dropped)}: {reason}")
+    print(f"{len(tuned)} layers tuned, written to {path}")
+    return 0 if any(t.winner for t in tuned) else 1

@@ -1,0 +1,94 @@
+"""The update of a layer under the names it is measured by: ours, each of ours forced, the others'.
+
+`call` gives a function of no arguments that computes the update once, and nothing else.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import ghl_kernels
+from ghl.bench import formulas
+from ghl.bench.layers import Layer
+from ghl_kernels import dispatch
+
+FORCED = dispatch.BY_TRITON
+OURS = ("ghl", *FORCED)
+BY_LIBRARY = ("natural", "natural.compiled", "trick", "trick.matmul", "library")
+Tensors = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+@functools.cache
+def compiled_natural() -> Callable[..., Tensor]:
+    """One compilation for each shape, and an error instead of uncompiled code if that fails."""
+    dynamo: Any = importlib.import_module("torch._dynamo.config")
+    for limit in ("recompile_limit", "accumulated_recompile_limit"):
+        setattr(dynamo, limit, max(1024, getattr(dynamo, limit)))
+    return torch.compile(formulas.natural, dynamic=False, fullgraph=True)
+
+
+@functools.cache
+def compiled_epilogue() -> Callable[..., Tensor]:
+    """One compilation for all shapes: only numbers of the size of a weight pass through it."""
+    return torch.compile(formulas.oja, dynamic=True)
+
+
+def names(layer: Layer, mode: str, device: torch.device) -> list[str]:
+    """What a layer is measured by; `authors` is the published layer, in float32 as published."""
+    ours = OURS if device.type == "cuda" or dispatch.interpreted() else OURS[:1]
+    if mode != "bfloat16":
+        return [*ours, "natural", "trick", *(["authors"] if layer.groups == 1 else [])]
+    dense = not layer.linear and layer.groups == 1
+    pointwise = layer.kernel_size == layer.stride == (1, 1) and layer.padding == (0, 0)
+    matmul = ["trick.matmul"] if dense and pointwise else []
+    return [*ours, "natural", "natural.compiled", "trick", *matmul]
+
+
+@contextmanager
+def forced(name: str) -> Iterator[None]:
+    """The implementation `name` where it is one of ours that can be forced, else no change."""
+    with ghl_kernels.force(name) if name in FORCED else nullcontext():
+        yield
+
+
+def ours_call(layer: Layer, tensors: Tensors, operator: str) -> Callable[[], tuple[Tensor, ...]]:
+    """linear_ or conv2d_ `pair` or `update` of the rule `ghl`."""
+    sums_u: tuple[object, ...] = (False,)
+    rest = ("oja", "sign", "absmax") if operator == "update" else sums_u
+    choices = "softmax", layer.tau, *rest
+    if layer.linear:
+        function = getattr(torch.ops.ghl_kernels, f"linear_{operator}")
+        return lambda: function(*tensors, *choices)
+    function = getattr(torch.ops.ghl_kernels, f"conv2d_{operator}")
+    geometry = layer.stride, layer.padding, layer.dilation, layer.groups
+    return lambda: function(*tensors, *geometry, *choices)
+
+
+def call(layer: Layer, name: str, tensors: Tensors) -> Callable[[], Tensor]:
+    """The update by the implementation of that name; `forced` has to surround calls of ours."""
+    if name in OURS:
+        update = ours_call(layer, tensors, "update")
+        return lambda: update()[0]
+    if layer.dilation != (1, 1):
+        raise ValueError(
+            f"{layer.name} has dilation {layer.dilation}: {name} is not written for it"
+        )
+    x, y, g, w = (t[:, :, None, None] if layer.linear else t for t in tensors)
+    if name == "trick.matmul":
+        return lambda: formulas.trick_by_matmul(x, y, g, w, layer.tau, compiled_epilogue())
+    rest = layer.padding, layer.tau, layer.stride
+    if name == "authors":
+        x, y, g, w = (t.contiguous() for t in (x, y, g, w))
+        return lambda: formulas.authors(x, y, g, w, *rest)
+    if name == "trick":
+        epilogue = compiled_epilogue() if x.is_cuda else formulas.oja
+        return lambda: formulas.trick(x, y, g, w, *rest, layer.groups, epilogue)
+    natural = compiled_natural() if name == "natural.compiled" else formulas.natural
+    return lambda: natural(x, y, g, w, *rest, layer.groups)

@@ -1,0 +1,325 @@
+"""`ghl bench tune`: tries the candidates of `ghl_kernels.triton.tune` on the GPU at hand.
+
+Kernels are compiled beforehand by several processes, because compiling takes ten times as long as
+timing; a candidate that fails there is not tried here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import ghl_kernels
+from ghl.bench.check import Expected, wrong_sums
+from ghl.bench.clock import MODES, Clock, precision
+from ghl.bench.implementations import Tensors, ours_call
+from ghl.bench.layers import Layer, layers_of
+from ghl.bench.report import provenance
+from ghl_kernels import Problem
+from ghl_kernels.triton import tiles, tune
+from ghl_kernels.triton.tune import Attempt, Entry
+
+COMPILE_BATCH = 16  # images: sizes and strides of the kernel's arguments stay as divisible by 16
+COMPILE_ROWS = 4096
+HOPELESS = 1.4  # times the best: a candidate is not worth timing well
+SHARE_OF_COMPILING = 0.45
+MOST_PROCESSES = 12
+START = "spawn"  # CUDA does not survive a fork
+Job = tuple[Layer, str, Entry]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuned:
+    """A layer and what was tried for it, what it took before first."""
+
+    layer: Layer
+    mode: str
+    attempts: tuple[Attempt, ...]
+
+    @property
+    def winner(self) -> Attempt | None:
+        best = tune.best(self.attempts)
+        return best[0] if best else None
+
+    def line(self) -> str:
+        """What was chosen, and how much faster that is than the choice before."""
+        dropped = sum(a.milliseconds is None for a in self.attempts)
+        text = f"{self.layer.shape:<34} {self.mode:<9}"
+        if self.winner is None or self.winner.milliseconds is None:
+            return f"{text} nothing ran: {self.attempts[0].dropped}"
+        before = self.attempts[0].milliseconds
+        gain = f"{before / self.winner.milliseconds:5.2f}x" if before else "  new"
+        of = f"of {len(self.attempts)}" + (f", {dropped} dropped" if dropped else "")
+        entry = self.winner.entry
+        tile = [v for k, v in dataclasses.asdict(entry.tile).items() if v is not False]
+        return f"{text} {self.winner.milliseconds:8.4f} ms {gain} {entry.strategy} {tile} {of}"
+
+
+def modes_to_tune(workload: str) -> tuple[str, ...]:
+    """bfloat16; and TF32 for the network whose published form is float32."""
+    return ("bfloat16", "tf32") if workload.startswith("deephebb") else ("bfloat16",)
+
+
+def layers_to_tune(workloads: Iterable[str]) -> list[tuple[Layer, str]]:
+    """Each layer once, whichever workloads have it."""
+    found: dict[tuple[Layer, str], tuple[Layer, str]] = {}
+    for workload in workloads:
+        for mode in modes_to_tune(workload):
+            for layer in layers_of(workload):
+                sizes = dataclasses.replace(layer, name="", count=1, tau=1.0)
+                found.setdefault((sizes, mode), (layer, mode))
+    return list(found.values())
+
+
+def problem_of(layer: Layer, mode: str) -> Problem:
+    """The sizes of a layer without its tensors."""
+    return layer.problem(*layer.without_data(MODES[mode]))
+
+
+def small(layer: Layer) -> Layer:
+    """The same layer for fewer rows: what it compiles is the same."""
+    most = COMPILE_ROWS if layer.linear else COMPILE_BATCH
+    return dataclasses.replace(layer, batch=min(layer.batch, most))
+
+
+def compiled_alike(layer: Layer, mode: str, entry: Entry) -> tuple[Any, ...]:
+    """Jobs for which this is equal compile the same kernels, as far as is known here."""
+    whole_rows = entry.neurons <= entry.tile.block_k and layer.groups == 1
+    divisible = tuple(n % 16 == 0 for n in (entry.neurons, entry.columns, layer.in_channels))
+    geometry = layer.linear, layer.kernel_size, layer.stride, layer.groups == 1
+    return entry.kind, mode, entry.strategy, entry.tile, whole_rows, divisible, geometry
+
+
+def run_once(layer: Layer, mode: str, entry: Entry, tensors: Tensors) -> tuple[torch.Tensor, ...]:
+    with tiles.use(entry), ghl_kernels.force(entry.strategy), precision(mode):
+        return ours_call(layer, tensors, "update")()
+
+
+def compile_job(job: Job) -> str | None:
+    """Why a candidate does not compile or launch, None if it does."""
+    layer, mode, entry = job
+    try:
+        run_once(layer, mode, entry, small(layer).tensors(MODES[mode], torch.device("cuda")))
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+    except Exception as error:  # a compiler or a driver raises what it likes
+        return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+    return None
+
+
+def work(
+    jobs: Sequence[Job], results: Connection, compile_one: Callable[[Job], str | None]
+) -> None:
+    """A process: tell the outcome of each job, and end after one that lost it the GPU."""
+    torch.set_num_threads(1)
+    for job in jobs:
+        reason = compile_one(job)
+        lost = reason is not None and not gpu_answers()
+        results.send((reason, lost))
+        if lost:
+            return
+
+
+def gpu_answers() -> bool:
+    """Whether this process can still use the GPU: no kernel can after an illegal access."""
+    try:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
+
+
+@dataclasses.dataclass
+class Worker:
+    """A process and the jobs it has not told the outcome of."""
+
+    jobs: list[Job]
+    process: Any
+    results: Connection
+
+    @classmethod
+    def start(cls, jobs: list[Job], compile_one: Callable[[Job], str | None]) -> Worker:
+        context: Any = multiprocessing.get_context(START)
+        ours, theirs = context.Pipe(duplex=False)
+        process = context.Process(target=work, args=(jobs, theirs, compile_one), daemon=True)
+        process.start()
+        theirs.close()
+        return cls(jobs, process, ours)
+
+    def outcome(self) -> tuple[str | None, bool]:
+        """What is wrong with the first job, and whether the process ends over it."""
+        try:
+            reason, lost = self.results.recv()
+        except EOFError:
+            return "the compiler or the GPU ended the process", True
+        return reason, lost
+
+
+def compile_all(
+    jobs: Sequence[Job], seconds: float, compile_one: Callable[[Job], str | None] = compile_job
+) -> dict[tuple[Any, ...], str]:
+    """Compile into Triton's cache by several processes; the candidates that failed, and why.
+
+    What is not compiled when the time is over compiles when it is tried.
+    """
+    deadline = time.monotonic() + seconds
+    alike = {compiled_alike(*job): job for job in jobs if job[2].strategy != "library"}
+    todo, failed = list(alike.values()), {}
+    number = max(1, min(MOST_PROCESSES, (os.cpu_count() or 2) - 2, len(todo)))
+    parts = [todo[i::number] for i in range(number)]
+    workers = {w.results: w for w in (Worker.start(p, compile_one) for p in parts if p)}
+    try:
+        while workers and (left := deadline - time.monotonic()) > 0:
+            for ready in wait(list(workers), left):
+                worker = workers[ready]  # type: ignore[index]
+                (reason, lost), job = worker.outcome(), worker.jobs.pop(0)
+                if reason:
+                    failed[compiled_alike(*job)] = reason
+                if lost or not worker.jobs:
+                    del workers[worker.results]
+                if lost and worker.jobs:
+                    following = Worker.start(worker.jobs, compile_one)
+                    workers[following.results] = following
+    finally:
+        for worker in workers.values():
+            worker.process.kill()
+    return failed
+
+
+class Measure:
+    """Milliseconds of a candidate on one layer; raises for one that is wrong or does not run."""
+
+    def __init__(
+        self, layer: Layer, mode: str, clock: Clock, failed: dict[tuple[Any, ...], str]
+    ) -> None:
+        self.layer, self.mode, self.clock, self.failed = layer, mode, clock, failed
+        self.best = float("inf")
+        self.tensors = layer.tensors(MODES[mode], clock.device)
+        self.expected = Expected.of(layer, self.tensors)
+
+    def __call__(self, entry: Entry) -> float:
+        reason = self.failed.get(compiled_alike(self.layer, self.mode, entry))
+        if reason:
+            raise RuntimeError(reason)
+        with tiles.use(entry), ghl_kernels.force(entry.strategy), precision(self.mode):
+            G, H0, _ = ours_call(self.layer, self.tensors, "pair")()
+            wrong = wrong_sums(G, H0, self.expected, self.mode)
+            if wrong:
+                raise RuntimeError(f"wrong: {wrong}")
+            update = ours_call(self.layer, self.tensors, "update")
+            update()
+            quick = self.clock.quick(update)
+            if quick > HOPELESS * self.best:
+                return quick
+            self.clock.warm_up(update)
+            milliseconds = (self.clock.graph(update) or self.clock.eager(update)).p50
+        self.best = min(self.best, quick)
+        return milliseconds
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Ctrl-C ends the measuring, not the program: what was measured is kept."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("interrupted: what was measured so far is kept", flush=True)
+
+
+def tune_layers(
+    layers: Sequence[tuple[Layer, str]],
+    attempt: Callable[[Layer, str, Sequence[Entry], float], Sequence[Attempt]],
+    candidates: Callable[[Problem], Sequence[Entry]],
+    seconds: float,
+    done: Callable[[Sequence[Tuned]], None],
+) -> list[Tuned]:
+    """Try every layer's candidates, each layer for its share of the time that is left.
+
+    `done` is told what is tuned after every layer, so that nothing is lost to an interruption.
+    """
+    deadline = time.monotonic() + seconds
+    tuned: list[Tuned] = []
+    with interruptible():
+        for number, (layer, mode) in enumerate(layers):
+            left = deadline - time.monotonic()
+            if left <= 0 and tuned:
+                break
+            entries = candidates(problem_of(layer, mode))
+            until = time.monotonic() + 2 * left / (len(layers) - number)
+            attempts = attempt(layer, mode, entries, min(until, deadline))
+            tuned.append(Tuned(layer, mode, tuple(attempts)))
+            done(tuned)
+    return tuned
+
+
+def measured_on(device: torch.device) -> dict[str, str]:
+    """What a table's figures depend on."""
+    where = provenance(device)
+    keys = "gpu", "driver", "torch", "triton", "commit", "date"
+    return {key: str(where[key]) for key in keys}
+
+
+def as_log(tuned: Sequence[Tuned]) -> list[dict[str, Any]]:
+    """Every attempt, for a file beside the table."""
+    return [
+        {
+            "layer": t.layer.name, "shape": t.layer.shape, "mode": t.mode,
+            "attempts": [
+                {"strategy": a.entry.strategy, "tile": dataclasses.asdict(a.entry.tile),
+                 "ms": a.milliseconds, "dropped": a.dropped}
+                for a in t.attempts
+            ],
+        }
+        for t in tuned
+    ]  # fmt: skip
+
+
+def choices(tuned: Sequence[Tuned]) -> list[Entry]:
+    """The entries of a table: of each layer its best strategies, the fastest first."""
+    return [a.entry for t in tuned for a in tune.best(t.attempts)]
+
+
+def tune_gpu(
+    workloads: Sequence[str], seconds: float, out: Path | None, clock: Clock
+) -> tuple[list[Tuned], Path]:
+    """Tune for the GPU of the clock and write its table; what was tried, and the table's path."""
+    device = clock.device
+    path = out or tiles.user_tables() / f"{tiles.gpu_name(device)}.json"
+    start, base = time.monotonic(), tiles.table(device)
+    measured, layers = measured_on(device), layers_to_tune(workloads)
+
+    def candidates(problem: Problem) -> list[Entry]:
+        return tune.candidates(problem, tiles.choose(problem, device), base.entries)
+
+    def attempt(
+        layer: Layer, mode: str, entries: Sequence[Entry], until: float
+    ) -> Sequence[Attempt]:
+        try:
+            return tune.attempt_all(entries, Measure(layer, mode, clock, failed), until)
+        finally:
+            clock.release()
+
+    def done(tuned: Sequence[Tuned]) -> None:
+        print(tuned[-1].line(), flush=True)
+        tune.write(path, tune.merged(base.entries, choices(tuned)), measured)
+
+    jobs = []
+    for layer, mode in layers:
+        jobs += [(layer, mode, e) for e in candidates(problem_of(layer, mode))]
+    failed = compile_all(jobs, SHARE_OF_COMPILING * seconds)
+    print(f"compiled {len(jobs)} candidates in {time.monotonic() - start:.0f} s", flush=True)
+    left = seconds - (time.monotonic() - start)
+    tuned = tune_layers(layers, attempt, candidates, left, done)
+    tiles.table.cache_clear()
+    tiles.nearest.cache_clear()
+    return tuned, path

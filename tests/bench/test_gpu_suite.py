@@ -1,0 +1,165 @@
+"""The suite's stages: their times, what is written when they fail, and its exit status."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from bench import suite
+from bench.suite import Stage, Suite
+from ghl.cli import main as ghl
+
+ROOT = Path(__file__).parents[2]
+MEASURED = {"schema": 1, "gpu": "NVIDIA H200", "summary": {"net_b2": {"vs_trick": 1.5}},
+            "layers": [{"layer": "a"}]}  # fmt: skip
+
+
+def python(code: str) -> tuple[str, ...]:
+    return sys.executable, "-c", code
+
+
+def run(tmp_path: Path, stages: list[Stage], monkeypatch: pytest.MonkeyPatch) -> tuple[int, dict]:
+    """The exit status and the JSON of a suite of these stages."""
+    monkeypatch.setenv("OUT", str(tmp_path / "out"))
+    monkeypatch.setattr(suite, "ROOT", tmp_path)
+    monkeypatch.setattr(suite, "where", lambda: {"schema": 1, "gpu": "NVIDIA H200"})
+    work = tmp_path / "build" / "gpu_suite"
+    status = suite.main(["--seconds", "30"], lambda *_: stages)
+    (path,) = (tmp_path / "out").glob("nvidia-h200.json")
+    assert work.is_dir()
+    return status, json.loads(path.read_text())
+
+
+def writes_measured() -> tuple[str, ...]:
+    return python(f"open('build/gpu_suite/measured.json', 'w').write({json.dumps(MEASURED)!r})")
+
+
+def test_the_script_is_bash() -> None:
+    subprocess.run(["bash", "-n", ROOT / "bench" / "gpu_suite.sh"], check=True)
+
+
+def test_all_is_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tables = "p/'cache/ghl_kernels/tables'; t.mkdir(parents=True); (t/'gpu.json').write_text('{}')"
+    code = f"import pathlib; p=pathlib.Path('build/gpu_suite'); t={tables}"
+    status, result = run(
+        tmp_path,
+        [Stage("tests", writes_measured(), 9), Stage("tune", python(code), 9)],
+        monkeypatch,
+    )
+    assert status == 0
+    assert result["checks_passed"]
+    assert result["summary"] == {"net_b2": {"vs_trick": 1.5}}
+    assert [(s["name"], s["ok"]) for s in result["stages"]] == [("tests", True), ("tune", True)]
+    assert list(result)[-1] == "layers"
+    assert (tmp_path / "out" / "table-gpu.json").read_text() == "{}"
+
+
+def test_a_failed_check_fails_the_suite_and_later_stages_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stages = [Stage("tests", python("print('what failed'); exit(3)"), 9),
+              Stage("measure", writes_measured(), 9)]  # fmt: skip
+    status, result = run(tmp_path, stages, monkeypatch)
+    assert status == 1
+    assert not result["checks_passed"]
+    assert result["stages"][0]["how"] == "failed (3)"
+    assert result["summary"]
+    assert "what failed" in capsys.readouterr().out
+    assert "what failed" in (tmp_path / "out" / "suite.log").read_text()
+
+
+def test_a_stage_and_its_children_are_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late = tmp_path / "late"
+    child = f"import time; time.sleep(3); open({str(late)!r}, 'w')"
+    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    start = time.monotonic()
+    status, result = run(tmp_path, [Stage("measure", python(code), 1)], monkeypatch)
+    assert time.monotonic() - start < 3
+    assert status == 1
+    assert result["stages"][0]["how"] == "stopped after 1 s"
+    time.sleep(max(0.0, start + 4 - time.monotonic()))
+    assert not late.exists()
+
+
+def test_what_does_not_check_may_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stages = [Stage("measure", writes_measured(), 9),
+              Stage("first_update", ("/no/such/program",), 9, checks=False),
+              Stage("train_step", (), 9, skipped="no bench/train_step.py")]  # fmt: skip
+    status, result = run(tmp_path, stages, monkeypatch)
+    assert status == 0
+    assert [s["ok"] for s in result["stages"]] == [True, False, None]
+    assert "train_step" not in result["summary"]
+
+
+def test_time_is_kept_for_later_stages(tmp_path: Path) -> None:
+    given: list[int] = []
+    with (tmp_path / "log").open("w") as log:
+        here = Suite(tmp_path, tmp_path, time.monotonic() + 100, log)
+        here.run_one = lambda stage, seconds: given.append(round(seconds))  # type: ignore[method-assign]
+        here.run([Stage("a", (), 80), Stage("b", (), 80, 40), Stage("c", (), 500, 20),
+                  Stage("d", (), 5, 10, skipped="no")])  # fmt: skip
+    assert given == [40, 80, 100, 5]
+
+
+def test_a_stage_is_told_to_end_before_it_is_stopped(tmp_path: Path) -> None:
+    with (tmp_path / "log").open("w") as log:
+        here = Suite(tmp_path, tmp_path, time.monotonic() + 100, log)
+        said = here.execute(Stage("a", python("import sys; print({1}, '{seconds}')"), 60), 60)
+    assert said == (0, "{1} 45\n")
+
+
+@pytest.mark.parametrize(
+    ("status", "log", "verdict", "bad"),
+    [
+        (0, "", "no errors", False),
+        (9, "Invalid read at linear_wgrad_kernel", "errors in linear_wgrad_kernel", True),
+        (9, "Invalid read at cutlass_kernel", "errors, none in a kernel of ours", False),
+        (1, "", "the program ended with 1", True),
+        (1, "Device not supported", "the tool does not support this machine", False),
+    ],
+)
+def test_a_sanitizer_is_judged_by_whom_it_blames(
+    status: int, log: str, verdict: str, bad: bool
+) -> None:
+    assert suite.judge(status, log) == (verdict, bad)
+
+
+def test_every_sanitizer_is_run_and_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    program = tmp_path / "compute-sanitizer"
+    program.write_text(
+        '#!/bin/bash\n[ "$2" = racecheck ] || exit 0\n'
+        'echo "Race reported in merge_kernel? no: measure_kernel" > "$6"; exit 9\n'
+    )
+    program.chmod(0o755)
+    monkeypatch.setattr(suite, "tool", lambda name: str(program))
+    assert suite.main(["--sanitize", str(tmp_path)]) == 1
+    told = capsys.readouterr().out
+    assert "memcheck: no errors" in told
+    assert "racecheck: errors in measure_kernel" in told
+    assert "initcheck: no errors" in told
+
+
+def test_the_stages_are_those_of_the_issue(tmp_path: Path) -> None:
+    stages = suite.stages(tmp_path, tmp_path, dry=False)
+    assert [s.name for s in stages] == ["install", "tests", "kernels", "sanitize", "tune",
+                                        "measure", "first_update", "train_step"]  # fmt: skip
+    assert sum(s.reserve for s in stages) < suite.SECONDS < 600
+
+
+@pytest.mark.parametrize("words", [["bench", "tune"], ["bench", "layers"]])
+def test_without_a_gpu_one_line_says_so(
+    words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert ghl(words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("ghl: error: --device is 'cuda', but torch")

@@ -1,0 +1,74 @@
+"""What the tests of the Triton kernels share: a device, small tiles, a forced implementation.
+
+Without a GPU everything runs under Triton's interpreter, with a GPU as compiled kernels.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))  # cases, and checks of results
+
+pytest.importorskip("triton")
+
+from small_tiles import MANY_SPLITS, Form
+
+from ghl_kernels.triton import tiles
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """NumPy, under the interpreter, warns of what a kernel computes and does not store."""
+    for module in ("triton.runtime.interpreter", "numpy._core.fromnumeric"):
+        config.addinivalue_line("filterwarnings", f"ignore::RuntimeWarning:{module}")
+
+
+@pytest.fixture(autouse=True)
+def device() -> Iterator[torch.device]:
+    """Where the kernels run, and where tensors are made unless a test says otherwise."""
+    if not torch.cuda.is_available():
+        yield torch.device("cpu")
+        return
+    with torch.device("cuda", torch.cuda.current_device()) as device:
+        yield device
+
+
+@pytest.fixture(autouse=True)
+def exact_float32() -> Iterator[None]:
+    """No TF32 unless a test asks for it: the tolerances are those of float32."""
+    products = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    before = [p.fp32_precision for p in products]
+    for p in products:
+        p.fp32_precision = "ieee"
+    yield
+    for p, precision in zip(products, before, strict=True):
+        p.fp32_precision = precision
+
+
+@pytest.fixture(params=tiles.STRATEGIES)
+def implementation(request: pytest.FixtureRequest, forced: Callable) -> Iterator[str]:
+    with forced(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def fused(forced: Callable) -> Iterator[None]:
+    """Forces the implementation whose u lives only in tiles."""
+    with forced("triton"):
+        yield
+
+
+@pytest.fixture
+def use(monkeypatch: pytest.MonkeyPatch) -> Callable[[Form], None]:
+    """Has every layer take a form, until the test is over or takes another."""
+    return lambda form: form.use(monkeypatch)
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(use: Callable[[Form], None]) -> None:
+    """Small tiles and several splits, for tests that do not choose; there is no table for a CPU."""
+    use(MANY_SPLITS)

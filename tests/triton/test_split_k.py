@@ -1,0 +1,115 @@
+"""How rows are split, and that the splits' sums are added in one order and without a trace."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import pytest
+import torch
+from cases import Conv, Layer, Linear, assert_pair, largest, magnitudes
+from hypothesis import given
+from hypothesis import strategies as st
+from small_tiles import Form
+
+from ghl_kernels import Problem, Rule
+from ghl_kernels.triton import split_k
+from ghl_kernels.triton.split_k import dot_precision
+from ghl_kernels.triton.tiles import Tile
+
+LAYERS: dict[str, Layer] = {
+    "linear": Linear(140, 17, 18),
+    "conv": Conv(5, 16, (6, 6), 18, kernel=(1, 2)),
+    "packed": Conv(5, 3, (5, 6), 18, kernel=(2, 2)),
+    "depthwise": Conv(5, 4, (5, 6), 4, kernel=(2, 2), groups=4),
+}
+layers = pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
+own_choice = split_k.split_rows  # before a fixture replaces it
+
+
+@layers
+def test_any_number_of_splits_agrees_to_rounding(
+    layer: Layer, fused: None, use: Callable[[Form], None]
+) -> None:
+    """And the same number to the last bit."""
+    tensors, rule = layer.tensors(), Rule()
+    scale = magnitudes(layer, tensors, rule)
+    results = {}
+    for splits in (1, 2, 9):
+        use(Form(block_k=32, block_c=32, splits=splits))
+        results[splits] = layer.pair(tensors, rule)
+    assert all(map(torch.equal, results[splits], layer.pair(tensors, rule)))
+    for one, other in itertools.combinations(results.values(), 2):
+        for a, b, most in zip(one[:2], other[:2], (scale.G, scale.H0), strict=True):
+            assert largest(a - b) <= 4 * torch.finfo(torch.float32).eps * largest(most)
+        torch.testing.assert_close(one[2], other[2])
+
+
+def test_more_splits_than_are_added_at_once(
+    fused: None, use: Callable[[Form], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(split_k, "MOST_SPLITS_AT_ONCE", 2)
+    use(Form(splits=5))
+    assert_pair(LAYERS["linear"], LAYERS["linear"].tensors())
+
+
+@layers
+def test_the_kernels_own_choice_splits_and_is_right(
+    layer: Layer, fused: None, use: Callable[[Form], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the limits of a small layer; what is left is the number of processors."""
+    monkeypatch.setattr(split_k, "FEWEST_BLOCKS", 1)
+    chosen = []
+
+    def record(*arguments: object) -> tuple[int, int]:
+        chosen.append(own_choice(*arguments))
+        return chosen[-1]
+
+    monkeypatch.setattr(split_k, "split_rows", record)
+    use(Form(splits=None))
+    assert_pair(layer, layer.tensors())
+    assert chosen[0][0] > 1
+
+
+@given(
+    rows=st.integers(1, 2**31 - 2**16),
+    neurons=st.integers(1, 5000),
+    channels=st.integers(1, 5000),
+    block_m=st.sampled_from([16, 32, 64, 128]),
+    programs=st.integers(1, 8),
+    dtype=st.sampled_from([torch.float32, torch.float16]),
+    processors=st.sampled_from([4, 108, 132]),
+)
+def test_splits_cover_the_rows_and_none_is_empty(
+    rows: int, neurons: int, channels: int, block_m: int, programs: int, dtype: torch.dtype,
+    processors: int, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Their workspace is never larger than the u that PyTorch's composition stores."""
+    monkeypatch.setattr(split_k, "processors", lambda device: processors)
+    problem = Problem(rows, neurons, channels, dtype, linear=True)
+    tile = Tile(block_m, 64, 64, 4, 3, programs)
+    splits, each = own_choice(problem, tile, torch.device("cpu"))
+    assert each % block_m == 0
+    assert (splits - 1) * each < rows <= splits * each
+    if splits > 1:
+        assert splits * 2 * 4 * neurons * channels <= rows * neurons * dtype.itemsize
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sixteen_bit_products_do_not_ask_about_tf32(dtype: torch.dtype) -> None:
+    assert dot_precision(Problem(8, 8, 8, dtype)) == "tf32"
+
+
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+def test_float32_products_are_as_torch_backends_allows(precision: str) -> None:
+    """Matrix products and convolutions have each a switch of their own."""
+    for linear, products in (
+        (True, torch.backends.cuda.matmul),
+        (False, torch.backends.cudnn.conv),
+    ):
+        problem = Problem(8, 8, 8, torch.float32, linear=linear)
+        other = Problem(8, 8, 8, torch.float32, linear=not linear)
+        products.fp32_precision = precision
+        assert dot_precision(problem) == precision
+        assert dot_precision(other) == "ieee"
+        products.fp32_precision = "ieee"

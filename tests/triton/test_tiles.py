@@ -1,0 +1,192 @@
+"""The tables of tiles: which file serves a GPU, and which of its entries a layer."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import threading
+from pathlib import Path
+
+import pytest
+import small_tiles
+import torch
+
+from ghl_kernels import Problem
+from ghl_kernels.triton import tiles
+from ghl_kernels.triton.tiles import Entry, Table, Tile
+
+TILE = Tile(16, 16, 16, 4, 2)
+CPU = torch.device("cpu")
+read_table = tiles.table.__wrapped__  # before a fixture replaces it
+shipped = pytest.mark.parametrize("name", [path.stem for path in tiles.SHIPPED.glob("*.json")])
+
+
+def entry(rows: int, neurons: int, columns: int, **others: object) -> Entry:
+    known = {"kind": "pointwise", "bits": 16, "strategy": "triton", "tile": TILE}
+    return Entry(rows=rows, neurons=neurons, columns=columns, **{**known, **others})
+
+
+def chosen(
+    entries: list[Entry], problem: Problem, monkeypatch, strategy: str | None = None
+) -> Entry:
+    monkeypatch.setattr(tiles, "table", lambda device: Table("test", None, tuple(entries)))
+    return tiles.choose(problem, CPU, strategy)
+
+
+def linear(rows: int, neurons: int, channels: int, dtype: torch.dtype = torch.float16) -> Problem:
+    return Problem(rows, neurons, channels, dtype, linear=True)
+
+
+def test_a_layer_takes_the_entry_nearest_in_logarithms(monkeypatch: pytest.MonkeyPatch) -> None:
+    small, large = entry(100, 64, 64), entry(10000, 64, 64)
+    for rows, wanted in ((1, small), (900, small), (1100, large), (10**9, large)):
+        assert chosen([small, large], linear(rows, 64, 64), monkeypatch) == wanted
+    wide, tall = entry(100, 64, 512), entry(100, 512, 64)
+    assert chosen([wide, tall], linear(100, 400, 100), monkeypatch) == tall
+    assert chosen([wide, tall], linear(100, 100, 400), monkeypatch) == wide
+    assert chosen([wide, tall], linear(0, 100, 400), monkeypatch) == wide
+
+
+def test_only_entries_of_its_kind_and_bits_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However near another is."""
+    alike = entry(10, 10, 10, bits=32)
+    others = [entry(64, 64, 64), entry(64, 64, 64, kind="conv", bits=32)]
+    problem = linear(64, 64, 64, torch.float32)
+    assert chosen([*others, alike], problem, monkeypatch) == alike
+
+
+def test_a_strategy_restricts_the_entries_if_it_has_any(monkeypatch: pytest.MonkeyPatch) -> None:
+    near, far = entry(64, 64, 64), entry(9000, 64, 64, strategy="triton_stored")
+    problem = linear(64, 64, 64)
+    assert chosen([near, far], problem, monkeypatch) == near
+    assert chosen([near, far], problem, monkeypatch, "triton_stored") == far
+    assert chosen([near], problem, monkeypatch, "triton_stored") == near
+
+
+def test_taps_that_do_not_divide_a_kernels_row_become_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    three = entry(64, 64, 64, kind="conv", tile=dataclasses.replace(TILE, taps=3))
+    for width, taps in ((3, 3), (6, 3), (1, 1), (2, 1), (5, 1)):
+        problem = Problem(64, 64, 16, torch.float16, (3, width))
+        assert chosen([three], problem, monkeypatch).tile.taps == taps
+
+
+def test_an_entry_in_use_is_taken_by_this_thread_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    used, other = entry(1, 1, 1, strategy="library"), entry(64, 64, 64)
+    elsewhere = []
+    with tiles.use(used):
+        assert chosen([other], linear(64, 64, 64), monkeypatch) == used
+        look = threading.Thread(
+            target=lambda: elsewhere.append(tiles.choose(linear(64, 64, 64), CPU))
+        )
+        look.start()
+        look.join()
+    assert elsewhere == [other]
+    assert tiles.choose(linear(64, 64, 64), CPU) == other
+
+
+@pytest.mark.parametrize(
+    ("problem", "kind"),
+    [
+        (linear(4, 4, 4), "pointwise"),
+        (Problem(4, 4, 4, torch.float16), "pointwise"),
+        (Problem(4, 4, 4, torch.float16, stride=(2, 2)), "packed"),
+        (Problem(4, 4, 64, torch.float16, stride=(2, 2)), "conv"),
+        (Problem(4, 4, 64, torch.float16, padded=True), "conv"),
+        (Problem(4, 4, 64, torch.float16, groups=2), "conv"),
+        (Problem(4, 4, 16, torch.float16, (3, 3)), "conv"),
+        (Problem(4, 4, 3, torch.float16, (3, 3)), "packed"),
+        (Problem(4, 4, 1, torch.float16, (3, 3)), "packed"),
+        (Problem(4, 2, 1, torch.float16, (3, 3), groups=8), "depthwise"),
+    ],
+)
+def test_the_kind_of_kernel_a_layer_needs(problem: Problem, kind: str) -> None:
+    assert tiles.kind(problem) == kind
+
+
+@pytest.mark.parametrize(
+    ("problem", "form", "programs"),
+    [
+        (linear(99, 33, 17), small_tiles.Form(), 3 * 2),
+        (Problem(99, 33, 17, torch.float16, (3, 3)), small_tiles.Form(), 3 * 2 * 9),
+        (Problem(99, 33, 17, torch.float16, (3, 3)), small_tiles.Form(taps=3), 3 * 2 * 3),
+        (Problem(99, 33, 17, torch.float16, (3, 3)), small_tiles.Form(packed=True), 3 * 10),
+        (Problem(99, 33, 17, torch.float16, (3, 3), groups=2), small_tiles.Form(), 2 * 3 * 2 * 9),
+        (Problem(99, 2, 1, torch.float16, (3, 3), groups=9), small_tiles.Form(), 2 * 3),
+    ],
+)
+def test_the_programs_of_a_split(problem: Problem, form: small_tiles.Form, programs: int) -> None:
+    assert tiles.programs(problem, form.tile(tiles.kind(problem))) == programs
+
+
+@shipped
+def test_a_shipped_table_serves_every_kind_of_layer(name: str) -> None:
+    """In 16 and, where tensor cores may be used, 32 bits, by Triton's own products."""
+    table = Table.read(tiles.SHIPPED / f"{name}.json")
+    assert {e.strategy for e in table.entries} <= set(tiles.STRATEGIES)
+    for kind in small_tiles.KINDS:
+        for bits in (16, 32):
+            assert any(e.kind == kind and e.bits == bits for e in table.entries), (kind, bits)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A GPU by name and capability, and the folder where its user's tables are."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200 (PCIe)")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    folder = tmp_path / "ghl_kernels" / "tables"
+    folder.mkdir(parents=True)
+    return folder
+
+
+def written(path: Path, **content: object) -> Path:
+    known = {"measured": {"gpu": "here"}, "entries": [dataclasses.asdict(entry(1, 2, 3))]}
+    path.write_text(json.dumps({**known, **content}))
+    return path
+
+
+def test_the_users_table_is_preferred_to_the_shipped_one(gpu: Path) -> None:
+    assert read_table(CPU).name == "sm90"
+    written(gpu / "nvidia-h200-pcie.json")
+    table = read_table(CPU)
+    assert (table.name, table.measured) == ("nvidia-h200-pcie", {"gpu": "here"})
+    assert table.entries == (entry(1, 2, 3),)
+
+
+def test_a_gpus_own_shipped_table_is_preferred_to_its_architectures(
+    gpu: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(tiles, "SHIPPED", tmp_path)
+    written(tmp_path / "sm90.json")
+    assert read_table(CPU).name == "sm90"
+    written(tmp_path / "nvidia-h200-pcie.json")
+    assert read_table(CPU).name == "nvidia-h200-pcie"
+
+
+@pytest.mark.parametrize(
+    ("capability", "name"),
+    [((8, 0), "sm80"), ((8, 9), "sm80"), ((9, 0), "sm90"), ((10, 0), "sm100"), ((12, 0), "sm80")],
+)
+def test_every_architecture_has_a_table(
+    capability: tuple[int, int], name: str, gpu: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert read_table(CPU).name == name
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        "{",
+        "[]",
+        "{}",
+        '{"measured": null}',
+        '{"measured": null, "entries": [{"kind": "conv"}]}',
+        '{"measured": null, "entries": [{"tile": {"block_z": 1}}]}',
+    ],
+)
+def test_a_damaged_table_is_an_error_that_names_the_file(gpu: Path, damaged: str) -> None:
+    path = gpu / "nvidia-h200-pcie.json"
+    path.write_text(damaged)
+    with pytest.raises(ValueError, match=r"nvidia-h200-pcie\.json is not a table of tiles"):
+        read_table(CPU)
