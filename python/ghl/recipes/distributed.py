@@ -3,6 +3,7 @@
 `torchrun` starts them; without it there is one process, no process group, and nothing to tell.
 """
 
+import inspect
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -71,15 +72,35 @@ def joined(device: str | None) -> Iterator[World]:
     if "RANK" not in os.environ or dist.is_initialized():
         yield World.current()
         return
+    backend = "gloo"
     if torch.cuda.is_available() and not (device or "cuda").startswith("cpu"):
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("cpu:gloo,cuda:nccl")
-    else:
-        dist.init_process_group("gloo")
+        backend = "cpu:gloo,cuda:nccl"
+    store, rank, size = next(dist.rendezvous("env://"))
+    dist.init_process_group(backend, store=of_this_life(store), rank=rank, world_size=size)
     try:
         yield World.current()
     finally:
         dist.destroy_process_group()
+
+
+def of_this_life(store: dist.Store) -> dist.Store:
+    """The store without what workers have left in it that died before.
+
+    torchrun's agents keep one store over restarts, whose stale addresses make processes connect
+    to the dead (pytorch issue 135712). Several agents do not count their restarts alike.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return store
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        return dist.PrefixStore(f"life-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and os.environ["RANK"] == "0":
+        print(
+            "restarts on several nodes need TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in torchrun's"
+            " environment: without it they may hang (pytorch issue 135712)",
+            flush=True,
+        )
+    return store
 
 
 def local_device(name: str) -> torch.device:
@@ -97,10 +118,11 @@ def spread(model: nn.Module, device: torch.device, *, fsdp: bool) -> nn.Module:
     if not dist.is_initialized():
         return model
     if not fsdp:
+        known = inspect.signature(DistributedDataParallel).parameters
+        buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+        options: dict[str, Any] = {buffers: False, "gradient_as_bucket_view": True}
         index = [device.index] if device.type == "cuda" else None
-        return DistributedDataParallel(
-            model, device_ids=index, broadcast_buffers=False, gradient_as_bucket_view=True
-        )
+        return DistributedDataParallel(model, device_ids=index, **options)
     mesh = dist.device_mesh.init_device_mesh(device.type, (dist.get_world_size(),))
     containers = (nn.ModuleList, nn.ModuleDict)  # they have no forward to hang hooks on
     for child in model.children():

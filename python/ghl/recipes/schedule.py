@@ -30,6 +30,8 @@ class Decay:
 
 def image_size(epoch: int, epochs: int, first: int, last: int) -> int:
     """The side of training images in an epoch (from 0): from `first` linearly to `last`."""
-    growing = max(1, round(GROWTH * (epochs - 1)))
-    side = first + (last - first) * min(epoch, growing) / growing
-    return last if side >= last else max(first, int(side) // GRAIN * GRAIN)
+    growing = round(GROWTH * (epochs - 1))
+    if epoch >= growing:
+        return last
+    side = first + (last - first) * epoch / growing
+    return max(first, int(side) // GRAIN * GRAIN)
