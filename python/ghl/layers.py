@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ghl import functional
+from ghl.guards import check_whole
 from ghl.sums import RawSums
 from ghl_kernels import Rule
 
@@ -70,9 +71,12 @@ class Plastic(nn.Module):
             return None
         if not self.weight.requires_grad:
             return None
-        if self._sums is None or self._summed is not self.weight or not self._sums.live:
+        sums = self._sums
+        if sums is None or not sums.live or not (sums.sharded or self._summed is self.weight):
+            check_whole(self)
             self._attach()
-        return None if self._rule.gate == "sign_only" else self._sums
+            sums = self._sums
+        return None if self._rule.gate == "sign_only" else sums
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         result = super()._apply(fn, recurse)

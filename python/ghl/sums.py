@@ -1,26 +1,29 @@
-"""One weight's raw sums (G, H0, totals) of a backward, and the one merge that ends it.
+"""One weight's raw sums (G, H0, totals), and the one merge that ends a backward.
 
 The sums are linear in the data, the merge is not: however often a layer is used in a forward,
 autograd adds its sums, and the update is made where gradients of a weight have been accumulated.
-H0 and totals ride through autograd as gradients of two leaves that own no memory.
+H0 and totals ride through autograd as gradients of two leaves that own no memory. Sums that
+outlive a backward are `ghl.held`.
 """
 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 import ghl_kernels.ops  # noqa: F401  registers torch.ops.ghl_kernels
+from ghl.guards import check_alone, is_update, mark_update
 from ghl_kernels import Rule
 from ghl_kernels.checks import sum_dtype
 from ghl_kernels.native import is_channels_last
 
 _of_weight: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_makers: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # where not ImmediateSums
 
 
 def as_rows(t: Tensor, weight: Tensor) -> Tensor:
@@ -44,23 +47,26 @@ def register_first(weight: Tensor, hook: Any) -> Any:
     return handle
 
 
-def check_alone() -> None:
-    """An update merged on each rank and averaged afterwards is wrong: sign(mean) ≠ mean(sign)."""
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        raise RuntimeError(
-            f"a rule made its update in a process group of {dist.get_world_size()} ranks, where "
-            "G and H0 must be summed over the ranks before the merge, which is not built yet: "
-            "train in one process, or with rule='bp'"
-        )
+def sign(G: Tensor) -> Tensor:
+    """sign(G) that keeps NaN."""
+    return torch.where(G.isnan(), G, G.sign())
+
+
+def device_of(weight: Tensor) -> torch.device:
+    """Where the forward uses the weight; an offloaded shard lies elsewhere."""
+    mesh = getattr(weight, "device_mesh", None)
+    return weight.device if mesh is None else torch.empty(0, device=mesh.device_type).device
 
 
 class RawSums:
-    """Collects the sums of one weight and turns `weight.grad` from G into the update.
+    """The sums of one weight, shared by all layers that have it; a subclass says when they merge.
 
     hebbian (out_channels, rest) and totals (out_channels + 1) are leaves whose gradients are H0,
     in the memory order of the weight, and the sums of u with the number of rows.
     compute_dtype: the dtype in which the latest forward used the weight.
     """
+
+    sharded = False  # whether forwards see another tensor than the weight
 
     def __init__(self, weight: nn.Parameter, rule: Rule) -> None:
         self.rule = rule
@@ -68,19 +74,14 @@ class RawSums:
         self.layers: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self.compute_dtype = weight.dtype
         self._weight = weakref.ref(weight)
-        self._task = -1
-        self._arrived: dict[str, Tensor] = {}
-        self._awaited = {"G"} if rule.gate == "sign_only" else {"G", "H0", "totals"}
+        self._maker: Callable[..., RawSums] = _makers.get(weight, ImmediateSums)
+        self._hooks: list[Any] = []
 
-        options: dict[str, Any] = {"dtype": sum_dtype(weight.dtype), "device": weight.device}
+        options: dict[str, Any] = {"dtype": sum_dtype(weight.dtype), "device": device_of(weight)}
         number = torch.zeros((), **options)
-        self.hebbian = number.expand(weight.shape[0], weight[0].numel()).requires_grad_()
-        self.totals = number.expand(weight.shape[0] + 1).requires_grad_()
-        self._hooks = [
-            register_first(weight, self._take_gradient),
-            self.hebbian.register_post_accumulate_grad_hook(self._take("H0")),
-            self.totals.register_post_accumulate_grad_hook(self._take("totals")),
-        ]
+        out_channels, *rest = weight.shape
+        self.hebbian = number.expand(out_channels, torch.Size(rest).numel()).requires_grad_()
+        self.totals = number.expand(out_channels + 1).requires_grad_()
 
     @classmethod
     def of(cls, weight: nn.Parameter, rule: Rule, layer: nn.Module) -> RawSums:
@@ -94,20 +95,34 @@ class RawSums:
                         f"rule is {rule}, but another layer has the same weight and {sums.rule}"
                     )
                 sums.release()
-            sums = _of_weight[weight] = cls(weight, rule)
+            sums = _of_weight[weight] = _makers.get(weight, ImmediateSums)(weight, rule)
         sums.layers.add(layer)
         return sums
+
+    @staticmethod
+    def present(weight: nn.Parameter) -> RawSums | None:
+        """The sums that `weight` has now, if any layer collects them."""
+        sums = _of_weight.get(weight)
+        return sums if sums is not None and sums.live else None
+
+    @staticmethod
+    def choose(weight: nn.Parameter, maker: Callable[..., RawSums] | None) -> None:
+        """How sums of `weight` are made when a layer attaches next; None for ImmediateSums."""
+        if maker is not None:
+            _makers[weight] = maker
+        else:
+            _makers.pop(weight, None)
 
     def serves(self, weight: nn.Parameter, rule: Rule) -> bool:
         """Whether these sums still fit the weight, which `module.to()` may have changed."""
         leaf = self.hebbian
-        rest = weight[0].numel() if weight.dim() > 1 else 0
         return (
             self.live
             and self.rule == rule
-            and leaf.device == weight.device
+            and self._maker is _makers.get(weight, ImmediateSums)
+            and leaf.device == device_of(weight)
             and leaf.dtype == sum_dtype(weight.dtype)
-            and leaf.shape == (weight.shape[0], rest)
+            and leaf.shape == (weight.shape[0], weight.shape[1:].numel())
         )
 
     def release(self) -> None:
@@ -115,6 +130,21 @@ class RawSums:
         self.live = False
         for hook in self._hooks:
             hook.remove()
+
+
+class ImmediateSums(RawSums):
+    """Turns `weight.grad` from G into the update in every backward, as soon as all has arrived."""
+
+    def __init__(self, weight: nn.Parameter, rule: Rule) -> None:
+        super().__init__(weight, rule)
+        self._task = -1
+        self._arrived: dict[str, Tensor] = {}
+        self._awaited = {"G"} if rule.gate == "sign_only" else {"G", "H0", "totals"}
+        self._hooks = [
+            register_first(weight, self._take_gradient),
+            self.hebbian.register_post_accumulate_grad_hook(self._take("H0")),
+            self.totals.register_post_accumulate_grad_hook(self._take("totals")),
+        ]
 
     def _take(self, name: str) -> Any:
         owner = weakref.ref(self)  # a leaf and its owner in a cycle would never be collected
@@ -134,7 +164,7 @@ class RawSums:
         self._check_no_update(weight)
         if not self.layers:
             return
-        check_alone()
+        check_alone(weight)
         self._arrive("G", weight.grad)
         if not self._arrived:
             return
@@ -147,12 +177,12 @@ class RawSums:
         torch.autograd.Variable._execution_engine.queue_callback(self._check_complete)
 
     def _check_no_update(self, weight: Tensor) -> None:
-        if getattr(weight.grad, "_ghl_update", False):
+        if is_update(weight.grad):
             raise RuntimeError(
                 "weight.grad already held an update when another backward reached it, and updates "
                 "must not be added: call optimizer.zero_grad() (set_to_none=True, the default) "
-                "before every backward, or for gradient accumulation put the micro-batches into "
-                "one backward"
+                "before every backward, or for gradient accumulation call "
+                "ghl.synchronize(model, optimizer) once before training"
             )
 
     def _check_complete(self) -> None:
@@ -179,12 +209,12 @@ class RawSums:
     def _merge(self, weight: Tensor, sums: dict[str, Tensor]) -> Tensor:
         rule, G = self.rule, sums["G"]
         if rule.gate == "sign_only":
-            update = torch.where(G.isnan(), G, G.sign())
+            update = sign(G)
         else:
             H0 = from_rows(sums["H0"], weight)
             used = weight.to(self.compute_dtype)
             update = torch.ops.ghl_kernels.merge(
                 G, H0, sums["totals"], used, rule.decay, rule.gate, rule.normalize
             )[0]
-        update._ghl_update = True  # type: ignore[attr-defined]
+        mark_update(update)
         return update

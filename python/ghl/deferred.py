@@ -1,0 +1,208 @@
+"""`ghl.synchronize`: updates made once a step, from the sums over all micro-batches and ranks.
+
+The update is then the same however the batch is cut. What is held until then is `ghl.held`'s.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from ghl import merging, ranks
+from ghl.held import HeldSums, ShardedSums, is_sharded
+from ghl.layers import Plastic
+from ghl.sums import RawSums
+
+WIRES = (None, torch.float32, torch.bfloat16)
+
+
+def synchronize(
+    model: nn.Module,
+    optimizer: Optimizer,
+    group: Any = None,
+    communicate: torch.dtype | None = None,
+) -> Synchronizer:
+    """Make the updates of `model` in `optimizer.step()`, from all backwards and ranks before it.
+
+    Call it once, on every rank, when the model is wrapped (DistributedDataParallel) or sharded
+    (fully_shard) and its optimizer built. Until the step `weight.grad` is the ordinary gradient
+    G, so whatever is done with that works as ever: accumulation over backwards with or without
+    no_sync, averaging over ranks, GradScaler, clipping (of G, whose size does not reach the
+    update). A hook before the step adds H0 and totals up over the ranks, merges all layers, and
+    puts the updates into `weight.grad`. zero_grad() drops what is held, also without a step.
+
+    group: the process group whose ranks hold parts of one batch: that of DistributedDataParallel
+    where `model` is or has one, else the default group. Sharded weights use their own mesh.
+    communicate: torch.bfloat16 halves the bytes of H0 on the wire, at a relative error of 2⁻⁸ of
+    each sum; totals are sent as they are.
+
+    On the wire, for a weight of K neurons and N numbers, in float32: 4N + 4(K+1) bytes once a
+    step beside DistributedDataParallel's 4N for every G that it averages; 4N + 8K beside FSDP's
+    for every reduction of G, and 4 for absmax a step. It is no DDP communication hook: a compiled
+    backward gives G and H0 in no set order, so H0 may not be there when a bucket is full; with
+    no_sync H0 would be sent once too often; and the one hook that DDP takes stays the user's.
+
+    Returns a handle: `remove()` takes the hook off, and the updates are made in backward again.
+    Raises ValueError where there is nothing to synchronize, RuntimeError for weights that already
+    are, and on all ranks where they differ in layers, dtypes, rules or `communicate`.
+    """
+    group = group_of(model, group)
+    weights: dict[str, nn.Parameter] = {}
+    try:
+        if communicate not in WIRES:
+            raise ValueError(f"communicate is {communicate}, must be one of {WIRES}")
+        weights = weights_of(model, optimizer)
+        found = [describe(*item) for item in weights.items()] + [f"communicate={communicate}"]
+    except (ValueError, RuntimeError) as error:
+        ranks.check_same([f"the error {error}"], group)
+        raise
+    ranks.check_same(found, group)
+    return Synchronizer(model, weights, optimizer, group, communicate)
+
+
+def group_of(model: nn.Module, group: Any) -> Any:
+    """The process group that shares a batch; None without one."""
+    if group is not None or not (dist.is_available() and dist.is_initialized()):
+        return group
+    for module in model.modules():
+        if isinstance(module, DistributedDataParallel):
+            return module.process_group
+    return dist.group.WORLD
+
+
+def weights_of(model: nn.Module, optimizer: Optimizer) -> dict[str, nn.Parameter]:
+    """Weights of layers with a rule that `optimizer` trains, by name, each once."""
+    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    weights: dict[int, tuple[str, nn.Parameter]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Plastic) and module.rule.gate != "gradient":
+            weight = module.weight
+            if weight.requires_grad and id(weight) in trained:
+                weights.setdefault(id(weight), (name, weight))
+    if not weights:
+        raise ValueError(
+            f"model is {type(model).__name__} without a weight that a rule and the optimizer "
+            "train; swap, wrap or shard the model first, then build the optimizer"
+        )
+    for name, weight in weights.values():
+        is_sharded(weight)
+        if isinstance(RawSums.present(weight), HeldSums):
+            raise RuntimeError(
+                f"weight of {name!r} is synchronized already; call remove() on that handle first"
+            )
+    return dict(weights.values())
+
+
+def describe(name: str, weight: nn.Parameter) -> str:
+    sums = RawSums.present(weight)
+    rule = sums.rule if sums is not None else "no rule yet"
+    return f"{name!r}: {tuple(weight.shape)} {weight.dtype} {rule}"
+
+
+class Synchronizer:
+    """The handle that `synchronize` returns."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        weights: dict[str, nn.Parameter],
+        optimizer: Optimizer,
+        group: Any,
+        communicate: torch.dtype | None,
+    ) -> None:
+        self._weights = weights
+        self._group, self._wire = group, communicate
+        self._optimizer = weakref.ref(optimizer)
+        self._task = -1
+        ids = {id(weight) for weight in weights.values()}
+        self._layers = [
+            module
+            for module in model.modules()
+            if isinstance(module, Plastic) and id(module.weight) in ids
+        ]
+        begin = weakref.WeakMethod(self._begin)
+
+        def begin_if_alive(sums: HeldSums) -> None:
+            if (method := begin()) is not None:
+                method(sums)
+
+        for weight in weights.values():
+            maker: Callable[..., HeldSums] = functools.partial(HeldSums, begin=begin_if_alive)
+            if is_sharded(weight):
+                maker = functools.partial(ShardedSums, begin=begin_if_alive, wire=communicate)
+            RawSums.choose(weight, maker)
+        self._attach()
+        self._hook = optimizer.register_step_pre_hook(self._before_step)
+
+    def remove(self) -> None:
+        """Make updates in backward again; what is held is dropped."""
+        self._hook.remove()
+        for weight in self._weights.values():
+            RawSums.choose(weight, None)
+        self._attach()
+        self._weights, self._layers = {}, []
+
+    def _attach(self) -> None:
+        for layer in self._layers:
+            layer._attach()
+
+    def __repr__(self) -> str:
+        sharded = sum(is_sharded(weight) for weight in self._weights.values())
+        parts = [f"{len(self._weights)} weights"]
+        if sharded:
+            parts.append(f"{sharded} of them sharded")
+        parts.append(f"{ranks.size(self._group)} ranks")
+        if self._wire is not None:
+            parts.append(f"H0 sent as {self._wire}")
+        return f"Synchronizer({', '.join(parts)})"
+
+    def _begin(self, arriving: HeldSums) -> None:
+        """Before the first gradient of a backward: what its sums are added to is of this step."""
+        task = torch._C._current_graph_task_id()
+        for weight, sums in self._held():
+            if sums is arriving or task != self._task:
+                sums.follow(weight, sums is arriving)
+        self._task = task
+
+    def _held(self) -> list[tuple[nn.Parameter, HeldSums]]:
+        """Weights that still have a rule, with their sums."""
+        pairs = ((weight, RawSums.present(weight)) for weight in self._weights.values())
+        return [(weight, sums) for weight, sums in pairs if isinstance(sums, HeldSums)]
+
+    @torch.compiler.disable
+    def _before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """The optimizer's hook; the gradients of a step with a closure are made in that."""
+        itself, *rest = args
+        closure = rest[0] if rest else kwargs.get("closure")
+        if closure is None:
+            self.merge()
+            return None
+
+        def closure_and_merge() -> Any:
+            with torch.enable_grad():
+                loss = closure()
+            self.merge()
+            return loss
+
+        return (itself, closure_and_merge), {k: v for k, v in kwargs.items() if k != "closure"}
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Turn every G that is held into its update, on all ranks together.
+
+        `optimizer.step()` does this; to be called by hand only where something else uses updates.
+        """
+        layers = [merging.Layer.of(weight, sums) for weight, sums in self._held()]
+        merging.add_up(layers, self._group, self._wire)
+        # A fused optimizer divides all that it is given by the scale of the loss.
+        scale = getattr(self._optimizer(), "grad_scale", None)
+        for layer, update in merging.updates(layers):
+            layer.put(update if scale is None else update * scale.to(update))

@@ -1,0 +1,160 @@
+"""From the sums that layers held to their updates: added up over ranks, merged many at once.
+
+Functions of the moment before a step; nothing here outlives it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from ghl import ranks
+from ghl.guards import is_update, mark_update
+from ghl.held import HeldSums, local
+from ghl.sums import from_rows, sign
+from ghl_kernels import Rule
+from ghl_kernels.composed import gated
+
+
+@dataclasses.dataclass
+class Layer:
+    """One weight and its sums; of a sharded weight, this rank's part of both."""
+
+    weight: nn.Parameter
+    rule: Rule
+    sharded: bool
+    leaves: tuple[Tensor, Tensor]
+    used: Tensor  # the weight as the forward used it
+    H0: Tensor | None
+    totals: Tensor | None
+    lacking: bool
+
+    @classmethod
+    def of(cls, weight: nn.Parameter, sums: HeldSums) -> Layer:
+        taken = sums.take()
+        if weight.grad is None:  # zeroed after the last backward, and with it what was held
+            taken = taken._replace(H0=None, totals=None)
+        used = local(weight.detach()).to(sums.compute_dtype)
+        return cls(weight, sums.rule, sums.sharded, (sums.hebbian, sums.totals), used, *taken)
+
+    @property
+    def has_sums(self) -> bool:
+        """Whether the rule needs more than G."""
+        return self.rule.gate != "sign_only"
+
+    @property
+    def is_due(self) -> bool:
+        """Whether this rank has an ordinary gradient to make an update of."""
+        grad = self.weight.grad
+        return grad is not None and not is_update(grad) and local(grad).numel() > 0
+
+    @property
+    def G(self) -> Tensor:
+        assert self.weight.grad is not None
+        return local(self.weight.grad)
+
+    def put(self, update: Tensor) -> None:
+        """Hand the update to the optimizer."""
+        if self.sharded:
+            self.G.copy_(update)
+        else:
+            self.weight.grad = update
+        assert self.weight.grad is not None
+        mark_update(self.weight.grad)
+
+
+def add_up(layers: Sequence[Layer], group: Any, wire: torch.dtype | None) -> None:
+    """Sum H0 and totals of whole weights over the ranks; a rank that has none adds zeros.
+
+    FSDP's have been summed in backward. Raises RuntimeError where no rank had sums beside a G.
+    """
+    whole = [layer for layer in layers if layer.has_sums and not layer.sharded]
+    if whole and ranks.size(group) > 1:
+        H0 = [torch.zeros_like(x.leaves[0]) if x.H0 is None else x.H0 for x in whole]
+        totals = [torch.zeros_like(x.leaves[1]) if x.totals is None else x.totals for x in whole]
+        for layer in whole:
+            layer.H0 = None  # its memory is free as soon as it is in a message
+        ranks.add_over_ranks(H0, group, wire)
+        ranks.add_over_ranks(totals, group)
+        for layer, *sums in zip(whole, H0, totals, strict=True):
+            layer.H0, layer.totals = sums
+    for layer in layers:
+        if layer.is_due and layer.has_sums and layer.lacking:
+            check_rows(layer.totals)
+
+
+def check_rows(totals: Tensor | None) -> None:
+    """A gradient without sums must not pass for an update."""
+    if totals is None or totals[-1] == 0:
+        raise RuntimeError(
+            "weight.grad holds an ordinary gradient, because no layer with a rule gave the sums "
+            "for an update: call backward() without inputs=, and use the weight through its layer "
+            "(or give the layer rule='bp')"
+        )
+
+
+def updates(layers: Sequence[Layer]) -> Iterator[tuple[Layer, Tensor]]:
+    """Every layer that is due, with its update: one operation for all that share a rule."""
+    alike: dict[Any, list[Layer]] = {}
+    split = []
+    for layer in layers:
+        if layer.sharded and layer.has_sums and layer.rule.normalize == "absmax":
+            split.append(layer)
+        elif layer.is_due:
+            key = dataclasses.replace(layer.rule, tau=1.0, competition="linear")
+            alike.setdefault((key, layer.G.dtype, layer.G.device), []).append(layer)
+    for (rule, *_), same in alike.items():
+        yield from zip(same, merged(same, rule), strict=True)
+    yield from updates_of_shards(split)
+
+
+def merged(layers: Sequence[Layer], rule: Rule, dtype: torch.dtype | None = None) -> list[Tensor]:
+    """What the merge gives for each layer under the decay, gate and normalisation of `rule`."""
+    if rule.gate == "sign_only":
+        return [sign(layer.G) for layer in layers]
+    return torch.ops.ghl_kernels.foreach_merge(
+        [layer.G.to(dtype or layer.G.dtype) for layer in layers],
+        [from_rows(layer.H0, layer.used) for layer in layers if layer.H0 is not None],
+        [layer.totals for layer in layers],
+        [layer.used for layer in layers],
+        rule.decay, rule.gate, rule.normalize,
+    )[0]  # fmt: skip
+
+
+def updates_of_shards(layers: Sequence[Layer]) -> Iterator[tuple[Layer, Tensor]]:
+    """absmax of sharded weights: each rank's H, divided by the largest |H| of all ranks."""
+    H: list[Tensor | None] = []
+    for layer in layers:
+        walk = layer.rule.replace(gate="hebb", normalize="none")  # which gives -H
+        H.append(-merged([layer], walk, layer.leaves[0].dtype)[0] if layer.is_due else None)
+    for layer, largest, h in zip(layers, absmax_over_ranks(layers, H), H, strict=True):
+        if h is not None:
+            h = h / (largest.to(h.device) + 1e-30)
+            yield layer, gated(layer.G, h, largest, layer.rule.gate, "none")
+
+
+def absmax_over_ranks(layers: Sequence[Layer], H: Sequence[Tensor | None]) -> list[Tensor]:
+    """The largest |H| of each layer, one message for all layers of a device mesh."""
+    if not layers:
+        return []
+    largest = [layer.leaves[0].new_zeros(()) for layer in layers]
+    for i, h in enumerate(H):
+        if h is not None:
+            largest[i] = h.abs().amax().to(largest[i])
+    by_mesh: dict[Any, list[int]] = {}
+    for i, layer in enumerate(layers):
+        assert isinstance(layer.weight, DTensor)
+        by_mesh.setdefault((layer.weight.device_mesh, largest[i].dtype), []).append(i)
+    for (mesh, _), indices in by_mesh.items():
+        message = torch.stack([largest[i] for i in indices])
+        for group in mesh.get_all_groups():
+            dist.all_reduce(message, dist.ReduceOp.MAX, group=group)
+        for i, number in zip(indices, message, strict=True):
+            largest[i] = number
+    return largest

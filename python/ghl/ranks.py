@@ -1,0 +1,75 @@
+"""What ranks do together: add up tensors in few messages, and make sure that they agree.
+
+Which tensors these are, and when, is `ghl.deferred`'s business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+BUCKET = 25 * 2**20  # bytes, DDP's own choice
+
+
+def size(group: Any) -> int:
+    """The number of ranks of a process group; 1 where there is none."""
+    return 1 if group is None else dist.get_world_size(group)
+
+
+def buckets(tensors: Sequence[Tensor]) -> Iterator[list[int]]:
+    """Indices of tensors of one dtype and device, in order, to be sent as one message."""
+    by_kind: dict[Any, list[int]] = {}
+    for index, t in enumerate(tensors):
+        by_kind.setdefault((t.dtype, t.device), []).append(index)
+    for indices in by_kind.values():
+        bucket: list[int] = []
+        nbytes = 0
+        for index in indices:
+            bucket.append(index)
+            nbytes += tensors[index].nbytes
+            if nbytes >= BUCKET:
+                yield bucket
+                bucket, nbytes = [], 0
+        if bucket:
+            yield bucket
+
+
+def add_over_ranks(tensors: list[Tensor], group: Any, wire: torch.dtype | None = None) -> None:
+    """Replace each tensor in the list by its sum over the ranks, sent as dtype `wire`."""
+    sent = []
+    for bucket in buckets(tensors):
+        flat = torch.cat([tensors[i].flatten().to(wire or tensors[i].dtype) for i in bucket])
+        sent.append((bucket, flat, dist.all_reduce(flat, group=group, async_op=True)))
+    for bucket, flat, work in sent:
+        work.wait()
+        parts = flat.split([tensors[i].numel() for i in bucket])
+        for i, part in zip(bucket, parts, strict=True):
+            tensors[i] = part.view(tensors[i].shape).to(tensors[i].dtype)
+
+
+def check_same(lines: list[str], group: Any) -> None:
+    """Raise on every rank, with the first difference, unless all have the same lines.
+
+    A rank that has found an error of its own sends that, so that none waits for it.
+    """
+    if size(group) == 1:
+        return
+    gathered: list[Any] = [None] * size(group)
+    dist.all_gather_object(gathered, lines, group=group)
+    for rank, other in enumerate(gathered):
+        if other == gathered[0]:
+            continue
+        for number in range(max(len(other), len(gathered[0]))):
+            mine, theirs = (
+                every[number] if number < len(every) else "nothing more"
+                for every in (gathered[0], other)
+            )
+            if mine != theirs:
+                raise RuntimeError(
+                    "ranks differ, must have the same layers, dtypes and rules in the same order: "
+                    f"rank 0 of the group has {mine}; rank {rank} has {theirs}"
+                )

@@ -1,0 +1,171 @@
+"""Scenarios of DistributedDataParallel; see `world`."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+import ghl
+
+from .nets import BATCH, STEPS, alone, batch, loss_of, make, sgd
+from .world import assert_close, assert_equal_on_all_ranks, scenario
+
+
+def parts(rank: int, world: int, x: Tensor, target: Tensor, sizes: Sequence[int]) -> Any:
+    """This rank's images and targets; sizes: how many images each rank has."""
+    start = sum(sizes[:rank])
+    return x[start : start + sizes[rank]], target[start : start + sizes[rank]]
+
+
+def train(
+    rank: int,
+    world: int,
+    name: str = "conv",
+    micro: int = 1,
+    no_sync: bool = False,
+    sizes: Sequence[int] | None = None,
+    clip: float | None = None,
+    backend: str | None = None,
+    communicate: torch.dtype | None = None,
+    scaler: torch.amp.GradScaler | None = None,
+    none: bool = True,
+    model: nn.Module | None = None,
+    **options: Any,
+) -> list[Tensor]:
+    """Ten steps under DDP; each rank has its share of a batch, in micro-batches."""
+    model = model or make(name)
+    wrapped = DDP(model, **options)
+    optimizer = sgd(model)
+    ghl.synchronize(wrapped, optimizer, communicate=communicate)
+    forward = torch.compile(wrapped, backend=backend) if backend else wrapped
+    for step in range(STEPS):
+        x, target = parts(rank, world, *batch(name, step), sizes or [BATCH // world] * world)
+        optimizer.zero_grad(set_to_none=none)
+        pieces = list(zip(x.chunk(micro), target.chunk(micro), strict=True))
+        for number, (piece, wanted) in enumerate(pieces):
+            last = number == len(pieces) - 1
+            with contextlib.nullcontext() if last or not no_sync else wrapped.no_sync():
+                loss = loss_of(forward(piece), wanted, world)
+                (scaler.scale(loss) if scaler else loss).backward()
+        if clip is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
+        if scaler:
+            scaler.step(optimizer)
+            scaler.update()
+        else:
+            optimizer.step()
+    assert_equal_on_all_ranks(list(model.parameters()))
+    return list(model.parameters())
+
+
+@scenario
+def one_backward(rank: int, world: int) -> None:
+    """Both networks."""
+    for name in ("conv", "transformer"):
+        assert_close(train(rank, world, name), alone(name))
+
+
+@scenario
+def accumulation(rank: int, world: int) -> None:
+    """Four backwards, of which all or only the last are averaged by DDP."""
+    for name in ("conv", "transformer"):
+        for no_sync in (False, True):
+            assert_close(train(rank, world, name, micro=4, no_sync=no_sync), alone(name))
+
+
+@scenario
+def accumulation_with_gradients_zeroed_in_place(rank: int, world: int) -> None:
+    given = train(rank, world, micro=4, no_sync=True, none=False, gradient_as_bucket_view=True)
+    assert_close(given, alone("conv"))
+
+
+@scenario
+def gradient_as_bucket_view(rank: int, world: int) -> None:
+    given = train(rank, world, micro=2, no_sync=True, gradient_as_bucket_view=True)
+    assert_close(given, alone("conv"))
+
+
+@scenario
+def static_graph(rank: int, world: int) -> None:
+    for view in (False, True):
+        given = train(rank, world, static_graph=True, gradient_as_bucket_view=view)
+        assert_close(given, alone("conv"))
+
+
+@scenario
+def find_unused_parameters(rank: int, world: int) -> None:
+    """A branch that some ranks, and in some steps all, do not use."""
+    for view in (False, True):
+        for micro in (1, 4):
+            given = train(
+                rank, world, "branches", micro=micro, no_sync=micro > 1,
+                find_unused_parameters=True, gradient_as_bucket_view=view,
+            )  # fmt: skip
+            assert_close(given, alone("branches"))
+
+
+@scenario
+def uneven_last_batch(rank: int, world: int) -> None:
+    """Ranks with 13 and 11, or 11, 8 and 5 images: a loss summed over images weights them right."""
+    sizes = {2: (13, 11), 3: (11, 8, 5)}[world]
+    assert_close(train(rank, world, sizes=sizes), alone("conv"))
+
+
+@scenario
+def gradient_clipping(rank: int, world: int) -> None:
+    """Of G, before the merge, as in one process with synchronize."""
+    assert_close(train(rank, world, micro=2, clip=0.05), alone("conv", clip=0.05))
+
+
+@scenario
+def activation_checkpointing(rank: int, world: int) -> None:
+    model = make("conv")
+    model.checkpointed = True
+    given = train(rank, world, micro=2, no_sync=True, model=model)
+    assert_close(given, alone("conv"))
+
+
+@scenario
+def grad_scaler(rank: int, world: int) -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=3)
+    assert_close(train(rank, world, micro=2, scaler=scaler), alone("conv"))
+
+
+@scenario
+def compiled(rank: int, world: int) -> None:
+    """The wrapped model, traced; with accumulation."""
+    assert_close(train(rank, world, backend="aot_eager"), alone("conv"))
+    given = train(rank, world, "transformer", micro=2, no_sync=True, backend="aot_eager")
+    assert_close(given, alone("transformer"))
+
+
+@scenario
+def mean_and_hebb(rank: int, world: int) -> None:
+    """M of `mean` is the number of rows of all ranks; −H needs no gradient."""
+    for rule in (ghl.Rule(normalize="mean"), ghl.Rule(gate="hebb"), ghl.Rule(gate="sign_only")):
+        given = train(rank, world, micro=2, model=make("conv", rule))
+        assert_close(given, alone("conv", rule))
+
+
+@scenario
+def halved_bytes(rank: int, world: int) -> None:
+    """bf16 on the wire: the same bits on all ranks, H0 off by a rounding but not by nothing."""
+    model = make("conv", ghl.Rule(gate="hebb", decay="none", normalize="none"))
+    wrapped, optimizer = DDP(model), sgd(model)
+    updates = []
+    for wire in (None, torch.bfloat16):
+        handle = ghl.synchronize(wrapped, optimizer, communicate=wire)
+        x, target = parts(rank, world, *batch("conv", 0), [BATCH // world] * world)
+        optimizer.zero_grad()
+        loss_of(wrapped(x), target).backward()
+        handle.merge()
+        handle.remove()
+        updates.append(model.first[0].weight.grad)
+    assert_equal_on_all_ranks(updates)
+    error = (updates[1] - updates[0]).abs().max() / updates[0].abs().max()
+    assert 0 < error < world * 2**-8, f"relative error {error}"

@@ -1,0 +1,110 @@
+"""Scenarios that must be refused, on every rank; see `world`."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+import ghl
+
+from .nets import batch, loss_of, make, sgd
+from .world import scenario
+
+
+def assert_raises(error: type[Exception], message: str, function: object, *args: object) -> None:
+    try:
+        function(*args)
+    except error as raised:
+        assert re.search(message, str(raised)), f"said {raised}"
+    else:
+        raise AssertionError(f"no {error.__name__}")
+
+
+@scenario
+def different_rules(rank: int, world: int) -> None:
+    model = make("conv", ghl.Rule(tau=1.0 + (rank == 1)))
+    message = r"ranks differ.*rank 0 of the group has 'first.0'.*tau=1.0.*rank 1 has.*tau=2.0"
+    assert_raises(RuntimeError, message, ghl.synchronize, model, sgd(model))
+
+
+@scenario
+def different_shapes(rank: int, world: int) -> None:
+    model = nn.Sequential(ghl.Linear(3, 4), ghl.Linear(4, 5 + (rank == 1)))
+    message = r"rank 0 of the group has '1': \(5, 4\).*rank 1 has '1': \(6, 4\)"
+    assert_raises(RuntimeError, message, ghl.synchronize, model, sgd(model))
+
+
+@scenario
+def different_numbers_of_layers(rank: int, world: int) -> None:
+    model = nn.Sequential(*(ghl.Linear(3, 3) for _ in range(2 + (rank == 1))))
+    message = "rank 0 of the group has communicate=None; rank 1 has '2'"
+    assert_raises(RuntimeError, message, ghl.synchronize, model, sgd(model))
+
+
+@scenario
+def different_settings(rank: int, world: int) -> None:
+    model = make("conv")
+    wire = torch.bfloat16 if rank == 1 else None
+    message = "has communicate=None; rank 1 has communicate=torch.bfloat16"
+    assert_raises(RuntimeError, message, lambda: ghl.synchronize(model, sgd(model), None, wire))
+
+
+@scenario
+def nothing_to_synchronize_on_one_rank(rank: int, world: int) -> None:
+    """That rank's error is told on all."""
+    model = nn.Linear(3, 3) if rank == 1 else ghl.Linear(3, 3)
+    message = "rank 1 has the error model is Linear without a weight that a rule"
+    assert_raises(RuntimeError, message, ghl.synchronize, model, sgd(model))
+
+
+@scenario
+def forgotten_under_ddp(rank: int, world: int) -> None:
+    x, target = batch("conv", 0)
+    model = DDP(make("conv"))
+    loss = loss_of(model(x), target)
+    message = rf"process group of {world} ranks.*call ghl.synchronize\(model, optimizer\)"
+    assert_raises(RuntimeError, message, loss.backward)
+
+
+@scenario
+def forgotten_under_fsdp(rank: int, world: int) -> None:
+    """Whether swapped before or after sharding; also on a mesh of one rank."""
+    x, _ = batch("conv", 0)
+    message = r"sharded by FSDP.*call ghl.synchronize\(model, optimizer\)"
+    for shape in ((world,), (world, 1)):
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
+        before = fully_shard(make("conv"), mesh=mesh)
+        assert_raises(RuntimeError, message, before, x)
+        after = make("conv")
+        ghl.unswap(after)
+        fully_shard(after, mesh=mesh)
+        ghl.swap(after)
+        assert_raises(RuntimeError, message, after, x)
+        with torch.no_grad():
+            after(x)
+
+
+@scenario
+def sharded_on_another_dimension(rank: int, world: int) -> None:
+    model = nn.Sequential(ghl.Linear(6, 6, bias=False))
+    mesh = init_device_mesh("cpu", (world,))
+    fully_shard(model, mesh=mesh, shard_placement_fn=lambda p: Shard(1))
+    message = "must be sharded by fully_shard on dimension 0"
+    assert_raises(ValueError, message, ghl.synchronize, model, sgd(model))
+
+
+@scenario
+def gradient_that_no_rank_has_sums_for(rank: int, world: int) -> None:
+    """A weight used around its layer: an error at the step, not a step of zero."""
+    layer = ghl.Linear(3, 3)
+    optimizer = sgd(layer)
+    ghl.synchronize(layer, optimizer)
+    F.linear(torch.randn(4, 3), layer.weight).sum().backward()
+    assert_raises(RuntimeError, "use the weight through its layer", optimizer.step)

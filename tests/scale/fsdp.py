@@ -1,0 +1,148 @@
+"""Scenarios of FSDP2's fully_shard; see `world`."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+import ghl
+
+from .ddp import parts
+from .nets import BATCH, STEPS, alone, batch, loss_of, make, sgd
+from .world import assert_close, assert_equal_on_all_ranks, scenario
+
+
+def shard(model: nn.Module, **options: Any) -> nn.Module:
+    """Every block apart, and what is left with the root."""
+    for block in getattr(model, "blocks", [*model.children()][:-1]):
+        fully_shard(block, **options)
+    return fully_shard(model, **options)
+
+
+def train(
+    world: int,
+    name: str = "conv",
+    rank: int = 0,
+    micro: int = 1,
+    last_only: bool = False,
+    clip: float | None = None,
+    backend: str | None = None,
+    scaler: torch.amp.GradScaler | None = None,
+    none: bool = True,
+    model: nn.Module | None = None,
+    **options: Any,
+) -> list[Tensor]:
+    """Ten steps under fully_shard; the whole parameters of the end."""
+    options.setdefault("mesh", init_device_mesh("cpu", (world,)))
+    model = shard(model or make(name), **options)
+    optimizer = sgd(model)
+    ghl.synchronize(model, optimizer)
+    forward = torch.compile(model, backend=backend) if backend else model
+    for step in range(STEPS):
+        x, target = parts(rank, world, *batch(name, step), [BATCH // world] * world)
+        optimizer.zero_grad(set_to_none=none)
+        pieces = list(zip(x.chunk(micro), target.chunk(micro), strict=True))
+        for number, (piece, wanted) in enumerate(pieces):
+            model.set_requires_gradient_sync(not last_only or number == micro - 1)
+            loss = loss_of(forward(piece), wanted, world)
+            (scaler.scale(loss) if scaler else loss).backward()
+        if clip is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
+        if scaler:
+            scaler.step(optimizer)
+            scaler.update()
+        else:
+            optimizer.step()
+    whole = [p.full_tensor() for p in model.parameters()]
+    assert_equal_on_all_ranks(whole)
+    return whole
+
+
+@scenario
+def one_backward(rank: int, world: int) -> None:
+    """Shards of 7 neurons are uneven; of 4 over three ranks, one is empty."""
+    for name in ("conv", "transformer"):
+        assert_close(train(world, name, rank), alone(name))
+
+
+@scenario
+def accumulation(rank: int, world: int) -> None:
+    """Four backwards, of which all or only the last are reduced by FSDP."""
+    for name in ("conv", "transformer"):
+        for last_only in (False, True):
+            assert_close(train(world, name, rank, micro=4, last_only=last_only), alone(name))
+
+
+@scenario
+def gradients_zeroed_in_place(rank: int, world: int) -> None:
+    assert_close(train(world, rank=rank, micro=2, none=False), alone("conv"))
+
+
+@scenario
+def not_resharded_after_forward(rank: int, world: int) -> None:
+    assert_close(train(world, rank=rank, reshard_after_forward=False), alone("conv"))
+
+
+@scenario
+def other_rules(rank: int, world: int) -> None:
+    for rule in (ghl.Rule(normalize="mean"), ghl.Rule(gate="hebb"), ghl.Rule(gate="sign_only")):
+        given = train(world, rank=rank, micro=2, model=make("conv", rule))
+        assert_close(given, alone("conv", rule))
+
+
+@scenario
+def gradient_clipping(rank: int, world: int) -> None:
+    assert_close(train(world, rank=rank, clip=0.05), alone("conv", clip=0.05))
+
+
+@scenario
+def activation_checkpointing(rank: int, world: int) -> None:
+    model = make("conv")
+    model.checkpointed = True
+    assert_close(train(world, rank=rank, micro=2, model=model), alone("conv"))
+
+
+@scenario
+def grad_scaler(rank: int, world: int) -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=3)
+    assert_close(train(world, rank=rank, micro=2, scaler=scaler), alone("conv"))
+
+
+@scenario
+def compiled(rank: int, world: int) -> None:
+    assert_close(train(world, rank=rank, backend="aot_eager"), alone("conv"))
+
+
+@scenario
+def shards_and_replicas(rank: int, world: int) -> None:
+    """A mesh of two dimensions: whole copies over the first, shards over the second."""
+    for shape in ((world, 1), (1, world)):
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard"))
+        assert_close(train(world, rank=rank, micro=2, mesh=mesh), alone("conv"))
+
+
+@scenario
+def mixed_precision(rank: int, world: int) -> None:
+    """bfloat16 in the forward, float32 sums: the numbers of one process under autocast."""
+    rule = ghl.Rule(gate="hebb", normalize="none")
+    x, target = batch("conv", 0, torch.float32)
+    whole, model = (make("conv", rule, torch.float32) for _ in range(2))
+    with mock.patch.object(torch.distributed, "is_initialized", lambda: False):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = whole(x)
+        loss_of(y, target).backward()
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    shard(model, mesh=init_device_mesh("cpu", (world,)), mp_policy=policy)
+    handle = ghl.synchronize(model, sgd(model))
+    x, target = parts(rank, world, x, target, [BATCH // world] * world)
+    loss_of(model(x), target, world).backward()
+    handle.merge()
+    for layer, other in ((model.first[0], whole.first[0]), (model.second[0], whole.second[0])):
+        given, expected = layer.weight.grad.full_tensor(), other.weight.grad
+        assert given.dtype == torch.float32
+        assert_close([given], [expected], 1e-5 * expected.abs().max().item())
