@@ -1,21 +1,14 @@
 """Runs of two processes that lose one, a disk that fills up, a world that changes."""
 
-import errno
 import os
-import signal
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from ghl.recipes import checkpoint
-from ghl.recipes.config import Config
-from ghl.recipes.train import Run, open_run, train
-
-RULE = "bp"
 SMALL = {
-    "rule": RULE,
+    "rule": "ghl",
     "width": 0.05,
     "epochs": 2,
     "batch_size": 32,

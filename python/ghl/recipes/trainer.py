@@ -97,6 +97,9 @@ class Trainer:
         self.optimizer = torch.optim.SGD(
             groups, lr=config.lr, momentum=config.momentum, fused=config.fused or None
         )
+        several = torch.distributed.is_initialized() or config.accumulate > 1
+        deferred = config.rule != "bp" and (several or config.amp == "fp16")
+        self.synchronized = ghl.synchronize(self.called, self.optimizer) if deferred else None
         steps = self.order.steps
         self.schedule = LambdaLR(
             self.optimizer,
