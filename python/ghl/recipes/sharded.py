@@ -43,8 +43,13 @@ def load(path: Path, tensors: dict[str, Any]) -> None:
         raise ValueError(f"checkpoint {path}: expected intact shards ({reason})") from error
 
 
+def remove(path: Path) -> None:
+    """Delete a directory of tensors, or what there is of it."""
+    shutil.rmtree(path, ignore_errors=True)
+
+
 def keep_only(out: Path, kept: str | None) -> None:
     """Delete all directories of tensors in `out` but the one that the checkpoint names."""
     for path in out.glob(f"{PREFIX}*"):
         if path.name != kept:
-            shutil.rmtree(path, ignore_errors=True)
+            remove(path)

@@ -184,6 +184,8 @@ def _record(run: Run, trainer: Trainer, rows: Sequence[Row]) -> OSError | None:
         if error.errno not in FULL:
             raise
         if main:
+            if state["sharded"]:
+                sharded.remove(run.out / state["sharded"])
             print(
                 f"the disk is full ({error}): epoch {trainer.epoch}, step {trainer.step} is not"
                 f" saved, and {CHECKPOINT} is that of before",
