@@ -74,12 +74,13 @@ class Trainer:
     def _build(self, data: Data) -> None:
         """The network, its rule, and what steps it: `called` is the network where it is trained."""
         config = self.config
-        if config.resize_from is not None:  # raises where the network does not take that size
-            models.build(config.arch, data.channels, data.classes, config.resize_from, config.width)
-            seed_everything(config.seed)
         self.model = models.build(
             config.arch, data.channels, data.classes, config.size, config.width
         ).to(self.device)
+        if config.resize_from is not None:
+            models.check_takes(
+                self.model, config.arch, data.channels, config.resize_from, "--resize-from"
+            )
         if config.channels_last:
             self.model.to(memory_format=torch.channels_last)
         self.rule = ghl.Rule.preset(config.rule).replace(normalize=config.normalize)
