@@ -13,7 +13,10 @@ TRAIN += $(if $(QUICK),--width 0.125 --epochs 3,--width 0.25 --epochs 20)
 # Threads that wait must not take cores from others on a shared machine.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: install quickstart test lint format bench clean
+# Each asserts that it has trained, and on updates rather than on gradients.
+EXAMPLES = plain lightning_module huggingface_trainer timm_loop
+
+.PHONY: install quickstart test test-integrations lint format bench clean
 
 install: $(VENV)/installed
 
@@ -30,6 +33,11 @@ quickstart: install
 
 test: install lint
 	$(BIN)/python -m pytest
+
+test-integrations: install
+	$(BIN)/python -m pip install --quiet -c constraints.txt 'ghl-kernels[train,integrations]'
+	set -e; for example in $(EXAMPLES); do \
+	    echo "$$example"; $(BIN)/python -W ignore examples/$$example.py; done
 
 lint: install
 	$(BIN)/ruff check .
