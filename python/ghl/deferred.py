@@ -60,7 +60,10 @@ def synchronize(
         if communicate not in WIRES:
             raise ValueError(f"communicate is {communicate}, must be one of {WIRES}")
         weights = weights_of(model, optimizer)
-        found = [describe(*item) for item in weights.items()] + [f"communicate={communicate}"]
+        found = [
+            f"{name!r}: {tuple(w.shape)} {w.dtype} {model.get_submodule(name).rule}"
+            for name, w in weights.items()
+        ] + [f"communicate={communicate}"]
     except (ValueError, RuntimeError) as error:
         ranks.check_same([f"the error {error}"], group)
         raise
@@ -99,12 +102,6 @@ def weights_of(model: nn.Module, optimizer: Optimizer) -> dict[str, nn.Parameter
                 f"weight of {name!r} is synchronized already; call remove() on that handle first"
             )
     return dict(weights.values())
-
-
-def describe(name: str, weight: nn.Parameter) -> str:
-    sums = RawSums.present(weight)
-    rule = sums.rule if sums is not None else "no rule yet"
-    return f"{name!r}: {tuple(weight.shape)} {weight.dtype} {rule}"
 
 
 class Synchronizer:
@@ -159,7 +156,8 @@ class Synchronizer:
         parts = [f"{len(self._weights)} weights"]
         if sharded:
             parts.append(f"{sharded} of them sharded")
-        parts.append(f"{ranks.size(self._group)} ranks")
+        size = ranks.size(self._group)
+        parts.append(f"{size} rank{'s' * (size > 1)}")
         if self._wire is not None:
             parts.append(f"H0 sent as {self._wire}")
         return f"Synchronizer({', '.join(parts)})"

@@ -86,12 +86,16 @@ def add_up(layers: Sequence[Layer], group: Any, wire: torch.dtype | None) -> Non
             layer.H0, layer.totals = sums
     for layer in layers:
         if layer.is_due and layer.has_sums and layer.lacking:
-            check_rows(layer.totals)
+            check_rows(layer)
 
 
-def check_rows(totals: Tensor | None) -> None:
-    """A gradient without sums must not pass for an update."""
-    if totals is None or totals[-1] == 0:
+def check_rows(layer: Layer) -> None:
+    """A gradient without sums must not pass for an update; of zeros, the update is zero."""
+    if layer.H0 is None or layer.totals is None:
+        neurons, rest = layer.G.flatten(1).shape
+        layer.H0 = layer.leaves[0].new_zeros(neurons, rest)
+        layer.totals = layer.leaves[1].new_zeros(neurons + 1)
+    if layer.totals[-1] == 0 and layer.G.any():
         raise RuntimeError(
             "weight.grad holds an ordinary gradient, because no layer with a rule gave the sums "
             "for an update: call backward() without inputs=, and use the weight through its layer "

@@ -29,9 +29,13 @@ def assert_raises(error: type[Exception], message: str, function: object, *args:
 
 @scenario
 def different_rules(rank: int, world: int) -> None:
-    model = make("conv", ghl.Rule(tau=1.0 + (rank == 1)))
+    """Under FSDP as well."""
     message = r"ranks differ.*rank 0 of the group has 'first.0'.*tau=1.0.*rank 1 has.*tau=2.0"
-    assert_raises(RuntimeError, message, ghl.synchronize, model, sgd(model))
+    for sharded in (False, True):
+        model = make("conv", ghl.Rule(tau=1.0 + (rank == 1)))
+        if sharded:
+            fully_shard(model, mesh=init_device_mesh("cpu", (world,)))
+        assert_raises(RuntimeError, message, ghl.synchronize, model, sgd(model))
 
 
 @scenario

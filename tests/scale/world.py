@@ -21,17 +21,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 Scenario = Callable[[int, int], None]
-LIMIT = 90  # seconds for all scenarios of one world
-
-
-def scenarios(module: str) -> dict[str, Scenario]:
-    """The functions of a module of tests.scale whose names do not start with an underscore."""
-    functions = vars(importlib.import_module(f"tests.scale.{module}"))
-    return {
-        name: function
-        for name, function in functions.items()
-        if getattr(function, "is_scenario", False)
-    }
+MODULES = ("ddp", "fsdp", "errors")
+LIMIT = 150  # seconds for all scenarios of one world
 
 
 def scenario(function: Callable[..., None]) -> Callable[..., None]:
@@ -40,14 +31,24 @@ def scenario(function: Callable[..., None]) -> Callable[..., None]:
     return function
 
 
-def work(rank: int, world: int, module: str, directory: str) -> None:
+def scenarios() -> dict[str, Scenario]:
+    """The marked functions of the modules, by 'module.function'."""
+    return {
+        f"{module}.{name}": function
+        for module in MODULES
+        for name, function in vars(importlib.import_module(f"tests.scale.{module}")).items()
+        if getattr(function, "is_scenario", False)
+    }
+
+
+def work(rank: int, world: int, directory: str) -> None:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     dist.init_process_group(
         "gloo", init_method=f"file://{directory}/store", rank=rank, world_size=world,
-        timeout=datetime.timedelta(seconds=20),
+        timeout=datetime.timedelta(seconds=30),
     )  # fmt: skip
-    for name, function in scenarios(module).items():
+    for name, function in scenarios().items():
         start = time.perf_counter()
         try:
             function(rank, world)
@@ -62,11 +63,11 @@ def work(rank: int, world: int, module: str, directory: str) -> None:
 
 
 @functools.cache
-def run(module: str, world: int) -> dict[str, list[str]]:
-    """What every rank says of every scenario of the module: '… passed' or a traceback."""
+def run(world: int) -> dict[str, list[str]]:
+    """What every rank says of every scenario: '… passed' or a traceback."""
     with tempfile.TemporaryDirectory() as directory:
         context = mp.start_processes(
-            work, (world, module, directory), nprocs=world, join=False, start_method="spawn"
+            work, (world, directory), nprocs=world, join=False, start_method="spawn"
         )
         end = time.monotonic() + LIMIT
         while time.monotonic() < end and any(p.is_alive() for p in context.processes):
@@ -78,7 +79,7 @@ def run(module: str, world: int) -> dict[str, list[str]]:
             file = Path(directory, f"{name}.{rank}")
             return file.read_text() if file.exists() else "never came to its end"
 
-        return {n: [said(n, rank) for rank in range(world)] for n in scenarios(module)}
+        return {name: [said(name, rank) for rank in range(world)] for name in scenarios()}
 
 
 def assert_equal_on_all_ranks(tensors: list[Any]) -> None:
