@@ -30,7 +30,10 @@ def train_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `ghl train`; those not given are left to the defaults of arch and rule."""
     add = parser.add_argument
     add("--rule", nargs="+", metavar="RULE", help="ghl, hebb, sign, bp; several are compared")
-    add("--arch", help="deephebb, fasthebb, resnet20 to resnet1202, or a torchvision model")
+    add(
+        "--arch",
+        help="deephebb, fasthebb (also -imagenet), resnet20 to resnet1202, torchvision's",
+    )
     add("--width", type=float, help="multiplier on the channels, 0.25 for a narrow network")
     add("--tau", type=float, help="softmax temperature of every swapped layer")
     add("--normalize", help="absmax, mean or none")

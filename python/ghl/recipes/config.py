@@ -72,6 +72,11 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     },
     "fasthebb": {"lr": 1e-4, "lr_hebb": 5e-2, "wd": 0.0, "wd_hebb": 1e-2, "tau": 1.0},
 }
+# For ImageNet none are published: the same, at the temperatures of SoftHebb's network for it.
+PUBLISHED["fasthebb-imagenet"] = PUBLISHED["fasthebb"]
+PUBLISHED["deephebb-imagenet"] = PUBLISHED["deephebb"] | {
+    "tau": {"conv1": 1 / 1.0, "conv2": 1 / 0.7, "conv3": 1 / 0.7, "conv4": 1 / 0.5}
+}
 # Where a rule does not take GHL's settings well. Tried with deephebb of width 0.25 on digits over
 # 10 epochs, test accuracy in brackets.
 RULE_DEFAULTS: dict[str, dict[str, Any]] = {

@@ -14,7 +14,7 @@ import torchvision
 from torch import nn
 
 from ghl.recipes.errors import check_choice
-from ghl.recipes.hebbnets import DeepHebb, FastHebb
+from ghl.recipes.hebbnets import DeepHebb, DeepHebbImageNet, FastHebb, FastHebbImageNet
 from ghl.recipes.resnet import CifarResNet
 
 CIFAR_DEPTHS = (20, 32, 44, 56, 110, 1202)
@@ -50,6 +50,8 @@ def _torchvision(name: str, channels: int, classes: int, size: int, width: float
 OWN: dict[str, Architecture] = {
     "deephebb": Architecture(DeepHebb, smallest=8),
     "fasthebb": Architecture(FastHebb, smallest=24),
+    "deephebb-imagenet": Architecture(DeepHebbImageNet, smallest=64),
+    "fasthebb-imagenet": Architecture(FastHebbImageNet, smallest=64),
     **{
         f"resnet{depth}": Architecture(partial(_cifar_resnet, depth), smallest=8)
         for depth in CIFAR_DEPTHS
