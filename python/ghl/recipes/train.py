@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ghl.recipes import checkpoint, metrics, sharded
 from ghl.recipes.checkpoint import NotWritten
 from ghl.recipes.config import Config
@@ -57,6 +59,8 @@ def train(run: Run) -> list[Row]:
     finite any more; the last good checkpoint stays. NotWritten if the disk is full in the end.
     """
     config = run.config
+    if config.fsdp and not torch.distributed.is_initialized():
+        raise ValueError("--fsdp: expected the processes of torchrun, found this one alone")
     trainer = Trainer(config)
     rows = _start_or_continue(run, trainer)
     if not trainer.world.main:

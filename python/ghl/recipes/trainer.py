@@ -142,32 +142,41 @@ class Trainer:
         self.order.step = self.step
         self._begin(self.train_loader, self._size())
         batches = iter(self.train_loader)
-        hidden = None if self.world.main else True
-        with tqdm(
-            total=self.order.steps,
-            initial=self.step,
-            desc=label,
-            leave=False,
-            disable=hidden,
-            unit="step",
-        ) as bar:
+        with self._bar(label) as bar:
+            begin = time.perf_counter()
             for step in range(self.step, self.order.steps):
-                begin, waited = time.perf_counter(), self.train_loader.waited
                 loss = self._train_step(batches, self.order.size(step))
                 self.step = step + 1
                 if step % REFRESH == 0:
-                    loss_text = f"{check_finite('training', loss.item()):.4f}"
-                    bar.set_postfix_str(f"loss {loss_text}{self.pace.text()}")
-                self.pace.seconds += time.perf_counter() - begin
-                self.pace.waited += self.train_loader.waited - waited
-                self.pace.images += self.order.size(step)
+                    value = check_finite("training", loss.item())
+                    bar.set_postfix_str(f"loss {value:.4f}{self.pace.text()}")
+                begin = self._count(begin, self.order.size(step))
                 bar.update()
                 if self.step < self.order.steps:
                     after_step()
-        means = self.totals.means("training", self.world)
+                    begin = time.perf_counter()
+            means = self.totals.means("training", self.world)  # waits for the device
+            self._count(begin, 0)
         self.train_loader.damage.check(self.world)
         self.epoch, self.step = self.epoch + 1, 0
         return means
+
+    def _bar(self, label: str) -> tqdm:
+        """The progress of an epoch, on the terminal of the first process."""
+        disable = None if self.world.main else True
+        steps = self.order.steps
+        return tqdm(
+            total=steps, initial=self.step, desc=label, leave=False, disable=disable, unit="step"
+        )
+
+    def _count(self, begin: float, images: int) -> float:
+        """Enter what happened since `begin` into the pace; the present time."""
+        now = time.perf_counter()
+        self.pace.images += images
+        self.pace.seconds += now - begin
+        self.pace.waited += self.train_loader.waited
+        self.train_loader.waited = 0.0
+        return now
 
     def _train_step(self, batches: Iterator[tuple[Tensor, Tensor]], size: int) -> Tensor:
         """One step on this process's micro-batches of `size` images; the last one's loss."""
