@@ -15,12 +15,14 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ghl import merging, ranks
 from ghl.held import HeldSums, ShardedSums, is_sharded
 from ghl.layers import Plastic
 from ghl.sums import RawSums
 
+_of_weight: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # to a weakref of its handle
 WIRES = (None, torch.float32, torch.bfloat16)
 
 
@@ -40,9 +42,10 @@ def synchronize(
     puts the updates into `weight.grad`. zero_grad() drops what is held, also without a step.
 
     group: the process group whose ranks hold parts of one batch: that of DistributedDataParallel
-    where `model` is or has one, else the default group. Sharded weights use their own mesh.
-    communicate: torch.bfloat16 halves the bytes of H0 on the wire, at a relative error of 2⁻⁸ of
-    each sum; totals are sent as they are.
+    where `model` is or has one, else the default group. Its ranks must have the same layers.
+        Sharded weights are added up over their own mesh.
+    communicate: torch.bfloat16 halves the bytes of H0 on the wire, at a relative error of about
+    2⁻⁸ for every rank's summand; totals are sent as they are.
 
     On the wire, for a weight of K neurons and N numbers, in float32: 4N + 4(K+1) bytes once a
     step beside DistributedDataParallel's 4N for every G that it averages; 4N + 8K beside FSDP's
@@ -97,7 +100,7 @@ def weights_of(model: nn.Module, optimizer: Optimizer) -> dict[str, nn.Parameter
         )
     for name, weight in weights.values():
         is_sharded(weight)
-        if isinstance(RawSums.present(weight), HeldSums):
+        if (handle := _of_weight.get(weight)) is not None and handle() is not None:
             raise RuntimeError(
                 f"weight of {name!r} is synchronized already; call remove() on that handle first"
             )
@@ -127,14 +130,19 @@ class Synchronizer:
         ]
         begin = weakref.WeakMethod(self._begin)
 
-        def begin_if_alive(sums: HeldSums) -> None:
-            if (method := begin()) is not None:
-                method(sums)
+        def checked_begin(sums: HeldSums) -> None:
+            if (method := begin()) is None:
+                raise RuntimeError(
+                    "the optimizer that ghl.synchronize was given is gone, and nothing would make "
+                    "updates of gradients: call ghl.synchronize(model, optimizer) with the new one"
+                )
+            method(sums)
 
         for weight in weights.values():
-            maker: Callable[..., HeldSums] = functools.partial(HeldSums, begin=begin_if_alive)
+            maker: Callable[..., HeldSums] = functools.partial(HeldSums, begin=checked_begin)
             if is_sharded(weight):
-                maker = functools.partial(ShardedSums, begin=begin_if_alive, wire=communicate)
+                maker = functools.partial(ShardedSums, begin=checked_begin, wire=communicate)
+            _of_weight[weight] = weakref.ref(self)
             RawSums.choose(weight, maker)
         self._attach()
         self._hook = optimizer.register_step_pre_hook(self._before_step)
@@ -144,6 +152,7 @@ class Synchronizer:
         self._hook.remove()
         for weight in self._weights.values():
             RawSums.choose(weight, None)
+            _of_weight.pop(weight, None)
         self._attach()
         self._weights, self._layers = {}, []
 

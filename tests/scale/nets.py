@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 from unittest import mock
 
 import torch
@@ -122,3 +123,39 @@ def alone(name: str, rule: str | ghl.Rule = "ghl", clip: float | None = None) ->
             nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
     return [p.detach() for p in model.parameters()]
+
+
+def backward(model: nn.Module, name: str, step: int, micro: int = 4, scaler: Any = None) -> None:
+    """A batch in micro-batches, one backward each."""
+    x, target = batch(name, step)
+    for piece, wanted in zip(x.chunk(micro), target.chunk(micro), strict=True):
+        loss = loss_of(model(piece), wanted)
+        (scaler.scale(loss) if scaler else loss).backward()
+
+
+def train(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    name: str = "conv",
+    micro: int = 4,
+    scaler: Any = None,
+    none: bool = True,
+    forward: Callable[..., Tensor] | None = None,
+) -> list[Tensor]:
+    """Ten steps in one process; forward: what to call in place of the model."""
+    for step in range(STEPS):
+        backward(model if forward is None else forward, name, step, micro, scaler)
+        if scaler:
+            scaler.step(optimizer)
+            scaler.update()
+        else:
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=none)
+    return list(model.parameters())
+
+
+def synchronized(name: str = "conv", rule: str | ghl.Rule = "ghl", **options: object) -> Any:
+    """A model, its optimizer and the handle."""
+    model = make(name, rule)
+    optimizer = sgd(model, **options)
+    return model, optimizer, ghl.synchronize(model, optimizer)
