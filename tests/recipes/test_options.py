@@ -37,9 +37,13 @@ def test_amp_is_the_same_run_in_fewer_bits(plain, amp, rule):
     assert loss == pytest.approx(plain[1] if rule == "ghl" else trained(rule=rule)[1], rel=0.02)
     assert trainer.model.conv1.weight.dtype == torch.float32
     outputs = []
-    trainer.model.classifier.register_forward_hook(lambda *args: outputs.append(args[-1].dtype))
-    trainer.evaluate()
-    assert set(outputs) == {torch.bfloat16 if amp == "bf16" else torch.float16}
+    trainer.model.classifier.register_forward_hook(lambda *args: outputs.append(args[-1]))
+    test_loss = trainer.evaluate()[0]
+    logits = torch.cat(outputs)
+    assert logits.dtype == (torch.bfloat16 if amp == "bf16" else torch.float16)
+    classes = torch.cat([classes for _, classes in trainer.test_loader])
+    expected = torch.nn.functional.cross_entropy(logits.float(), classes).item()
+    assert test_loss == pytest.approx(expected, rel=1e-6)
     assert trainer.scaler.is_enabled() == (amp == "fp16")
     assert (trainer.synchronized is not None) == (amp == "fp16" and rule == "ghl")
 

@@ -231,7 +231,7 @@ class Trainer:
                 with self._autocast():
                     outputs = self.model(images)
                 if self.test_loader.order.own(step) and len(classes):
-                    totals.add(F.cross_entropy(outputs, classes), outputs, classes)
+                    totals.add(F.cross_entropy(outputs.float(), classes), outputs, classes)
         means = totals.means("test", self.world)
         self.test_loader.damage.check(self.world)
         return means
