@@ -235,6 +235,7 @@ def test_decoding_on_the_device_trains(tmp_path):
         ({"accumulate": 0}, "--accumulate 0: expected an integer of at least 1"),
         ({"checkpoint_every": 0}, "--checkpoint-every 0: expected an integer of at least 1"),
         ({"warmup": 5, "epochs": 5}, "--warmup 5: expected fewer than --epochs 5"),
+        ({"compile": True, "fsdp": True}, "--compile: expected without --fsdp"),
         ({"resize_from": 16}, "--resize-from 16: expected photographs, .* not --data digits"),
         ({"data": "fake", "resize_from": 300}, "--resize-from 300: expected at most --size 224"),
     ],

@@ -169,6 +169,8 @@ class Config:
         """What each setting may be beside the others."""
         if self.warmup >= self.epochs:
             raise ValueError(f"--warmup {self.warmup}: expected fewer than --epochs {self.epochs}")
+        if self.compile and self.fsdp:
+            raise ValueError("--compile: expected without --fsdp, with which it is not tried yet")
         if self.resize_from is None:
             return
         if not source(self.data).photographs:

@@ -85,9 +85,9 @@ class Trainer:
             self.model.to(memory_format=torch.channels_last)
         self.rule = ghl.Rule.preset(config.rule).replace(normalize=config.normalize)
         self.swapped = ghl.swap(self.model, rule=self.rule, tau=config.tau)
-        if config.compile:
-            self.model.compile()
         self.called = spread(self.model, self.device, fsdp=config.fsdp)
+        if config.compile:
+            self.called.compile()
         groups = ghl.param_groups(
             self.model,
             lr=config.lr,
