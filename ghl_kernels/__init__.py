@@ -8,18 +8,19 @@ from torch import Tensor
 
 from ghl_kernels import dispatch, library, ops, reference
 from ghl_kernels.dispatch import Backend, force, last
+from ghl_kernels.problem import Problem
 from ghl_kernels.rule import PRESETS, Rule, check_choice
 
-__all__ = ["PRESETS", "Backend", "Rule", "backend", "force", "last", "ops", "reference"]
+__all__ = ["PRESETS", "Backend", "Problem", "Rule", "backend", "force", "last", "ops", "reference"]
 
 dispatch.set_libraries(cpu=library.load("ghl_kernels_cpu"), cuda=library.load("ghl_kernels_cuda"))
 
 
-def backend(operator: str, first: Tensor, group_neurons: int | None = None) -> Backend:
+def backend(operator: str, first: Tensor, problem: Problem | None = None) -> Backend:
     """Which implementation `operator` takes for tensors like `first` (its first argument), and why.
 
-    group_neurons: out_channels / groups of a grouped convolution. Raises ValueError for an unknown
-    operator.
+    problem: the sizes of a layer, by which a GPU and grouped convolutions choose. Raises ValueError
+    for an unknown operator.
     """
     check_choice("operator", operator, ops.OPERATORS)
-    return dispatch.choose(operator, first, group_neurons)
+    return dispatch.choose(operator, first, problem)

@@ -7,6 +7,7 @@ weight gradient is one library call. Arguments are already checked.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,10 +34,21 @@ def compete(y: Tensor, competition: str, tau: float) -> Tensor:
     return compete(y, "softmax", tau) * (2 * winner - 1)
 
 
-def totals(u: Tensor, rows: int) -> Tensor:
-    """The sum of u for each neuron and, last, the number of rows."""
-    neurons = u.to(sum_dtype(u.dtype)).movedim(1, 0).flatten(1).sum(1)
+def totals(u: Tensor, rows: int, sum_u: bool) -> Tensor:
+    """The sum of u for each neuron, or zeros, and last the number of rows."""
+    dtype = sum_dtype(u.dtype)
+    if not sum_u:
+        return torch.cat(
+            [u.new_zeros(u.shape[1], dtype=dtype), u.new_full((1,), rows, dtype=dtype)]
+        )
+    neurons = u.to(dtype).movedim(1, 0).flatten(1).sum(1)
     return torch.cat([neurons, neurons.new_full((1,), rows)])
+
+
+def no_rows(w: Tensor, dtype: torch.dtype = torch.float32) -> Triple:
+    """The pair of an empty batch."""
+    G = torch.zeros_like(w, dtype=dtype)
+    return G, G.clone(), w.new_zeros(w.shape[0] + 1, dtype=dtype)
 
 
 def like_weight(sums: Tensor, w: Tensor) -> Tensor:
@@ -44,10 +56,12 @@ def like_weight(sums: Tensor, w: Tensor) -> Tensor:
     return torch.empty_like(w, dtype=sum_dtype(sums.dtype)).copy_(sums)
 
 
-def linear_pair(x: Tensor, y: Tensor, g: Tensor, w: Tensor, competition: str, tau: float) -> Triple:
+def linear_pair(
+    x: Tensor, y: Tensor, g: Tensor, w: Tensor, competition: str, tau: float, sum_u: bool = True
+) -> Triple:
     u = compete(y, competition, tau)
     G, H0 = (like_weight(signal.T @ x, w) for signal in (g, u))
-    return G, H0, totals(u, x.shape[0])
+    return G, H0, totals(u, x.shape[0], sum_u)
 
 
 def conv2d_pair(
@@ -61,12 +75,12 @@ def conv2d_pair(
     groups: int,
     competition: str,
     tau: float,
+    sum_u: bool = True,
 ) -> Triple:
-    u = compete(y, competition, tau)
     rows = y.numel() // y.shape[1]
     if rows == 0:
-        zeros = torch.zeros_like(w, dtype=sum_dtype(x.dtype))
-        return zeros, zeros.clone(), totals(u, 0)
+        return no_rows(w, sum_dtype(x.dtype))
+    u = compete(y, competition, tau)
 
     def wgrad(signal: Tensor) -> Tensor:
         shape = w.to(x.dtype)
@@ -75,7 +89,7 @@ def conv2d_pair(
             [False, True, False],
         )[1]  # fmt: skip
 
-    return like_weight(wgrad(g), w), like_weight(wgrad(u), w), totals(u, rows)
+    return like_weight(wgrad(g), w), like_weight(wgrad(u), w), totals(u, rows, sum_u)
 
 
 def merge(
@@ -135,3 +149,26 @@ def foreach_merge(
     normalize: str,
 ) -> Triples:
     return layer_by_layer(merge, (G, H0, totals, w), decay, gate, normalize)
+
+
+def updates(
+    linear_pair: Callable[..., Triple],
+    conv2d_pair: Callable[..., Triple],
+    merge: Callable[..., Triple],
+) -> tuple[Callable[..., Triple], Callable[..., Triple]]:
+    """linear_update and conv2d_update of an implementation: a pair with the merge as epilogue."""
+
+    def of(pair: Callable[..., Triple]) -> Callable[..., Triple]:
+        def update(*arguments: Any) -> Triple:
+            (x, _, _, w, *_), choices = arguments[:-3], arguments[-3:]
+            sums = pair(*arguments[:-3], sum_u=choices[0] == "instar")
+            # w as the forward used it, the update in the dtype of w
+            result, neurons, layer = merge(*sums, w.to(x.dtype), *choices, overwrite=True)
+            return result.to(w.dtype), neurons, layer
+
+        return update
+
+    return of(linear_pair), of(conv2d_pair)
+
+
+linear_update, conv2d_update = updates(linear_pair, conv2d_pair, merge)

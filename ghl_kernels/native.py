@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ghl_kernels import composed
 from ghl_kernels.checks import sum_dtype
+from ghl_kernels.layout import empty_rows, in_order_of, is_channels_last, like_weight
 from ghl_kernels.rule import CHOICES
 
 Triple = tuple[Tensor, Tensor, Tensor]
@@ -21,35 +22,6 @@ Triple = tuple[Tensor, Tensor, Tensor]
 def code(argument: str, value: str) -> int:
     """The position of a choice in its vocabulary: how csrc/rule.h numbers it."""
     return CHOICES[argument].index(value)
-
-
-def is_channels_last(w: Tensor) -> bool:
-    """Whether a neuron's weights lie in the order (kh, kw, in_channels)."""
-    return (
-        w.dim() == 4
-        and not w.is_contiguous()
-        and w.is_contiguous(memory_format=torch.channels_last)
-    )
-
-
-def empty_rows(w: Tensor, dtype: torch.dtype) -> Tensor:
-    """Empty, of the shape of w: channels_last if w is, else contiguous."""
-    layout = torch.channels_last if is_channels_last(w) else torch.contiguous_format
-    return torch.empty(w.shape, dtype=dtype, device=w.device, memory_format=layout)
-
-
-def in_order_of(w: Tensor, t: Tensor, dtype: torch.dtype) -> Tensor:
-    """t in `dtype` and the memory order of the sums of w; a copy only if it is not."""
-    layout = torch.channels_last if is_channels_last(w) else torch.contiguous_format
-    return t.to(dtype).contiguous(memory_format=layout)
-
-
-def like_weight(result: Tensor, w: Tensor, dtype: torch.dtype) -> Tensor:
-    """`result` with the strides of torch.empty_like(w): a copy only for a w in neither layout."""
-    like = torch.empty_like(w, dtype=dtype)
-    if like.stride() == result.stride() and dtype == result.dtype:
-        return result
-    return like.copy_(result)
 
 
 def logsumexp(y: Tensor, tau: float, dim: int) -> Tensor:
@@ -61,7 +33,9 @@ def logsumexp(y: Tensor, tau: float, dim: int) -> Tensor:
     return lse
 
 
-def linear_pair(x: Tensor, y: Tensor, g: Tensor, w: Tensor, competition: str, tau: float) -> Triple:
+def linear_pair(
+    x: Tensor, y: Tensor, g: Tensor, w: Tensor, competition: str, tau: float, sum_u: bool = True
+) -> Triple:
     x, y, g = (t[:, :, None, None] for t in (x, y, g))
     pair = conv2d_pair(x, y, g, w[:, :, None, None], [1, 1], [0, 0], [1, 1], 1, competition, tau)
     return (
@@ -82,7 +56,9 @@ def conv2d_pair(
     groups: int,
     competition: str,
     tau: float,
+    sum_u: bool = True,
 ) -> Triple:
+    """`sum_u` is not asked: the kernels have the sums of u at no cost."""
     dtype = sum_dtype(x.dtype)
     G, H0 = empty_rows(w, dtype), empty_rows(w, dtype)
     totals = torch.empty(w.shape[0] + 1, dtype=dtype, device=w.device)
@@ -127,3 +103,6 @@ def foreach_merge(
     normalize: str,
 ) -> composed.Triples:
     return composed.layer_by_layer(merge, (G, H0, totals, w), decay, gate, normalize)
+
+
+linear_update, conv2d_update = composed.updates(linear_pair, conv2d_pair, merge)

@@ -7,7 +7,6 @@ list are what a compiled library implements; they write into outputs that `nativ
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from ghl_kernels import checks, dispatch
 from ghl_kernels.checks import sum_dtype
+from ghl_kernels.problem import Problem
 from ghl_kernels.rule import CHOICES, check_choice
 
 Triple = tuple[Tensor, Tensor, Tensor]
@@ -28,8 +28,9 @@ MERGE = "str decay, str gate, str normalize"
 
 SCHEMAS = (
     "logsumexp(Tensor y, float tau, int dim) -> Tensor",
-    f"linear_pair({ACTIVATIONS}, {COMPETITION}) -> (Tensor, Tensor, Tensor)",
-    f"conv2d_pair({ACTIVATIONS}, {GEOMETRY}, {COMPETITION}) -> (Tensor, Tensor, Tensor)",
+    f"linear_pair({ACTIVATIONS}, {COMPETITION}, bool sum_u=True) -> (Tensor, Tensor, Tensor)",
+    f"conv2d_pair({ACTIVATIONS}, {GEOMETRY}, {COMPETITION}, bool sum_u=True) "
+    "-> (Tensor, Tensor, Tensor)",
     f"merge(Tensor G, Tensor H0, Tensor totals, Tensor w, {MERGE}) -> (Tensor, Tensor, Tensor)",
     "foreach_merge(Tensor[] G, Tensor[] H0, Tensor[] totals, Tensor[] w, "
     f"{MERGE}) -> (Tensor[], Tensor[], Tensor[])",
@@ -56,20 +57,20 @@ def check_rule(**choices: object) -> None:
             raise ValueError(f"tau is {value!r}, must be finite and greater than 0")
 
 
-def group_neurons(w: Tensor, groups: int) -> int | None:
-    return w.shape[0] // groups if groups > 1 else None
-
-
 def logsumexp(y: Tensor, tau: float, dim: int) -> Tensor:
     checks.check_logsumexp(y, dim)
     check_rule(tau=tau)
     return dispatch.implementation("logsumexp", y).logsumexp(y, tau, dim)
 
 
-def linear_pair(x: Tensor, y: Tensor, g: Tensor, w: Tensor, competition: str, tau: float) -> Triple:
+def linear_pair(
+    x: Tensor, y: Tensor, g: Tensor, w: Tensor, competition: str, tau: float, sum_u: bool = True
+) -> Triple:
+    """`sum_u`: whether totals are wanted, which only `instar` needs; else their place holds 0."""
     checks.check_linear(x, y, g, w)
     check_rule(competition=competition, tau=tau)
-    return dispatch.implementation("linear_pair", x).linear_pair(x, y, g, w, competition, tau)
+    implementation = dispatch.implementation("linear_pair", x, Problem.of_linear(x, w))
+    return implementation.linear_pair(x, y, g, w, competition, tau, sum_u)
 
 
 def conv2d_pair(
@@ -83,11 +84,14 @@ def conv2d_pair(
     groups: int,
     competition: str,
     tau: float,
+    sum_u: bool = True,
 ) -> Triple:
+    """`sum_u`: whether totals are wanted, which only `instar` needs; else their place holds 0."""
     checks.check_conv2d(x, y, g, w, stride, padding, dilation, groups)
     check_rule(competition=competition, tau=tau)
-    return dispatch.implementation("conv2d_pair", x, group_neurons(w, groups)).conv2d_pair(
-        x, y, g, w, stride, padding, dilation, groups, competition, tau
+    problem = Problem.of_conv2d(x, y, g, w, stride, padding, groups)
+    return dispatch.implementation("conv2d_pair", x, problem).conv2d_pair(
+        x, y, g, w, stride, padding, dilation, groups, competition, tau, sum_u
     )
 
 
@@ -109,15 +113,6 @@ def foreach_merge(
     return implementation.foreach_merge(G, H0, totals, w, decay, gate, normalize)
 
 
-def merge_update(
-    implementation: ModuleType, sums: Triple, x: Tensor, w: Tensor, *merge: str
-) -> Triple:
-    """The merge as the epilogue of a pair: w as the forward used it, the update in w's dtype."""
-    used = w.to(x.dtype).to(sums[0].dtype)
-    update, neurons, layer = implementation.merge(*sums, used, *merge, overwrite=True)
-    return update.to(w.dtype), neurons, layer
-
-
 def linear_update(
     x: Tensor,
     y: Tensor,
@@ -131,9 +126,8 @@ def linear_update(
 ) -> Triple:
     checks.check_linear(x, y, g, w)
     check_rule(competition=competition, tau=tau, decay=decay, gate=gate, normalize=normalize)
-    implementation = dispatch.implementation("linear_update", x)
-    sums = implementation.linear_pair(x, y, g, w, competition, tau)
-    return merge_update(implementation, sums, x, w, decay, gate, normalize)
+    implementation = dispatch.implementation("linear_update", x, Problem.of_linear(x, w))
+    return implementation.linear_update(x, y, g, w, competition, tau, decay, gate, normalize)
 
 
 def conv2d_update(
@@ -153,10 +147,10 @@ def conv2d_update(
 ) -> Triple:
     checks.check_conv2d(x, y, g, w, stride, padding, dilation, groups)
     check_rule(competition=competition, tau=tau, decay=decay, gate=gate, normalize=normalize)
-    implementation = dispatch.implementation("conv2d_update", x, group_neurons(w, groups))
-    geometry = stride, padding, dilation, groups
-    sums = implementation.conv2d_pair(x, y, g, w, *geometry, competition, tau)
-    return merge_update(implementation, sums, x, w, decay, gate, normalize)
+    problem = Problem.of_conv2d(x, y, g, w, stride, padding, groups)
+    return dispatch.implementation("conv2d_update", x, problem).conv2d_update(
+        x, y, g, w, stride, padding, dilation, groups, competition, tau, decay, gate, normalize
+    )
 
 
 def fake_logsumexp(y: Tensor, tau: float, dim: int) -> Tensor:
@@ -242,9 +236,19 @@ OPERATORS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
 TAKES_ACTIVATIONS = ("linear_pair", "conv2d_pair", "linear_update", "conv2d_update")
 
 
+def on_their_device(operator: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes the device of the tensors the current one: Triton launches kernels there."""
+
+    def call(first: Tensor | Tensors, *rest: Any, **named: Any) -> Any:
+        with torch.cuda.device_of(first if isinstance(first, Tensor) else first[0]):
+            return operator(first, *rest, **named)
+
+    return call
+
+
 def register(name: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
     qualified = f"ghl_kernels::{name}"
-    _library.impl(name, implementation, "CompositeExplicitAutograd")
+    _library.impl(name, on_their_device(implementation), "CompositeExplicitAutograd")
     torch.library.register_fake(qualified, fake, lib=_library)
     if name == "logsumexp":
         torch.library.register_autograd(

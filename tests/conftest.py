@@ -11,7 +11,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 import ghl_kernels
-from ghl_kernels import composed, dispatch, native
+from ghl_kernels import composed, dispatch, layout, native
 
 settings.register_profile(
     "ghl",
@@ -55,7 +55,7 @@ def poisoned_workspace() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
-    for implementation in (native, composed):
+    for implementation in (native, composed, layout):
         monkeypatch.setattr(implementation, "torch", PoisonedTorch())
 
 

@@ -18,11 +18,14 @@ from ghl_kernels.library import Library
 from ghl_kernels.source_hash import source_hash
 
 PACKAGES = ("ghl-kernels", "torch", "torchvision", "triton", "numpy", "scikit-learn", "matplotlib")
-LAYERS = (
-    ("linear", "linear_pair", None),
-    ("conv2d", "conv2d_pair", None),
-    ("conv2d, 32 neurons a group", "conv2d_pair", 32),
-    ("conv2d, depthwise", "conv2d_pair", 1),
+FLOATS = {"cpu": torch.float32, "cuda": torch.bfloat16}
+# Layers of networks as they are trained, by which the dispatcher is asked.
+LAYERS: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("linear 768 to 3072", "linear_pair", {"neurons": 3072, "channels": 768, "linear": True}),
+    ("conv2d 64 to 64, 3x3", "conv2d_pair", {"neurons": 64, "channels": 64, "kernel_size": (3, 3)}),
+    ("conv2d 256 to 64, 1x1", "conv2d_pair", {"neurons": 64, "channels": 256}),
+    ("conv2d 32 groups of 8", "conv2d_pair", {"neurons": 8, "channels": 8, "groups": 32}),
+    ("conv2d depthwise", "conv2d_pair", {"neurons": 1, "channels": 1, "groups": 96}),
 )
 
 
@@ -90,7 +93,8 @@ def devices() -> Iterator[str]:
 def layers() -> Iterator[str]:
     width = max(len(name) for name, *_ in LAYERS)
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
-        example = torch.empty(0, device=device)
-        for name, operator, group_neurons in LAYERS:
-            backend = ghl_kernels.backend(operator, example, group_neurons)
+        example = torch.empty(0, device=device, dtype=FLOATS[device])
+        for name, operator, sizes in LAYERS:
+            problem = ghl_kernels.Problem(rows=200704, dtype=FLOATS[device], **sizes)
+            backend = ghl_kernels.backend(operator, example, problem)
             yield f"{device} {name:<{width}}  {backend.name:<9} {backend.reason}"

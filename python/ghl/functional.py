@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ghl.sums import RawSums, as_rows
+from ghl_kernels import Rule
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -85,11 +86,12 @@ class LinearFunction(torch.autograd.Function):
         b: Tensor | None,
         competition: str,
         tau: float,
+        sum_u: bool,
     ) -> Tensor:
         x_used, w_used, b_used = cast_for_autocast(x, w, b)
         y = owned(F.linear(x_used, w_used, b_used))
         save(ctx, x_used, w, b, y)
-        ctx.rule = competition, tau
+        ctx.rule = competition, tau, sum_u
         return y
 
     @staticmethod
@@ -108,7 +110,7 @@ class LinearFunction(torch.autograd.Function):
             )
         if is_differentiated():
             G = rows.mT @ x.reshape(-1, x.shape[-1])
-        return as_rows(H0, w), totals, grad_x, G, grad_b, None, None
+        return as_rows(H0, w), totals, grad_x, G, grad_b, None, None, None
 
 
 class Conv2dFunction(torch.autograd.Function):
@@ -128,12 +130,13 @@ class Conv2dFunction(torch.autograd.Function):
         groups: int,
         competition: str,
         tau: float,
+        sum_u: bool,
     ) -> Tensor:
         x_used, w_used, b_used = cast_for_autocast(x, w, b)
         y = F.conv2d(x_used, w_used, b_used, stride, padding, dilation, groups)
         save(ctx, x_used, w, b, y)
         ctx.geometry = stride, padding, dilation, groups
-        ctx.rule = competition, tau
+        ctx.rule = competition, tau, sum_u
         return y
 
     @staticmethod
@@ -154,7 +157,7 @@ class Conv2dFunction(torch.autograd.Function):
             )
         if differentiable_G is not None:
             G = differentiable_G
-        return as_rows(H0, w), totals, grad_x, G, grad_b, None, None, None, None, None, None
+        return as_rows(H0, w), totals, grad_x, G, grad_b, *[None] * 7
 
 
 def note_dtype(x: Tensor, w: Tensor, sums: RawSums) -> None:
@@ -173,12 +176,16 @@ def behind_leaves(w: Tensor) -> Tensor:
     return w.view_as(w)
 
 
+def signals(rule: Rule) -> tuple[str, float, bool]:
+    """What the pair must know of a rule; the sums of u are no by-product of a GPU's kernels."""
+    return rule.competition, rule.tau, rule.decay == "instar"
+
+
 def linear(x: Tensor, w: Tensor, b: Tensor | None, sums: RawSums) -> Tensor:
     """F.linear of x (..., in_features) whose backward feeds `sums`."""
     note_dtype(x, w, sums)
-    rule = sums.rule
     return LinearFunction.apply(
-        sums.hebbian, sums.totals, x, behind_leaves(w), b, rule.competition, rule.tau
+        sums.hebbian, sums.totals, x, behind_leaves(w), b, *signals(sums.rule)
     )
 
 
@@ -194,8 +201,7 @@ def conv2d(
 ) -> Tensor:
     """F.conv2d of x (N, C, H, W) whose backward feeds `sums`."""
     note_dtype(x, w, sums)
-    rule = sums.rule
     return Conv2dFunction.apply(
         sums.hebbian, sums.totals, x, behind_leaves(w), b, stride, padding, dilation, groups,
-        rule.competition, rule.tau,
+        *signals(sums.rule),
     )  # fmt: skip

@@ -20,7 +20,7 @@ import ghl_kernels.ops  # noqa: F401  registers torch.ops.ghl_kernels
 from ghl.guards import check_alone, is_update, mark_update
 from ghl_kernels import Rule
 from ghl_kernels.checks import sum_dtype
-from ghl_kernels.native import is_channels_last
+from ghl_kernels.layout import is_channels_last
 
 _of_weight: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 _makers: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # where not ImmediateSums

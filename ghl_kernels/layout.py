@@ -1,0 +1,89 @@
+"""The memory orders of activations and weights that kernels read and write, and what it costs to
+bring a tensor into one.
+
+A weight's row is a neuron's weights in memory order; activations are matrices (rows, channels).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+LARGEST_OFFSET = 2**31 - 1
+LARGEST_TILE = 256  # rows; offsets inside a tile are 32-bit
+
+
+def is_channels_last(w: Tensor) -> bool:
+    """Whether a neuron's weights lie in the order (kh, kw, in_channels)."""
+    return (
+        w.dim() == 4
+        and not w.is_contiguous()
+        and w.is_contiguous(memory_format=torch.channels_last)
+    )
+
+
+def memory_format(w: Tensor) -> torch.memory_format:
+    return torch.channels_last if is_channels_last(w) else torch.contiguous_format
+
+
+def empty_rows(w: Tensor, dtype: torch.dtype) -> Tensor:
+    """Empty, of the shape of w: channels_last if w is, else contiguous."""
+    return torch.empty(w.shape, dtype=dtype, device=w.device, memory_format=memory_format(w))
+
+
+def in_order_of(w: Tensor, t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """t in `dtype` (its own by default) and the memory order of the sums of w; a copy only if it
+    is not."""
+    return t.to(dtype or t.dtype).contiguous(memory_format=memory_format(w))
+
+
+def like_weight(result: Tensor, w: Tensor, dtype: torch.dtype) -> Tensor:
+    """`result` with the strides of torch.empty_like(w): a copy only for a w in neither layout."""
+    like = torch.empty_like(w, dtype=dtype)
+    if like.stride() == result.stride() and dtype == result.dtype:
+        return result
+    return like.copy_(result)
+
+
+def fits(matrix: Tensor) -> bool:
+    """Whether offsets inside a tile of this matrix are below 2**31."""
+    rows, columns = matrix.stride()
+    return LARGEST_TILE * rows + matrix.shape[1] * columns <= LARGEST_OFFSET
+
+
+def view_as_matrix(t: Tensor) -> Tensor | None:
+    """(rows, channels) of a t (rows, channels) or (N, channels, H, W); None if that is no view."""
+    last = t.movedim(1, -1)
+    try:
+        matrix = last.view(-1, t.shape[1])
+    except RuntimeError:
+        return None
+    return matrix if fits(matrix) else None
+
+
+def as_matrix(t: Tensor) -> Tensor:
+    """(rows, channels) of a t (rows, channels) or (N, channels, H, W); a copy if it must be."""
+    view = view_as_matrix(t)
+    return t.movedim(1, -1).contiguous().view(-1, t.shape[1]) if view is None else view
+
+
+def small_images(x: Tensor) -> bool:
+    """Whether offsets inside an image of x (N, C, H, W) are below 2**31."""
+    return sum(n * s for n, s in zip(x.shape[1:], x.stride()[1:], strict=True)) <= LARGEST_OFFSET
+
+
+def channels_innermost(x: Tensor) -> bool:
+    """Whether an image of x has its channels side by side, and 32-bit offsets."""
+    return (x.stride(1) == 1 or x.shape[1] == 1) and small_images(x)
+
+
+def as_images(x: Tensor) -> Tensor:
+    """x with its channels innermost; a copy if they are not."""
+    return x if channels_innermost(x) else x.contiguous(memory_format=torch.channels_last)
+
+
+def copied_bytes(x: Tensor, *signals: Tensor) -> int:
+    """Bytes read and written to bring x, y and g into the order that convolutions read."""
+    copied = [] if channels_innermost(x) else [x]
+    copied += [t for t in signals if view_as_matrix(t) is None]
+    return sum(2 * t.numel() * t.element_size() for t in copied)

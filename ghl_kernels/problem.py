@@ -1,0 +1,85 @@
+"""One layer's pair as the dispatcher and the tables of tiles see it: sizes, not tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ghl_kernels import layout
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A linear layer or a convolution, and the batch it meets.
+
+    rows: batch, or batch × output positions. neurons, channels: of one group. image: numbers in one
+    image of x. copied_bytes: what is read and written first because the activations are not in
+    channels_last order.
+    """
+
+    rows: int
+    neurons: int
+    channels: int
+    dtype: torch.dtype
+    kernel_size: tuple[int, int] = (1, 1)
+    stride: tuple[int, int] = (1, 1)
+    padded: bool = False
+    groups: int = 1
+    linear: bool = False  # not a convolution
+    image: int = dataclasses.field(default=0, compare=False)
+    copied_bytes: int = dataclasses.field(default=0, compare=False)
+
+    @classmethod
+    def of_linear(cls, x: Tensor, w: Tensor) -> Problem:
+        return cls(x.shape[0], w.shape[0], w.shape[1], x.dtype, linear=True)
+
+    @classmethod
+    def of_conv2d(
+        cls,
+        x: Tensor,
+        y: Tensor,
+        g: Tensor,
+        w: Tensor,
+        stride: Sequence[int],
+        padding: Sequence[int],
+        groups: int,
+    ) -> Problem:
+        return cls(
+            rows=y.shape[0] * y.shape[2] * y.shape[3],
+            neurons=w.shape[0] // groups,
+            channels=w.shape[1],
+            dtype=x.dtype,
+            kernel_size=(w.shape[2], w.shape[3]),
+            stride=(stride[0], stride[1]),
+            padded=max(padding) > 0,
+            groups=groups,
+            image=x.shape[1] * x.shape[2] * x.shape[3],
+            copied_bytes=layout.copied_bytes(x, y, g) if x.is_cuda else 0,
+        )
+
+    @property
+    def taps(self) -> int:
+        return self.kernel_size[0] * self.kernel_size[1]
+
+    @property
+    def columns(self) -> int:
+        """Weights of a neuron."""
+        return self.taps * self.channels
+
+    @property
+    def all_neurons(self) -> int:
+        return self.groups * self.neurons
+
+    @property
+    def pointwise(self) -> bool:
+        """Whether a row of x is the channels of one position, and the rows of a batch follow each
+        other."""
+        dense = self.taps == 1 and self.stride == (1, 1) and not self.padded and self.groups == 1
+        return self.linear or dense
+
+    @property
+    def depthwise(self) -> bool:
+        return self.channels == 1 and self.groups > 1

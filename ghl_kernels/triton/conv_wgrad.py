@@ -1,0 +1,179 @@
+"""G and H0 of a convolution in one pass, as an implicit GEMM: no matrix of patches exists.
+
+Cost: 4·M·K·(C·R·S) FLOPs for M output positions; reads x once per tile of neurons (its overlapping
+patches from L2), y and g once per tile of columns, writes two K × C·R·S float32 sums per split.
+For: all of kernel size, stride, padding, dilation and groups, in three forms of the columns of a
+tile. One tap and BLOCK_C channels: channels_last with 16 channels or more. TAPS = 3 taps of the
+same row of the kernel: few neurons, as K = 64, where u is made once for three products. PACKED:
+any columns of the weight, taps and channels mixed: three input channels, small groups, 1×1.
+
+Rows become image positions by multiplication and shift, and row addresses are 64-bit; within an
+image offsets are 32-bit. As in `linear_wgrad.py`, the product with g comes first and u is the
+second operand.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ghl_kernels.problem import Problem
+from ghl_kernels.triton.competition import exponent_scale, u_of_tile
+from ghl_kernels.triton.logsumexp import Statistics, statistics
+from ghl_kernels.triton.split_k import Partials, dot_precision
+from ghl_kernels.triton.tiles import Tile, programs
+
+
+@triton.jit
+def divide(n, multiplier, shift):
+    """n // d for 0 <= n < 2**31, with the two numbers that `division_by(d)` gives."""
+    n = n.to(tl.uint32)
+    high = tl.umulhi(n, tl.full(n.shape, multiplier, tl.uint32))
+    return ((high + n) >> tl.full(n.shape, shift, tl.uint32)).to(tl.int32)
+
+
+def division_by(divisor: int) -> tuple[int, int]:
+    """The multiplier and shift with which `divide` divides by 1 <= divisor < 2**31."""
+    shift = (divisor - 1).bit_length()
+    return ((1 << 32) * ((1 << shift) - divisor)) // divisor + 1, shift
+
+
+@triton.jit
+def conv_wgrad_kernel(
+    x, y, g, largest, inverse, winner, G, H0, u_sums,
+    M, K, C, columns, rows_per_split,
+    in_height, in_width, positions, positions_multiplier, positions_shift,
+    out_width, width_multiplier, width_shift,
+    stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w,
+    x_image, x_channel, x_height, x_width, y_row, y_column, g_row, g_column, scale,
+    KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    COMPETITION: tl.constexpr, IN_TILE: tl.constexpr, SUM_U: tl.constexpr,
+    PRECISION: tl.constexpr, PACKED: tl.constexpr, TAPS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    tile, split, group = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    ALL_TAPS: tl.constexpr = KERNEL_H * KERNEL_W
+    if PACKED:
+        tiles_c = tl.cdiv(columns, BLOCK_C)
+        column = tile % tiles_c * BLOCK_C + tl.arange(0, BLOCK_C)
+        if CHANNELS_LAST:
+            tap, c = column // C, column % C
+        else:
+            tap, c = column % ALL_TAPS, column // ALL_TAPS
+        inside_c = column < columns
+    else:
+        blocks_c = tl.cdiv(C, BLOCK_C)
+        tiles_c = blocks_c * (ALL_TAPS // TAPS)
+        tap = tile % tiles_c // blocks_c * TAPS
+        c = tile % tiles_c % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)
+        inside_c = c < C
+    tap_h, tap_w = tap // KERNEL_W * dilation_h, tap % KERNEL_W * dilation_w
+    k = tile // tiles_c * BLOCK_K + tl.arange(0, BLOCK_K)
+    inside_k = k < K
+    first_neuron = group * K
+    x += tl.cast(group, tl.int64) * C * x_channel
+    y += tl.cast(first_neuron, tl.int64) * y_column
+    g += tl.cast(first_neuron, tl.int64) * g_column
+
+    rows = tl.arange(0, BLOCK_M)
+    y_tile = rows[:, None] * y_row + k[None, :] * y_column
+    g_tile = rows[:, None] * g_row + k[None, :] * g_column
+    first = split * rows_per_split
+    last = tl.minimum(first + rows_per_split, M)
+    zeros = tl.zeros((BLOCK_C, BLOCK_K), tl.float32)
+    G_sums = (zeros,) * TAPS
+    H0_sums = (zeros,) * TAPS
+    u_sum = tl.zeros((BLOCK_K,), tl.float32)
+    tl.assume(last > first)
+    for m in range(first, last, BLOCK_M):
+        inside = m + rows < last
+        image = divide(m + rows, positions_multiplier, positions_shift)
+        position = m + rows - image * positions
+        out_h = divide(position, width_multiplier, width_shift)
+        h = out_h * stride_h - padding_h
+        w = (position - out_h * out_width) * stride_w - padding_w
+        x_rows = image.to(tl.int64) * x_image + (h * x_height + w * x_width)
+        xT = ()
+        for t in tl.static_range(TAPS):
+            w_of_tap = tap_w + t * dilation_w
+            offset = tap_h * x_height + w_of_tap * x_width + c * x_channel
+            if PACKED:
+                at_h, at_w = h[:, None] + tap_h[None, :], w[:, None] + w_of_tap[None, :]
+            else:
+                at_h, at_w = (h + tap_h)[:, None], (w + w_of_tap)[:, None]
+            on_image = (at_h >= 0) & (at_h < in_height) & (at_w >= 0) & (at_w < in_width)
+            live = on_image & inside[:, None] & inside_c[None, :]
+            x_tile = tl.load(x + x_rows[:, None] + offset[None, :], live, other=0.0)
+            xT = xT + (tl.trans(x_tile),)
+        live = inside[:, None] & inside_k[None, :]
+        g_here = tl.load(g + tl.cast(m, tl.int64) * g_row + g_tile, live, other=0.0)
+        y_here = tl.load(y + tl.cast(m, tl.int64) * y_row + y_tile, live, other=0.0)
+
+        sums = ()
+        for t in tl.static_range(TAPS):
+            sums = sums + (tl.dot(xT[t], g_here, G_sums[t], input_precision=PRECISION),)
+        G_sums = sums
+        u = u_of_tile(
+            y_here, largest, inverse, winner, m + rows, inside, k + first_neuron,
+            first_neuron + K, scale, COMPETITION, IN_TILE,
+        )  # fmt: skip
+        sums = ()
+        for t in tl.static_range(TAPS):
+            sums = sums + (tl.dot(xT[t], u, H0_sums[t], input_precision=PRECISION),)
+        H0_sums = sums
+        if SUM_U:
+            u_sum += tl.sum(tl.where(inside[:, None], u.to(tl.float32), 0.0), 0)
+
+    neurons = tl.num_programs(2) * K
+    G += split.to(tl.int64) * neurons * columns
+    H0 += split.to(tl.int64) * neurons * columns
+    kept = inside_k[None, :] & inside_c[:, None]
+    for t in tl.static_range(TAPS):
+        if PACKED:
+            at = column
+        elif CHANNELS_LAST:
+            at = (tap + t) * C + c
+        else:
+            at = c * ALL_TAPS + tap + t
+        weights = (first_neuron + k)[None, :] * columns + at[:, None]
+        tl.store(G + weights, G_sums[t], kept)
+        tl.store(H0 + weights, H0_sums[t], kept)
+    if SUM_U:
+        kept_u = inside_k & (tile % tiles_c == 0)
+        tl.store(u_sums + split * neurons + first_neuron + k, u_sum, kept_u)
+
+
+def conv_wgrad(
+    x: Tensor,
+    y: Tensor,
+    g: Tensor,
+    partials: Partials,
+    problem: Problem,
+    geometry: tuple[list[int], list[int], list[int]],
+    out_size: tuple[int, int],
+    competition: str,
+    tau: float,
+    tile: Tile,
+) -> None:
+    """Fill `partials` from x (N, C·groups, H, W), y and g (M, K·groups), matrices.
+
+    geometry: stride, padding and dilation.
+    """
+    in_tile = problem.groups == 1 and problem.neurons <= tile.block_k
+    row_statistics = Statistics(*partials.sums)
+    if competition != "linear" and not in_tile:
+        row_statistics = statistics(y, competition, tau)
+    positions = out_size[0] * out_size[1]
+    in_group = programs(problem, tile) // problem.groups
+    conv_wgrad_kernel[(in_group, partials.splits, problem.groups)](
+        x, y, g, *row_statistics, *partials.sums,
+        problem.rows, problem.neurons, problem.channels, problem.columns, partials.rows_per_split,
+        *x.shape[2:], positions, *division_by(positions), out_size[1], *division_by(out_size[1]),
+        *(number for pair in geometry for number in pair),
+        *x.stride(), *y.stride(), *g.stride(), exponent_scale(tau),
+        *problem.kernel_size, partials.channels_last, competition, in_tile, partials.sum_u,
+        dot_precision(problem), tile.packed, tile.taps,
+        tile.block_m, tile.block_k, tile.block_c,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip

@@ -1,0 +1,130 @@
+"""The merge of many layers in two launches, as `merge.py` does it for one.
+
+Cost: that of the merges, without their launches; a table of addresses goes to the GPU with each
+call, without waiting for it. For: all layers of a model before an optimizer's step. Layers of
+different dtypes go in launches of their own.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ghl_kernels.triton.merge import MOST_PROGRAMS, Layer, combine, measure
+
+BLOCK_K, BLOCK_P = 8, 256
+FIELDS = tl.constexpr(len(Layer._fields) + 2)
+TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+_captured: list[Tensor] = []
+
+
+@triton.jit
+def address(table, layer, FIELD: tl.constexpr, TYPE: tl.constexpr):
+    return tl.load(table + layer * FIELDS + FIELD).to(tl.pointer_type(TYPE))
+
+
+@triton.jit
+def foreach_measure_kernel(
+    table, shares,
+    DECAY: tl.constexpr, G_TYPE: tl.constexpr, H0_TYPE: tl.constexpr, TOTALS_TYPE: tl.constexpr,
+    W_TYPE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    share = shares + 3 * tl.program_id(0)
+    layer, program = tl.load(share), tl.load(share + 1)
+    k = program * BLOCK_K + tl.arange(0, BLOCK_K)
+    measure(
+        address(table, layer, 0, G_TYPE), address(table, layer, 1, H0_TYPE),
+        address(table, layer, 2, TOTALS_TYPE), address(table, layer, 3, W_TYPE),
+        address(table, layer, 4, tl.float32), address(table, layer, 5, tl.float32),
+        k, tl.load(table + layer * FIELDS + 8).to(tl.int32),
+        tl.load(table + layer * FIELDS + 9).to(tl.int32), DECAY, BLOCK_P,
+    )  # fmt: skip
+
+
+@triton.jit
+def foreach_combine_kernel(
+    table, shares,
+    DECAY: tl.constexpr, GATE: tl.constexpr, NORMALIZE: tl.constexpr,
+    G_TYPE: tl.constexpr, H0_TYPE: tl.constexpr, TOTALS_TYPE: tl.constexpr,
+    W_TYPE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    share = shares + 3 * tl.program_id(0)
+    layer = tl.load(share)
+    combine(
+        address(table, layer, 0, G_TYPE), address(table, layer, 1, H0_TYPE),
+        address(table, layer, 2, TOTALS_TYPE), address(table, layer, 3, W_TYPE),
+        address(table, layer, 4, tl.float32), address(table, layer, 5, tl.float32),
+        address(table, layer, 6, G_TYPE), address(table, layer, 7, tl.float32),
+        tl.load(share + 1), tl.load(share + 2),
+        tl.load(table + layer * FIELDS + 8).to(tl.int32),
+        tl.load(table + layer * FIELDS + 9).to(tl.int32),
+        DECAY, GATE, NORMALIZE, BLOCK_K, BLOCK_P,
+    )  # fmt: skip
+
+
+def on_device(numbers: Sequence, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The numbers on the device, copied behind what is queued there, without waiting."""
+    if device.type != "cuda":
+        return torch.tensor(numbers, dtype=dtype)
+    pinned = torch.tensor(numbers, dtype=dtype, pin_memory=True)
+    if torch.cuda.is_current_stream_capturing():
+        _captured.append(pinned)  # a replay of the graph copies it again
+    return pinned.to(device, non_blocking=True)
+
+
+@functools.lru_cache(maxsize=64)
+def shares_of(programs: tuple[int, ...], device: torch.device) -> Tensor:
+    """For every program of a launch: its layer, its number there, how many the layer has."""
+    shares = [(layer, i, count) for layer, count in enumerate(programs) for i in range(count)]
+    return on_device(shares, torch.int32, device)
+
+
+def merge_alike(layers: Sequence[Layer], decay: str, gate: str, normalize: str) -> None:
+    """Fill the results of layers that agree in the dtypes of their tensors."""
+    device, types = layers[0].G.device, [TYPES[t.dtype] for t in layers[0][:4]]
+    sizes = [(t.w.shape[0], t.w[0].numel()) for t in layers]
+    table = on_device(
+        [
+            [*(t.data_ptr() for t in layer), *size]
+            for layer, size in zip(layers, sizes, strict=True)
+        ],
+        torch.int64,
+        device,
+    )
+    in_measure = tuple(triton.cdiv(k, BLOCK_K) for k, _ in sizes)
+    in_combine = tuple(
+        min(programs * triton.cdiv(columns, BLOCK_P), MOST_PROGRAMS)
+        for programs, (_, columns) in zip(in_measure, sizes, strict=True)
+    )
+    foreach_measure_kernel[(sum(in_measure),)](
+        table, shares_of(in_measure, device), decay, *types, BLOCK_K, BLOCK_P
+    )
+    foreach_combine_kernel[(sum(in_combine),)](
+        table, shares_of(in_combine, device), decay, gate, normalize, *types, BLOCK_K, BLOCK_P
+    )
+
+
+def foreach_merge(
+    G: Sequence[Tensor],
+    H0: Sequence[Tensor],
+    totals: Sequence[Tensor],
+    w: Sequence[Tensor],
+    decay: str,
+    gate: str,
+    normalize: str,
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """The operator: lists of updates, of the statistics of neurons and of layers."""
+    layers = [Layer.of(*one) for one in zip(G, H0, totals, w, strict=True)]
+    alike: dict[tuple, list[Layer]] = {}
+    for layer in layers:
+        alike.setdefault(tuple(t.dtype for t in layer[:4]), []).append(layer)
+    for group in alike.values():
+        merge_alike(group, decay, gate, normalize)
+    results = [layer.results(weight) for layer, weight in zip(layers, w, strict=True)]
+    update, neurons, statistics = ([result[i] for result in results] for i in range(3))
+    return update, neurons, statistics

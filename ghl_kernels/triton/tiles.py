@@ -1,0 +1,171 @@
+"""Which strategy and which tile a layer takes on a GPU: looked up, never tuned, in a run.
+
+A table is a JSON file of entries, each a layer's sizes and what was best for them; a layer takes
+the entry nearest in the logarithms of its sizes among those of its kind. Tables: what
+`ghl bench tune` wrote on this machine, else the one shipped for the GPU or its architecture.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import math
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ghl_kernels.problem import Problem
+
+SHIPPED = Path(__file__).parent / "tables"
+STRATEGIES = ("triton", "triton_stored", "library")
+FEW_CHANNELS = 16  # fewer do not fill a tile of one tap
+
+_used = threading.local()
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """One program's share and how it runs.
+
+    block_m rows a step, block_k neurons, block_c inputs (of one tap unless `packed`); `taps` of a
+    kernel's row at once; `descriptors`: by the tensor memory accelerator where the layout allows;
+    `programs`: how many per multiprocessor to split the rows for.
+    """
+
+    block_m: int
+    block_k: int
+    block_c: int
+    warps: int
+    stages: int
+    programs: int = 1
+    taps: int = 1
+    packed: bool = False
+    descriptors: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A layer's sizes and the choice for it. bits: of an activation. columns: of its weight."""
+
+    kind: str
+    bits: int
+    rows: int
+    neurons: int
+    columns: int
+    strategy: str
+    tile: Tile
+
+    @classmethod
+    def of(cls, fields: dict[str, Any]) -> Entry:
+        return cls(**{**fields, "tile": Tile(**fields["tile"])})
+
+    def distance(self, problem: Problem) -> float:
+        pairs = (
+            (self.rows, problem.rows),
+            (self.neurons, problem.neurons),
+            (self.columns, problem.columns),
+        )
+        return sum(abs(math.log2(a / max(b, 1))) for a, b in pairs)
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """name: the file's; measured: the GPU and versions it was tuned on, None if computed only."""
+
+    name: str
+    measured: dict[str, str] | None
+    entries: tuple[Entry, ...]
+
+    @classmethod
+    def read(cls, path: Path) -> Table:
+        """ValueError naming the file if it is not a table of this version."""
+        try:
+            content = json.loads(path.read_text())
+            entries = tuple(Entry.of(entry) for entry in content["entries"])
+            return cls(path.stem, content["measured"], entries)
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} is not a table of tiles of this version: {error}") from error
+
+
+def kind(problem: Problem) -> str:
+    """The form of kernel that a layer needs; only entries of its kind are compared with it."""
+    if problem.depthwise:
+        return "depthwise"
+    if problem.pointwise:
+        return "pointwise"
+    return "packed" if problem.channels < FEW_CHANNELS else "conv"
+
+
+def column_tiles(problem: Problem, tile: Tile) -> int:
+    """Programs that share the columns of a weight."""
+    across = problem.columns if tile.packed or problem.depthwise else problem.channels
+    blocks = -(-across // tile.block_c)
+    return blocks * (problem.columns // across // tile.taps)
+
+
+def programs(problem: Problem, tile: Tile) -> int:
+    """Programs that a split of the rows has."""
+    if problem.depthwise:
+        return -(-problem.all_neurons // tile.block_k) * column_tiles(problem, tile)
+    return problem.groups * -(-problem.neurons // tile.block_k) * column_tiles(problem, tile)
+
+
+def user_tables() -> Path:
+    """Where `ghl bench tune` keeps what it measured here."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "ghl_kernels" / "tables"
+
+
+def gpu_name(device: torch.device) -> str:
+    """The GPU's name as a file is called: nvidia-h200."""
+    name = torch.cuda.get_device_name(device).lower()
+    return "-".join("".join(c if c.isalnum() else " " for c in name).split())
+
+
+def architecture(capability: tuple[int, int]) -> str:
+    """The architecture whose computed table serves a GPU of this capability."""
+    return {9: "sm90", 10: "sm100"}.get(capability[0], "sm80")
+
+
+@functools.cache
+def table(device: torch.device) -> Table:
+    names = (gpu_name(device), architecture(torch.cuda.get_device_capability(device)))
+    paths = [user_tables() / f"{names[0]}.json", *(SHIPPED / f"{name}.json" for name in names)]
+    return Table.read(next(path for path in paths if path.exists()))
+
+
+@contextlib.contextmanager
+def use(entry: Entry) -> Iterator[None]:
+    """Make every layer that this thread looks up inside take one entry: to try it or time it."""
+    _used.entry, before = entry, getattr(_used, "entry", None)
+    try:
+        yield
+    finally:
+        _used.entry = before
+
+
+def choose(problem: Problem, device: torch.device, strategy: str | None = None) -> Entry:
+    """The nearest entry, of one strategy if it is given, with a tile that fits the layer."""
+    used = getattr(_used, "entry", None)
+    return fitting(used, problem) if used else nearest(problem, device, strategy)
+
+
+@functools.lru_cache(maxsize=4096)
+def nearest(problem: Problem, device: torch.device, strategy: str | None) -> Entry:
+    bits = 8 * problem.dtype.itemsize
+    alike = [e for e in table(device).entries if e.kind == kind(problem) and e.bits == bits]
+    wanted = [e for e in alike if strategy in (None, e.strategy)] or alike
+    return fitting(min(wanted, key=lambda entry: entry.distance(problem)), problem)
+
+
+def fitting(entry: Entry, problem: Problem) -> Entry:
+    """The entry, its tile of one tap where the rows of the kernel are not made of its taps."""
+    if problem.kernel_size[1] % entry.tile.taps == 0:
+        return entry
+    return dataclasses.replace(entry, tile=dataclasses.replace(entry.tile, taps=1))
