@@ -14,7 +14,10 @@ TRAIN += $(if $(QUICK),--width 0.125 --epochs 3,--width 0.25 --epochs 20)
 # Threads that wait must not take cores from others on a shared machine.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: install quickstart test compile-check lint format bench clean
+# Each asserts that it has trained, and on updates rather than on gradients.
+EXAMPLES = plain lightning_module huggingface_trainer timm_loop
+
+.PHONY: install quickstart test test-integrations compile-check lint format bench bench-gpu clean
 
 install: $(VENV)/installed
 
@@ -29,8 +32,9 @@ quickstart: install
 	$(BIN)/ghl doctor
 	$(TRAIN) --out runs/quickstart-$$(date +%Y%m%d-%H%M%S)
 
+# Files on as many processes as there are cores; a test takes one thread.
 test: install lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 # Every kernel and tile with the Triton of torch 2.11, in a directory of its own.
 compile-check: install $(TRITON_3_6)/triton
@@ -38,6 +42,11 @@ compile-check: install $(TRITON_3_6)/triton
 
 $(TRITON_3_6)/triton:
 	$(BIN)/python -m pip install --quiet --no-deps --target $(TRITON_3_6) triton==3.6.0
+
+test-integrations: install
+	$(BIN)/python -m pip install --quiet -c constraints.txt 'ghl-kernels[train,integrations]'
+	set -e; for example in $(EXAMPLES); do \
+	    echo "$$example"; $(BIN)/python -W ignore examples/$$example.py; done
 
 lint: install
 	$(BIN)/ruff check .
@@ -56,6 +65,10 @@ bench: install
 	mkdir -p build
 	$(BIN)/python -m pytest bench --benchmark-json=$(BENCHMARK)
 	$(BIN)/python -m bench.report $(BENCHMARK)
+
+# On a machine with a GPU, in ten minutes: tests, sanitizer, tuning, measurements.
+bench-gpu:
+	bench/gpu_suite.sh
 
 clean:
 	rm -rf $(VENV) build *.egg-info ghl_kernels/*.so

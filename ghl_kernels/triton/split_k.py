@@ -47,8 +47,8 @@ def without_spills(tile: Tile, problem: Problem, *tensors: Tensor) -> Tile:
     They do if 16-bit numbers are loaded one by one, and in a product that is no tensor core's.
     """
     sizes = problem.neurons % NEIGHBOURS == 0 and problem.channels % NEIGHBOURS == 0
-    wide = sizes or tile.packed and problem.neurons % NEIGHBOURS == 0
-    wide = problem.dtype == torch.float32 or wide and all(map(loads_wide, tensors))
+    wide = sizes or (tile.packed and problem.neurons % NEIGHBOURS == 0)
+    wide = problem.dtype == torch.float32 or (wide and all(map(loads_wide, tensors)))
     if wide and dot_precision(problem) != "ieee":
         return tile
     return dataclasses.replace(tile, block_m=min(tile.block_m, FEW_ROWS))

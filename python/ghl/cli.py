@@ -31,18 +31,21 @@ def train_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `ghl train`; those not given are left to the defaults of arch and rule."""
     add = parser.add_argument
     add("--rule", nargs="+", metavar="RULE", help="ghl, hebb, sign, bp; several are compared")
-    add("--arch", help="deephebb, fasthebb, resnet20 to resnet1202, or a torchvision model")
+    add(
+        "--arch",
+        help="deephebb, fasthebb (also -imagenet), resnet20 to resnet1202, torchvision's",
+    )
     add("--width", type=float, help="multiplier on the channels, 0.25 for a narrow network")
     add("--tau", type=float, help="softmax temperature of every swapped layer")
     add("--normalize", help="absmax, mean or none")
-    add("--data", help="digits, fashion-mnist, cifar10, cifar100, imagefolder or imagenet")
-    add("--root", type=absolute, help="directory of the data")
+    add("--data", help="digits, fashion-mnist, cifar10, cifar100, imagefolder, imagenet or fake")
+    add("--root", type=absolute, help="directory of the data; imagenet: of folders or tar shards")
     add("--download", action="store_true", default=None, help="fetch the data into --root")
     add("--size", type=int, help="side of the images in pixels")
     add("--limit-train", type=int, metavar="N", help="train on a fixed subset of N images")
     add("--limit-test", type=int, metavar="N", help="test on a fixed subset of N images")
     add("--epochs", type=int)
-    add("--batch-size", type=int)
+    add("--batch-size", type=int, help="images of a step: of all processes and micro-batches")
     add("--lr", type=float, help="learning rate of everything but the swapped layers")
     add("--lr-hebb", type=float, help="learning rate of the swapped layers' weights")
     add("--wd", type=float, help="weight decay of everything but the swapped layers")
@@ -51,13 +54,46 @@ def train_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int)
     add("--device", help="cpu, cuda, cuda:1; by default a GPU where there is one")
     add("--workers", type=int, help="processes that load data")
+    large_arguments(parser)
     add("--out", type=Path, metavar="DIR", help="by default runs/DATA-ARCH-RULE")
     add("--resume", action="store_true", help="continue the run in DIR from its checkpoint")
 
 
+def large_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `ghl train` that large networks and data sets call for."""
+    group = parser.add_argument_group("at full size (under torchrun: data parallel)")
+    add = group.add_argument
+    switch: dict[str, Any] = {"action": "store_true", "default": None}
+    add("--momentum", type=float, help="of SGD, for every parameter")
+    add("--warmup", type=int, metavar="EPOCHS", help="over which learning rates rise linearly")
+    add("--label-smoothing", type=float, metavar="SHARE")
+    add("--ema", type=float, metavar="DECAY", help="evaluate with averaged parameters; 0.9999, say")
+    add("--resize-from", type=int, metavar="SIZE", help="side of the first epoch's photographs")
+    add("--amp", help="none, bf16 or fp16 (with a GradScaler)")
+    add("--channels-last", **switch, help="images and weights in that memory format")
+    add("--compile", **switch, help="the network by torch.compile")
+    add("--fused", **switch, help="the optimizer's step as one kernel")
+    add("--accumulate", type=int, metavar="N", help="cut a process's part of a step into N")
+    add("--fsdp", **switch, help="shard the network over the processes, instead of copies (DDP)")
+    add("--decode", help="photographs: workers, device (nvJPEG), or auto: device where it can")
+    add("--damaged-share", type=float, metavar="SHARE", help="of images that may be unreadable")
+    add("--checkpoint-every", type=int, metavar="STEPS", help="also within an epoch")
+    add("--world-change", help="refuse or rescale, when a run resumes on more or fewer processes")
+
+
 def train(args: argparse.Namespace) -> int:
-    """Run `ghl train`."""
+    """Run `ghl train`, in this process or as one of those that torchrun started."""
+    from ghl.recipes.distributed import joined, restarted
+
+    with joined(args.device):
+        train_here(args, resume=args.resume or restarted())
+    return 0
+
+
+def train_here(args: argparse.Namespace, *, resume: bool) -> None:
+    """Train what the arguments say, one rule or several after another."""
     from ghl.recipes.config import DEFAULTS
+    from ghl.recipes.distributed import World
     from ghl.recipes.train import compare, open_run
     from ghl.recipes.train import train as train_one
 
@@ -66,14 +102,16 @@ def train(args: argparse.Namespace) -> int:
     name = "-".join(given.get(field, DEFAULTS[field]) for field in ("data", "arch"))
     if len(rules) > 1:
         out = args.out or Path("runs") / name
-        runs = [open_run(out / rule, {**given, "rule": rule}, resume=args.resume) for rule in rules]
+        runs = [open_run(out / rule, {**given, "rule": rule}, resume=resume) for rule in rules]
+    else:
+        given |= {"rule": rules[0]} if rules else {}
+        out = args.out or Path("runs") / f"{name}-{given.get('rule', DEFAULTS['rule'])}"
+        runs = [open_run(out, given, resume=resume)]
+    World.current().gather(None)  # nobody writes before all have looked
+    if len(rules) > 1:
         compare(runs, out)
-        return 0
-    if rules:
-        given["rule"] = rules[0]
-    out = args.out or Path("runs") / f"{name}-{given.get('rule', DEFAULTS['rule'])}"
-    train_one(open_run(out, given, resume=args.resume))
-    return 0
+    else:
+        train_one(runs[0])
 
 
 def eval_arguments(parser: argparse.ArgumentParser) -> None:

@@ -60,6 +60,7 @@ class HeldSums(RawSums):
 
         self._hooks = [
             self.hebbian.register_hook(arrives("H0")),
+            self.totals.register_hook(arrives("totals")),
             weight.register_hook(arrives("G")),
             weight.register_post_accumulate_grad_hook(accumulated),
         ]
@@ -69,7 +70,8 @@ class HeldSums(RawSums):
         if task != self._task:
             begin(self)
             self._task = task
-        self._half = name if self._half in (None, name) else None
+        if name != "totals":  # they come beside H0, in no set order
+            self._half = name if self._half in (None, name) else None
 
     def _accumulated(self, weight: Tensor) -> None:
         assert weight.grad is not None

@@ -54,6 +54,8 @@ def test_several_rules_are_checked_before_the_first_is_trained(tmp_path, capsys)
         (["--data", "cifar10"], "--root: expected the directory that holds cifar10"),
         (["--data", "cifar10", "--root", "/no"], "--root /no: expected a directory"),
         (["--download"], "--download: expected one of fashion-mnist"),
+        (["--fsdp"], "--fsdp: expected the processes of torchrun, found this one alone"),
+        (["--accumulate", "65"], "--batch-size 64: expected at least 65"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_no_directory(tmp_path, capsys, words, message):
@@ -96,7 +98,7 @@ def test_checkpoint_of_another_version(tmp_path, capsys):
     path = tmp_path / "checkpoint.pt"
     torch.save(torch.load(path, weights_only=True) | {"version": 99}, path)
     assert run("eval", tmp_path) == 2
-    assert "expected version 1, found 99" in capsys.readouterr().err
+    assert "expected version 2, found 99" in capsys.readouterr().err
 
 
 def test_eval_without_a_run(tmp_path, capsys):

@@ -9,8 +9,6 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from PIL import Image
-from torch.utils.data import DataLoader
 
 from ghl.recipes.data import load
 
@@ -159,37 +157,3 @@ def test_cifar10_is_read_in_torchvisions_layout(tmp_path, monkeypatch):
     image, label = data.test[0]
     assert label == 5
     assert torch.allclose(image, torch.full((3, 32, 32), 5 / 255 * 2 - 1))
-
-
-def write_photographs(root: Path) -> None:
-    for split in ("train", "val"):
-        for label, name in enumerate(("ant", "bee")):
-            folder = root / split / name
-            folder.mkdir(parents=True)
-            Image.new("RGB", (50, 40), (200 * label, 0, 0)).save(folder / "one.png")
-
-
-def test_imagefolder_crops_photographs(tmp_path):
-    write_photographs(tmp_path)
-    data = load("imagefolder", root=str(tmp_path), channels=None, size=32)
-    assert (len(data.train), data.classes) == (2, 2)
-    for split in (data.train, data.test):
-        image, label = split[1]
-        assert image.shape == (3, 32, 32)
-        assert label == 1
-        assert image[0].mean().item() == pytest.approx(200 / 255 * 2 - 1, abs=1e-4)
-
-
-def test_imagefolder_names_damaged_images_and_unequal_classes(tmp_path):
-    write_photographs(tmp_path)
-    damaged = tmp_path / "val" / "bee" / "one.png"
-    damaged.write_bytes(damaged.read_bytes()[:60])
-    data = load("imagefolder", root=str(tmp_path), channels=None, size=32)
-    for workers in (0, 1):
-        with pytest.raises(ValueError, match=f"{damaged}: expected an intact image") as error:
-            list(DataLoader(data.test, num_workers=workers))
-        assert str(error.value).startswith("data file")
-        assert "\n" not in str(error.value)
-    (tmp_path / "val" / "bee").rename(tmp_path / "val" / "wasp")
-    with pytest.raises(ValueError, match="the same classes in both splits"):
-        load("imagefolder", root=str(tmp_path), channels=None, size=32)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from ghl.recipes import models
+from ghl.recipes.config import Config
 from ghl.recipes.resnet import Block
 
 
@@ -22,6 +23,16 @@ def test_fasthebb_is_the_authors():
     convolutions = 96 * 3 * 25 + (128 * 96 + 192 * 128 + 256 * 192) * 9
     dense = (256 * 3 * 3 + 1) * 4096 + 2 * 4096 + 4096 * 10 + 10
     assert parameters(model) == convolutions + dense
+
+
+def test_forms_for_imagenet_have_the_classifiers_of_the_cifar_forms():
+    for size in (64, 96):
+        deep = models.build("deephebb-imagenet", 3, 1000, size, 0.25)
+        fast = models.build("fasthebb-imagenet", 3, 1000, size, 0.25)
+        assert deep.classifier.in_features == 768 * 4 * 4
+        assert fast.fc5.in_features == 64 * 3 * 3
+    names = [name for name, m in deep.named_modules() if isinstance(m, torch.nn.Conv2d)]
+    assert set(names) == Config.resolve({"arch": "deephebb-imagenet"}).tau.keys()
 
 
 @pytest.mark.parametrize(("depth", "millions"), [(20, 0.27), (56, 0.85), (110, 1.7)])
@@ -51,7 +62,8 @@ def test_smallest_image_passes(name):
     if name == "resnet1202":
         pytest.skip("the same code as resnet110, and slow")
     wanted = models.architecture(name)
-    model = models.build(name, wanted.channels or 1, 7, wanted.smallest, 1.0)
+    width = 0.1 if name.endswith("imagenet") else 1.0
+    model = models.build(name, wanted.channels or 1, 7, wanted.smallest, width)
     images = torch.rand(2, wanted.channels or 1, wanted.smallest, wanted.smallest)
     assert model.training
     assert model(images).shape == (2, 7)

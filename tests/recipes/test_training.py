@@ -29,10 +29,12 @@ def test_a_run_leaves_everything_behind(tmp_path, small, capsys):
     with (tmp_path / "run" / "metrics.csv").open() as file:
         table = list(csv.DictReader(file))
     header = ["epoch", "lr", "train_loss", "train_acc", "test_loss", "test_acc", "seconds"]
+    header += ["images_per_second", "waiting"]
     assert list(table[0]) == header
     assert [int(row["epoch"]) for row in table] == [1, 2, 3]
     assert [float(row["test_loss"]) for row in table] == [row.test_loss for row in rows]
     assert 0 <= rows[-1].test_acc <= 100
+    assert all(row.images_per_second > 0 and 0 < row.waiting < 100 for row in rows)
 
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     events.Reload()

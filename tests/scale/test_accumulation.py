@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import itertools
 import weakref
 
 import pytest
@@ -315,3 +316,22 @@ def test_new_optimizer_without_synchronize_is_an_error():
     ghl.synchronize(model, optimizer)
     optimizer.zero_grad()
     assert_close(train(model, optimizer), alone("conv"))
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))), ids=str)
+def test_sums_arrive_in_any_order(order):
+    """As a compiled backward delivers them: G, H0 and totals of a weight are three results."""
+    layer = ghl.Linear(3, 4, dtype=torch.float64)
+    optimizer = sgd(layer)
+    handle = ghl.synchronize(layer, optimizer)
+    layer(torch.rand(5, 3, dtype=torch.float64)).sum().backward()
+    sums = RawSums.present(layer.weight)
+    leaves = layer.weight, sums.hebbian, sums.totals
+    grads = [leaf.grad.clone() for leaf in leaves]
+    handle.merge()
+    wanted = layer.weight.grad
+
+    optimizer.zero_grad()
+    torch.autograd.backward([leaves[i] for i in order], [grads[i] for i in order])
+    handle.merge()
+    assert torch.equal(layer.weight.grad, wanted)

@@ -14,19 +14,27 @@ from typing import IO, Any
 import numpy as np
 import torch
 
-VERSION = 1
-FIELDS = frozenset(
-    ("version", "arch", "rule", "epoch", "model", "optimizer", "schedule", "random", "history")
-)
+VERSION = 2
+TENSORS = ("model", "optimizer", "average", "sharded")
+PROGRESS = ("epoch", "step", "schedule", "scaler", "ranks", "history")
+FIELDS = frozenset(("version", "arch", "rule", *TENSORS, *PROGRESS))
+
+
+class NotWritten(ValueError):
+    """The disk is full, and the checkpoint before is still the last one."""
 
 
 def write_atomic(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """Replace `path` by what `write` puts out; a kill leaves all of the old or of the new."""
     partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with partial.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        partial.unlink(missing_ok=True)  # a full disk has no room for half a file
+        raise
     os.replace(partial, path)
     directory = os.open(path.parent, os.O_RDONLY)
     try:

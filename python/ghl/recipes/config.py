@@ -20,6 +20,9 @@ from ghl.recipes.models import architecture
 RULES = ("ghl", "hebb", "sign", "bp")
 NORMALIZE = ("absmax", "mean", "none")
 SCHEDULES = ("cosine", "constant")
+AMP = ("none", "bf16", "fp16")
+DECODE = ("auto", "workers", "device")
+WORLD_CHANGE = ("refuse", "rescale")
 
 DEFAULTS: dict[str, Any] = {
     "rule": "ghl",
@@ -41,6 +44,21 @@ DEFAULTS: dict[str, Any] = {
     "workers": 0,
     "limit_train": None,
     "limit_test": None,
+    "momentum": 0.0,
+    "warmup": 0,
+    "label_smoothing": 0.0,
+    "ema": 0.0,
+    "resize_from": None,
+    "amp": "none",
+    "channels_last": False,
+    "compile": False,
+    "fused": False,
+    "accumulate": 1,
+    "fsdp": False,
+    "decode": "auto",
+    "damaged_share": 0.001,
+    "checkpoint_every": None,
+    "world_change": "refuse",
 }
 # The authors' settings for GHL. The other networks have none at hand; what DEFAULTS gives them
 # was tried on resnet20 (digits, 3 epochs).
@@ -53,6 +71,11 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "tau": {"conv1": 1 / 1.0, "conv2": 1 / 0.65, "conv3": 1 / 0.25},
     },
     "fasthebb": {"lr": 1e-4, "lr_hebb": 5e-2, "wd": 0.0, "wd_hebb": 1e-2, "tau": 1.0},
+}
+# For ImageNet none are published: the same, at the temperatures of SoftHebb's network for it.
+PUBLISHED["fasthebb-imagenet"] = PUBLISHED["fasthebb"]
+PUBLISHED["deephebb-imagenet"] = PUBLISHED["deephebb"] | {
+    "tau": {"conv1": 1 / 1.0, "conv2": 1 / 0.7, "conv3": 1 / 0.7, "conv4": 1 / 0.5}
 }
 # Where a rule does not take GHL's settings well. Tried with deephebb of width 0.25 on digits over
 # 10 epochs, test accuracy in brackets.
@@ -67,7 +90,7 @@ RULE_DEFAULTS: dict[str, dict[str, Any]] = {
     "bp": {"lr": 5e-2, "lr_hebb": 0.2, "wd_hebb": 5e-4},
 }
 # Where a run happens, not what it computes: these may differ when it is resumed.
-RELOCATABLE = ("root", "download", "workers")
+RELOCATABLE = ("root", "download", "workers", "damaged_share", "world_change")
 
 
 @dataclass(frozen=True)
@@ -75,6 +98,7 @@ class Config:
     """The settings of one run, all resolved; ValueError names the first that is not valid.
 
     `tau` is one number or one per layer name, `size` the side of the images in pixels.
+    `batch_size` is that of a step: of all processes and micro-batches.
     """
 
     rule: str
@@ -98,6 +122,21 @@ class Config:
     workers: int
     limit_train: int | None
     limit_test: int | None
+    momentum: float
+    warmup: int
+    label_smoothing: float
+    ema: float
+    resize_from: int | None
+    amp: str
+    channels_last: bool
+    compile: bool
+    fused: bool
+    accumulate: int
+    fsdp: bool
+    decode: str
+    damaged_share: float
+    checkpoint_every: int | None
+    world_change: str
 
     def __post_init__(self) -> None:
         check_choice("rule", self.rule, RULES)
@@ -105,20 +144,44 @@ class Config:
         check_choice("data", self.data, SOURCES)
         check_choice("normalize", self.normalize, NORMALIZE)
         check_choice("schedule", self.schedule, SCHEDULES)
+        check_choice("amp", self.amp, AMP)
+        check_choice("decode", self.decode, DECODE)
+        check_choice("world_change", self.world_change, WORLD_CHANGE)
         for tau in self.tau.values() if isinstance(self.tau, dict) else (self.tau,):
             check_number("tau", tau)
         for field in ("width", "lr", "lr_hebb"):
             check_number(field, getattr(self, field))
         for field in ("wd", "wd_hebb"):
             check_number(field, getattr(self, field), zero=True)
-        for field, smallest in (("epochs", 1), ("batch_size", 1), ("size", 1)):
-            check_integer(field, getattr(self, field), smallest)
-        for field, smallest in (("seed", 0), ("workers", 0)):
-            check_integer(field, getattr(self, field), smallest)
-        for field in ("limit_train", "limit_test"):
+        for field in ("momentum", "label_smoothing", "ema", "damaged_share"):
+            check_number(field, getattr(self, field), zero=True, below=1)
+        for field in ("epochs", "batch_size", "size", "accumulate"):
+            check_integer(field, getattr(self, field), 1)
+        for field in ("seed", "workers", "warmup"):
+            check_integer(field, getattr(self, field), 0)
+        for field in ("limit_train", "limit_test", "resize_from", "checkpoint_every"):
             if getattr(self, field) is not None:
                 check_integer(field, getattr(self, field), 1)
+        self._check_together()
         check_device(self.device)
+
+    def _check_together(self) -> None:
+        """What each setting may be beside the others."""
+        if self.warmup >= self.epochs:
+            raise ValueError(f"--warmup {self.warmup}: expected fewer than --epochs {self.epochs}")
+        if self.compile and self.fsdp:
+            raise ValueError("--compile: expected without --fsdp, with which it is not tried yet")
+        if self.resize_from is None:
+            return
+        if not source(self.data).photographs:
+            raise ValueError(
+                f"--resize-from {self.resize_from}: expected photographs, which are cropped, not"
+                f" --data {self.data}"
+            )
+        if self.resize_from > self.size:
+            raise ValueError(
+                f"--resize-from {self.resize_from}: expected at most --size {self.size}"
+            )
 
     @classmethod
     def resolve(cls, given: Mapping[str, Any]) -> "Config":

@@ -1,7 +1,8 @@
 """The data sets by name, each as a training and a test set of (image, class) pairs.
 
-Images leave here as float tensors (channels, size, size) in [-1, 1], enlarged or repeated to the
-channels that a network asks for; the order in which they are drawn is the trainer's.
+Small images leave here as float tensors (channels, size, size) in [-1, 1], enlarged or repeated to
+the channels that a network asks for, photographs as `photographs.py` says; the order in which they
+are drawn is that of `loader.py`.
 """
 
 from collections.abc import Callable
@@ -17,22 +18,22 @@ from torchvision.transforms import v2
 
 from ghl.recipes.errors import check_choice
 from ghl.recipes.fashion import FashionMNIST
+from ghl.recipes.photographs import Fake, Photographs, image_files
 
-Pairs = Dataset[tuple[torch.Tensor, int]]
+Pairs = Dataset[tuple[Any, int]]
 
 
 @dataclass(frozen=True)
 class Source:
     """A data set before it is read: its images' channels and size, and how to load a split.
 
-    `load(root, train, transform, download)` reads one split. Photographs have no common size and
-    are cropped; `cropped` says so.
+    `load(root, train, transform, download)` reads one split; of `photographs` it gives the files.
     """
 
     load: Callable[[str, bool, Any, bool], Any]
     channels: int
     size: int
-    cropped: bool = False
+    photographs: bool = False
 
 
 @dataclass(frozen=True)
@@ -95,46 +96,12 @@ def _cifar100(root: str, train: bool, transform: Any, download: bool) -> Any:
     return _cifar(torchvision.datasets.CIFAR100, root, train, transform, download)
 
 
-class DamagedFile(ValueError):
-    """A file that was found and cannot be read.
-
-    A worker of a DataLoader passes it on with its traceback in the message, which is dropped.
-    """
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message.rpartition(f"{type(self).__name__}: ")[2].strip())
+def _image_files(root: str, train: bool, transform: Any, download: bool) -> Any:
+    return image_files(root, train)
 
 
-def read_image(path: str) -> Any:
-    """The RGB image in a file; DamagedFile if it cannot be decoded."""
-    try:
-        return torchvision.datasets.folder.default_loader(path)
-    except (OSError, SyntaxError) as error:
-        raise DamagedFile(f"data file {path}: expected an intact image ({error})") from error
-
-
-def _image_folder(root: str, train: bool, transform: Any, download: bool) -> Any:
-    folder = Path(root) / ("train" if train else "val")
-    if not folder.is_dir():
-        raise FileNotFoundError(f"--root {root}: expected the directories train and val in it")
-    try:
-        return torchvision.datasets.ImageFolder(str(folder), transform=transform, loader=read_image)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"--root {root}: expected one directory of images per class in {folder} ({error})"
-        ) from error
-
-
-def _imagenet(root: str, train: bool, transform: Any, download: bool) -> Any:
-    try:
-        return torchvision.datasets.ImageNet(
-            root, split="train" if train else "val", transform=transform, loader=read_image
-        )
-    except (RuntimeError, FileNotFoundError) as error:
-        raise FileNotFoundError(
-            f"--root {root}: expected ImageNet's archives or what torchvision unpacked from them"
-            f" (torchvision says: {error})"
-        ) from error
+def _fake(root: str, train: bool, transform: Any, download: bool) -> Fake:
+    return Fake(train)
 
 
 SOURCES: dict[str, Source] = {
@@ -142,9 +109,11 @@ SOURCES: dict[str, Source] = {
     "fashion-mnist": Source(_fashion, channels=1, size=28),
     "cifar10": Source(_cifar10, channels=3, size=32),
     "cifar100": Source(_cifar100, channels=3, size=32),
-    "imagefolder": Source(_image_folder, channels=3, size=224, cropped=True),
-    "imagenet": Source(_imagenet, channels=3, size=224, cropped=True),
+    "imagefolder": Source(_image_files, channels=3, size=224, photographs=True),
+    "imagenet": Source(_image_files, channels=3, size=224, photographs=True),
+    "fake": Source(_fake, channels=3, size=224, photographs=True),
 }
+ROOTLESS = ("digits", "fake")
 DOWNLOADABLE = ("fashion-mnist", "cifar10", "cifar100")
 LIMIT_SEED = 0
 
@@ -155,19 +124,12 @@ def source(name: str) -> Source:
     return SOURCES[name]
 
 
-def transform(origin: Source, channels: int, size: int, *, train: bool) -> v2.Compose:
-    """What turns an image of `origin` into the tensor (channels, size, size) in [-1, 1].
-
-    Training photographs are cropped and mirrored at random; nothing else is augmented.
-    """
+def transform(origin: Source, channels: int, size: int) -> v2.Compose:
+    """What turns an image of `origin` into the tensor (channels, size, size) in [-1, 1]."""
     steps: list[Any] = [v2.ToImage()]
     if channels != origin.channels:
         steps.append(v2.Grayscale(1) if channels == 1 else v2.RGB())
-    if origin.cropped and train:
-        steps += [v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip()]
-    elif origin.cropped:
-        steps += [v2.Resize(round(size * 256 / 224), antialias=True), v2.CenterCrop(size)]
-    elif size != origin.size:
+    if size != origin.size:
         steps.append(v2.Resize((size, size), antialias=True))
     steps.append(v2.ToDtype(torch.float32, scale=True))
     steps.append(v2.Normalize([0.5] * channels, [0.5] * channels))
@@ -182,6 +144,12 @@ def limited(pairs: Any, limit: int | None) -> Pairs:
     return Subset(pairs, order[:limit].tolist())
 
 
+def photographs(pairs: Any) -> Photographs | None:
+    """The photographs behind a data set that `load` gave; None if it holds small images."""
+    whole = pairs.dataset if isinstance(pairs, Subset) else pairs
+    return whole if isinstance(whole, Photographs) else None
+
+
 def load(
     name: str,
     *,
@@ -191,20 +159,25 @@ def load(
     download: bool = False,
     limit_train: int | None = None,
     limit_test: int | None = None,
+    seed: int = 0,
 ) -> Data:
     """Read a data set for a network that takes (channels, size, size) images.
 
-    `channels` None keeps those of the data. FileNotFoundError or ValueError names what is
-    missing or damaged.
+    `channels` None keeps those of the data; `seed` decides how photographs are cropped.
+    FileNotFoundError or ValueError names what is missing or damaged.
     """
     origin = source(name)
     _check_root(name, root, download)
     channels = origin.channels if channels is None else channels
-    splits = [
-        origin.load(root or "", train, transform(origin, channels, size, train=train), download)
-        for train in (True, False)
-    ]
-    if splits[0].classes != splits[1].classes:
+    change = None if origin.photographs else transform(origin, channels, size)
+    splits = [origin.load(root or "", train, change, download) for train in (True, False)]
+    if origin.photographs:
+        splits = [
+            Photographs(files, train=train, size=size, seed=seed)
+            for files, train in zip(splits, (True, False), strict=True)
+        ]
+    # The last classes may have no test image in shards, which do not list their classes.
+    if splits[1].classes != splits[0].classes[: len(splits[1].classes)]:
         raise ValueError(f"--root {root}: expected the same classes in both splits")
     return Data(
         train=limited(splits[0], limit_train),
@@ -218,7 +191,7 @@ def load(
 def _check_root(name: str, root: str | None, download: bool) -> None:
     if download and name not in DOWNLOADABLE:
         raise ValueError(f"--download: expected one of {', '.join(DOWNLOADABLE)}, not {name}")
-    if name == "digits":
+    if name in ROOTLESS:
         return
     if root is None:
         raise ValueError(f"--root: expected the directory that holds {name}, none was given")

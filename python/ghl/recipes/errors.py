@@ -25,9 +25,11 @@ def check_integer(field: str, value: int, smallest: int) -> None:
         raise ValueError(f"{option(field)} {value!r}: expected an integer of at least {smallest}")
 
 
-def check_number(field: str, value: float, *, zero: bool = False) -> None:
-    """Raise a ValueError unless `value` is finite and above 0 (at least 0 with `zero`)."""
+def check_number(field: str, value: float, *, zero: bool = False, below: float = math.inf) -> None:
+    """Raise a ValueError unless `value` is above 0 (at least 0 with `zero`) and under `below`."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or value < 0 or (value == 0 and not zero):
+    if not number or not 0 <= value < below or (value == 0 and not zero):
         bound = "of at least 0" if zero else "above 0"
+        if below != math.inf:
+            bound += f" and below {below:g}"
         raise ValueError(f"{option(field)} {value!r}: expected a finite number {bound}")

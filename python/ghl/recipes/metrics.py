@@ -19,6 +19,8 @@ class Row:
     """One epoch: mean loss per example, accuracy in percent.
 
     `lr` is the learning rate of everything but the swapped layers at the epoch's first step.
+    Throughput is that of training, over all processes; `waiting` is the percentage of its time in
+    which the first process had no data.
     """
 
     epoch: int
@@ -28,15 +30,21 @@ class Row:
     test_loss: float
     test_acc: float
     seconds: float
+    images_per_second: float
+    waiting: float
+
+
+TIMES = ("seconds", "images_per_second", "waiting")
 
 
 def write_csv(path: Path, rows: Sequence[Row]) -> None:
-    """Replace metrics.csv by these rows, atomically; floats in full except the seconds."""
+    """Replace metrics.csv by these rows, atomically; floats in full except the times."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([field.name for field in fields(Row)])
     for row in rows:
-        writer.writerow([*astuple(row)[:-1], f"{row.seconds:.3f}"])
+        times = [f"{getattr(row, name):.3f}" for name in TIMES]
+        writer.writerow([*astuple(row)[: -len(TIMES)], *times])
     write_text(path, text.getvalue())
 
 
@@ -44,7 +52,7 @@ def header() -> str:
     """The head of the table that `line` continues."""
     return (
         f"{'epoch':>5} {'lr':>9} {'train loss':>10} {'train acc':>9}"
-        f" {'test loss':>9} {'test acc':>8} {'seconds':>8}"
+        f" {'test loss':>9} {'test acc':>8} {'seconds':>8} {'images/s':>8} {'waiting':>7}"
     )
 
 
@@ -53,6 +61,7 @@ def line(row: Row) -> str:
     return (
         f"{row.epoch:>5} {row.lr:>9.2e} {row.train_loss:>10.4f} {row.train_acc:>9.2f}"
         f" {row.test_loss:>9.4f} {row.test_acc:>8.2f} {row.seconds:>8.1f}"
+        f" {row.images_per_second:>8.0f} {row.waiting:>5.1f} %"
     )
 
 
@@ -81,7 +90,7 @@ class TensorBoard:
         """Write one row as scalars at its epoch."""
         for name, value in asdict(row).items():
             if name != "epoch":
-                self.writer.add_scalar(name.replace("_", "/"), value, row.epoch)
+                self.writer.add_scalar(name.replace("_", "/", 1), value, row.epoch)
         self.writer.flush()
 
     def close(self) -> None:

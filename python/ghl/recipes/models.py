@@ -14,7 +14,7 @@ import torchvision
 from torch import nn
 
 from ghl.recipes.errors import check_choice
-from ghl.recipes.hebbnets import DeepHebb, FastHebb
+from ghl.recipes.hebbnets import DeepHebb, DeepHebbImageNet, FastHebb, FastHebbImageNet
 from ghl.recipes.resnet import CifarResNet
 
 CIFAR_DEPTHS = (20, 32, 44, 56, 110, 1202)
@@ -50,6 +50,8 @@ def _torchvision(name: str, channels: int, classes: int, size: int, width: float
 OWN: dict[str, Architecture] = {
     "deephebb": Architecture(DeepHebb, smallest=8),
     "fasthebb": Architecture(FastHebb, smallest=24),
+    "deephebb-imagenet": Architecture(DeepHebbImageNet, smallest=64),
+    "fasthebb-imagenet": Architecture(FastHebbImageNet, smallest=64),
     **{
         f"resnet{depth}": Architecture(partial(_cifar_resnet, depth), smallest=8)
         for depth in CIFAR_DEPTHS
@@ -80,12 +82,28 @@ def build(name: str, channels: int, classes: int, size: int, width: float) -> nn
     if name in OWN and size < wanted.smallest:
         raise ValueError(f"--size {size}: expected at least {wanted.smallest} for --arch {name}")
     try:
-        model = wanted.build(channels, classes, size, width).eval()
-        with torch.no_grad():
-            model(torch.zeros(1, channels, size, size))
+        model = wanted.build(channels, classes, size, width)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"--size {size}: expected a size of images that --arch {name} takes ({reason})"
-        ) from error
-    return model.train()
+        raise _refused("--size", size, name, error) from error
+    check_takes(model, name, channels, size)
+    return model
+
+
+def check_takes(
+    model: nn.Module, name: str, channels: int, size: int, option: str = "--size"
+) -> None:
+    """Raise a ValueError that names the option unless images of that size pass through."""
+    device = next(model.parameters()).device
+    try:
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, channels, size, size, device=device))
+    except (RuntimeError, AssertionError) as error:
+        raise _refused(option, size, name, error) from error
+    model.train()
+
+
+def _refused(option: str, size: int, name: str, error: Exception) -> ValueError:
+    reason = str(error).splitlines()[0]
+    return ValueError(
+        f"{option} {size}: expected a size of images that --arch {name} takes ({reason})"
+    )

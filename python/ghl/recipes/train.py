@@ -4,19 +4,25 @@ What an epoch does is in `trainer.py`, what the files look like in `metrics.py` 
 `checkpoint.py`.
 """
 
+import errno
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ghl.recipes import checkpoint, metrics
+import torch
+
+from ghl.recipes import checkpoint, metrics, sharded
+from ghl.recipes.checkpoint import NotWritten
 from ghl.recipes.config import Config
+from ghl.recipes.distributed import World
 from ghl.recipes.figures import draw_curves
 from ghl.recipes.metrics import Row
 from ghl.recipes.trainer import Diverged, Trainer
 
 CONFIG, CHECKPOINT, METRICS = "config.json", "checkpoint.pt", "metrics.csv"
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
@@ -49,22 +55,30 @@ def open_run(out: Path, given: Mapping[str, Any], *, resume: bool) -> Run:
 def train(run: Run) -> list[Row]:
     """Train to the last epoch, from the run's checkpoint where it has one; all its rows.
 
-    ValueError when the loss is not finite any more; the last good checkpoint stays.
+    Called by every process of a run; the first prints and writes. ValueError when the loss is not
+    finite any more; the last good checkpoint stays. NotWritten if the disk is full in the end.
     """
     config = run.config
+    if config.fsdp and not torch.distributed.is_initialized():
+        raise ValueError("--fsdp: expected the processes of torchrun, found this one alone")
     trainer = Trainer(config)
     rows = _start_or_continue(run, trainer)
+    if not trainer.world.main:
+        _epochs(run, trainer, rows, lambda row: None)
+        return rows
     print(f"{config.rule}: {describe(config)}, in {run.out}")
-    if rows:
-        print(f"continuing after epoch {rows[-1].epoch} of {config.epochs}")
+    if rows or trainer.step:
+        within = f" and {trainer.step} steps" if trainer.step else ""
+        print(f"continuing after epoch {len(rows)}{within} of {config.epochs}")
     print(metrics.header(), flush=True)
     board = metrics.TensorBoard(run.out / "tensorboard", len(rows))
+
+    def show(row: Row) -> None:
+        board.add(row)
+        print(metrics.line(row), flush=True)
+
     try:
-        while len(rows) < config.epochs:
-            rows.append(_epoch(trainer, len(rows) + 1))
-            board.add(rows[-1])
-            _record(run, trainer, rows)
-            print(metrics.line(rows[-1]), flush=True)
+        _epochs(run, trainer, rows, show)
     except Diverged as error:
         kept = f"{CHECKPOINT} keeps epoch {len(rows)}" if rows else "there is no checkpoint"
         raise Diverged(
@@ -76,6 +90,26 @@ def train(run: Run) -> list[Row]:
         if rows:
             draw_curves(run.out / "curves.png", {config.rule: rows}, describe(config))
     return rows
+
+
+def _epochs(run: Run, trainer: Trainer, rows: list[Row], show: Callable[[Row], None]) -> None:
+    """What is left of the run, epoch by epoch; NotWritten if its end could not be saved."""
+    every = run.config.checkpoint_every
+    full = None
+
+    def after_step() -> None:
+        if every and trainer.schedule.last_epoch % every == 0:
+            _record(run, trainer, rows)
+
+    while len(rows) < run.config.epochs:
+        rows.append(_epoch(trainer, len(rows) + 1, after_step))
+        show(rows[-1])
+        full = _record(run, trainer, rows)
+    if full is not None:
+        raise NotWritten(
+            f"{run.out}: expected room for a checkpoint at the end of the run, the disk is full"
+            f" ({full}); --resume continues from the last one that was written"
+        )
 
 
 def describe(config: Config) -> str:
@@ -90,27 +124,79 @@ def _start_or_continue(run: Run, trainer: Trainer) -> list[Row]:
     rows: list[Row] = []
     if path.exists():
         state = checkpoint.load(path, arch=run.config.arch, rule=trainer.rule_fields())
-        trainer.restore(state)
+        _check_world(run.config, len(state["ranks"]), trainer.world)
+        trainer.restore(state, _sharded_tensors(run.out, state, trainer))
         rows = [Row(**row) for row in state["history"]]
-    run.out.mkdir(parents=True, exist_ok=True)
-    run.config.save(run.out / CONFIG)
-    metrics.write_csv(run.out / METRICS, rows)
+    trainer.world.gather(None)  # nobody writes before all have read
+    if trainer.world.main:
+        run.out.mkdir(parents=True, exist_ok=True)
+        run.config.save(run.out / CONFIG)
+        metrics.write_csv(run.out / METRICS, rows)
     return rows
 
 
-def _epoch(trainer: Trainer, epoch: int) -> Row:
-    begin, lr = time.perf_counter(), trainer.lr
-    train_loss, train_acc = trainer.train_epoch(f"epoch {epoch}/{trainer.config.epochs}")
+def _check_world(config: Config, before: int, world: World) -> None:
+    """Refuse, or announce, that a run goes on with another number of processes."""
+    if before == world.size:
+        return
+    change = f"the run had {before} processes and has {world.size} now"
+    if config.world_change == "refuse":
+        raise ValueError(f"--world-change refuse: {change}; rescale goes on with them")
+    if world.main:
+        print(
+            f"rescaled: {change}, which share its --batch-size of {config.batch_size}", flush=True
+        )
+
+
+def _sharded_tensors(out: Path, state: dict[str, Any], trainer: Trainer) -> dict[str, Any] | None:
+    """The tensors that a sharded run's checkpoint names, as this trainer is sharded; or None."""
+    if state["sharded"] is None:
+        return None
+    tensors = trainer.tensors()
+    sharded.load(out / state["sharded"], tensors)
+    return tensors
+
+
+def _epoch(trainer: Trainer, epoch: int, after_step: Callable[[], None]) -> Row:
+    lr = trainer.config.lr * trainer.schedule.lr_lambdas[0](trainer.epoch * trainer.order.steps)
+    label = f"epoch {epoch}/{trainer.config.epochs}"
+    train_loss, train_acc = trainer.train_epoch(label, after_step)
+    begin = time.perf_counter()
     test_loss, test_acc = trainer.evaluate()
-    seconds = time.perf_counter() - begin
-    return Row(epoch, lr, train_loss, train_acc, test_loss, test_acc, seconds)
+    pace = trainer.pace
+    seconds = pace.seconds + time.perf_counter() - begin
+    losses = train_loss, train_acc, test_loss, test_acc
+    return Row(epoch, lr, *losses, seconds, pace.images_per_second, pace.waiting)
 
 
-def _record(run: Run, trainer: Trainer, rows: Sequence[Row]) -> None:
-    """Write the rows, then the checkpoint that counts: a kill in between repeats the epoch."""
-    metrics.write_csv(run.out / METRICS, rows)
-    state = trainer.state() | {"epoch": len(rows), "history": [asdict(row) for row in rows]}
-    checkpoint.save(run.out / CHECKPOINT, state)
+def _record(run: Run, trainer: Trainer, rows: Sequence[Row]) -> OSError | None:
+    """Write the rows, then the checkpoint that counts: a kill in between repeats what followed.
+
+    On a full disk the last checkpoint stays, the run goes on, and the error is returned.
+    """
+    state = trainer.state() | {"sharded": None, "history": [asdict(row) for row in rows]}
+    main = trainer.world.main
+    try:
+        if trainer.sharded:
+            state["sharded"] = sharded.name(trainer.epoch, trainer.step)
+            sharded.save(run.out / state["sharded"], trainer.tensors())
+        if main:
+            metrics.write_csv(run.out / METRICS, rows)
+            checkpoint.save(run.out / CHECKPOINT, state)
+            sharded.keep_only(run.out, state["sharded"])
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        if main:
+            if state["sharded"]:
+                sharded.remove(run.out / state["sharded"])
+            print(
+                f"the disk is full ({error}): epoch {trainer.epoch}, step {trainer.step} is not"
+                f" saved, and {CHECKPOINT} is that of before",
+                flush=True,
+            )
+        return error
+    return None
 
 
 def compare(runs: Sequence[Run], out: Path) -> None:
@@ -118,7 +204,10 @@ def compare(runs: Sequence[Run], out: Path) -> None:
     rows = {}
     for run in runs:
         rows[run.config.rule] = train(run)
-        print()
+        if World.current().main:
+            print()
+    if not World.current().main:
+        return
     print(metrics.comparison(rows), flush=True)
     draw_curves(out / "comparison.png", rows, describe(runs[0].config))
 
@@ -131,5 +220,5 @@ def evaluate(out: Path, given: Mapping[str, Any]) -> tuple[int, float, float]:
     config = Config.load(out / CONFIG).moved(given)
     trainer = Trainer(config)
     state = checkpoint.load(out / CHECKPOINT, arch=config.arch, rule=trainer.rule_fields())
-    trainer.restore_model(state)
+    trainer.restore_model(state, _sharded_tensors(out, state, trainer))
     return state["epoch"], *trainer.evaluate()

@@ -3,39 +3,50 @@
 Directories, tables and the order of writing are in `train.py`.
 """
 
-import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import ghl
 from ghl.recipes import models
 from ghl.recipes.checkpoint import random_states, restore_random_states, seed_everything
 from ghl.recipes.config import Config
-from ghl.recipes.data import load
+from ghl.recipes.data import Data, load
+from ghl.recipes.distributed import World, communicating, local_device, spread
+from ghl.recipes.ema import Average
+from ghl.recipes.loader import Batches, Damage, Order, TooManyDamaged
+from ghl.recipes.photographs import decodes
+from ghl.recipes.schedule import Decay, image_size
+from ghl.recipes.totals import Diverged, Pace, Totals, check_finite
+
+__all__ = ["Diverged", "Trainer"]
 
 # How often a step reads the loss back, which on a GPU waits for the device.
 REFRESH = 50
-
-
-class Diverged(ValueError):
-    """The loss is no longer finite."""
+AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Trainer:
     """Network, optimizer, schedule and data of one run, and the generator that orders the data.
 
-    ValueError or FileNotFoundError when the settings do not fit the data or each other.
+    `epoch` epochs and `step` steps of the next are done. In a run of several processes each has a
+    Trainer, and all call its methods together. ValueError or FileNotFoundError when the settings
+    do not fit the data or each other.
     """
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.device = torch.device(config.device)
+        self.world = World.current()
+        self.device = local_device(config.device)
+        self.epoch = self.step = 0
         wanted = models.architecture(config.arch).channels
         data = load(
             config.data,
@@ -45,17 +56,38 @@ class Trainer:
             download=config.download,
             limit_train=config.limit_train,
             limit_test=config.limit_test,
+            seed=config.seed,
         )
-        self.order = torch.Generator().manual_seed(config.seed)
-        self.train_loader = self._loader(data.train, self.order)
-        self.test_loader = self._loader(data.test, None)
-
+        self.generator = torch.Generator().manual_seed(config.seed)
+        self.train_loader = self._batches("training", data.train, self.generator)
+        self.test_loader = self._batches("test", data.test, None)
+        self.order = self.train_loader.order
+        self.decoding = config.decode == "device" or (
+            config.decode == "auto" and decodes(self.device)
+        )
         seed_everything(config.seed)
+        self._build(data)
+        if self.world.rank:
+            seed_everything(config.seed + self.world.rank * 2**32)
+        self.totals, self.pace = Totals(self.device), Pace()
+
+    def _build(self, data: Data) -> None:
+        """The network, its rule, and what steps it: `called` is the network where it is trained."""
+        config = self.config
         self.model = models.build(
             config.arch, data.channels, data.classes, config.size, config.width
         ).to(self.device)
+        if config.resize_from is not None:
+            models.check_takes(
+                self.model, config.arch, data.channels, config.resize_from, "--resize-from"
+            )
+        if config.channels_last:
+            self.model.to(memory_format=torch.channels_last)
         self.rule = ghl.Rule.preset(config.rule).replace(normalize=config.normalize)
         self.swapped = ghl.swap(self.model, rule=self.rule, tau=config.tau)
+        self.called = spread(self.model, self.device, fsdp=config.fsdp)
+        if config.compile:
+            self.called.compile()
         groups = ghl.param_groups(
             self.model,
             lr=config.lr,
@@ -63,22 +95,32 @@ class Trainer:
             wd=config.wd,
             wd_hebb=config.wd_hebb,
         )
-        self.optimizer = torch.optim.SGD(groups, lr=config.lr)
-        steps = config.epochs * len(self.train_loader)
-        self.schedule = LambdaLR(self.optimizer, Decay(config.schedule, steps))
+        self.optimizer = torch.optim.SGD(
+            groups, lr=config.lr, momentum=config.momentum, fused=config.fused or None
+        )
+        several = torch.distributed.is_initialized() or config.accumulate > 1
+        deferred = config.rule != "bp" and (several or config.amp == "fp16")
+        self.synchronized = ghl.synchronize(self.called, self.optimizer) if deferred else None
+        steps = self.order.steps
+        self.schedule = LambdaLR(
+            self.optimizer,
+            Decay(config.schedule, config.epochs * steps, config.warmup * steps),
+        )
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
+        self.average = Average(self.model, config.ema) if config.ema else None
 
-    def _loader(self, pairs: Any, order: torch.Generator | None) -> DataLoader:
-        size = self.config.batch_size
-        # Batch normalisation has no variance in a last batch of one example.
-        lonely = order is not None and size > 1 and len(pairs) > 1 and len(pairs) % size == 1
-        return DataLoader(
+    def _batches(self, split: str, pairs: Any, generator: torch.Generator | None) -> Batches:
+        config = self.config
+        accumulate = config.accumulate if generator else 1
+        order = Order(len(pairs), config.batch_size, generator, self.world, accumulate)
+        damage = Damage(split, len(pairs), config.damaged_share)
+        return Batches(
             pairs,
-            batch_size=size,
-            shuffle=order is not None,
-            drop_last=lonely,
-            num_workers=self.config.workers,
-            pin_memory=self.device.type == "cuda",
-            generator=order,
+            order,
+            self.device,
+            damage,
+            workers=config.workers,
+            channels_last=config.channels_last,
         )
 
     @property
@@ -86,109 +128,201 @@ class Trainer:
         """The learning rate of everything but the swapped layers at the next step."""
         return self.config.lr * self.schedule.lr_lambdas[0](self.schedule.last_epoch)
 
-    def train_epoch(self, label: str = "") -> tuple[float, float]:
-        """One pass over the training set: mean loss and accuracy in percent.
+    def train_epoch(
+        self, label: str = "", after_step: Callable[[], object] = lambda: None
+    ) -> tuple[float, float]:
+        """The rest of a pass over the training set: mean loss and accuracy in percent.
 
-        Diverged as soon as a loss that is looked at is not finite.
+        `after_step` is called between steps, where a checkpoint may be taken. Diverged as soon as
+        a loss that is looked at is not finite.
         """
         self.model.train()
-        totals = Totals(self.device)
-        bar = tqdm(self.train_loader, desc=label, leave=False, disable=None, unit="batch")
-        for step, (images, classes) in enumerate(bar):
-            images = images.to(self.device, non_blocking=True)
-            classes = classes.to(self.device, non_blocking=True)
-            self.optimizer.zero_grad()
-            outputs = self.model(images)
-            loss = F.cross_entropy(outputs, classes)
-            loss.backward()
-            self.optimizer.step()
-            self.schedule.step()
-            totals.add(loss.detach(), outputs.detach(), classes)
-            if step % REFRESH == 0:
-                bar.set_postfix(loss=f"{check_finite('training', loss.item()):.4f}")
-        return totals.means("training")
+        if self.step == 0:
+            self.totals, self.pace = Totals(self.device), Pace()
+        self.order.step = self.step
+        self._begin(self.train_loader, self._size())
+        batches = iter(self.train_loader)
+        with self._bar(label) as bar:
+            begin = time.perf_counter()
+            for step in range(self.step, self.order.steps):
+                loss = self._train_step(batches, self.order.size(step))
+                self.step = step + 1
+                if step % REFRESH == 0:
+                    value = check_finite("training", loss.item())
+                    bar.set_postfix_str(f"loss {value:.4f}{self.pace.text()}")
+                begin = self._count(begin, self.order.size(step))
+                bar.update()
+                if self.step < self.order.steps:
+                    after_step()
+                    begin = time.perf_counter()
+            means = self.totals.means("training", self.world)  # waits for the device
+            self._count(begin, 0)
+        self.train_loader.damage.check(self.world)
+        self.epoch, self.step = self.epoch + 1, 0
+        return means
+
+    def _bar(self, label: str) -> tqdm:
+        """The progress of an epoch, on the terminal of the first process."""
+        disable = None if self.world.main else True
+        steps = self.order.steps
+        return tqdm(
+            total=steps, initial=self.step, desc=label, leave=False, disable=disable, unit="step"
+        )
+
+    def _count(self, begin: float, images: int) -> float:
+        """Enter what happened since `begin` into the pace; the present time."""
+        now = time.perf_counter()
+        self.pace.images += images
+        self.pace.seconds += now - begin
+        self.pace.waited += self.train_loader.waited
+        self.train_loader.waited = 0.0
+        return now
+
+    def _train_step(self, batches: Iterator[tuple[Tensor, Tensor]], size: int) -> Tensor:
+        """One step on this process's micro-batches of `size` images; the last one's loss."""
+        self.optimizer.zero_grad()
+        smoothing = self.config.label_smoothing
+        options: dict[str, Any] = {"label_smoothing": smoothing} if smoothing else {}
+        for left in range(self.config.accumulate - 1, -1, -1):
+            images, classes = next(batches)
+            if not len(classes):
+                raise TooManyDamaged("expected an intact image in every batch, found one without")
+            with communicating(self.called, last=left == 0):
+                with self._autocast():
+                    outputs = self.called(images)
+                    loss = F.cross_entropy(outputs, classes, **options)
+                # Processes are averaged, micro-batches added: every image must count the same.
+                share = len(classes) * self.world.size / size
+                self.scaler.scale(loss if share == 1 else loss * share).backward()
+            self.totals.add(loss.detach(), outputs.detach(), classes)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.schedule.step()
+        if self.average is not None:
+            self.average.update()
+        return loss
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        dtype = AMP_DTYPES.get(self.config.amp)
+        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
+
+    def _size(self) -> int:
+        """The side of this epoch's training images."""
+        config = self.config
+        return image_size(self.epoch, config.epochs, config.resize_from or config.size, config.size)
+
+    def _begin(self, batches: Batches, size: int) -> None:
+        if batches.photographs is not None:
+            batches.photographs.begin(self.epoch, size, encoded=self.decoding)
 
     @torch.no_grad()
     def evaluate(self) -> tuple[float, float]:
-        """One pass over the test set: mean loss and accuracy in percent; changes nothing."""
+        """One pass over the test set: mean loss and accuracy in percent; changes nothing.
+
+        Every image counts once, whatever the number of processes. With --ema the averaged
+        parameters are evaluated.
+        """
+        self.world.average_buffers(self.model)
         self.model.eval()
+        self._begin(self.test_loader, self.config.size)
         totals = Totals(self.device)
-        for images, classes in self.test_loader:
-            images = images.to(self.device, non_blocking=True)
-            classes = classes.to(self.device, non_blocking=True)
-            outputs = self.model(images)
-            totals.add(F.cross_entropy(outputs, classes), outputs, classes)
-        return totals.means("test")
+        with self.average.applied() if self.average else nullcontext():
+            for step, (images, classes) in enumerate(self.test_loader):
+                with self._autocast():
+                    outputs = self.model(images)
+                if self.test_loader.order.own(step) and len(classes):
+                    totals.add(F.cross_entropy(outputs.float(), classes), outputs, classes)
+        means = totals.means("test", self.world)
+        self.test_loader.damage.check(self.world)
+        return means
 
     def rule_fields(self) -> dict[str, Any]:
         """The four choices of the rule, and its temperature as the settings give it."""
         return asdict(self.rule) | {"tau": self.config.tau}
 
+    @property
+    def sharded(self) -> bool:
+        """Whether the tensors are spread over the processes, and saved apart from the rest."""
+        return self.called is self.model and self.config.fsdp and torch.distributed.is_initialized()
+
     def state(self) -> dict[str, Any]:
-        """Everything that the next epoch depends on, as a checkpoint holds it."""
+        """Everything that the next step depends on, as a checkpoint holds it.
+
+        If `sharded`, without what `tensors` gives.
+        """
+        self.world.average_buffers(self.model)
+        random = random_states(self.generator)
+        if self.step:
+            random["order"] = self.order.begun
+        own = {"random": random, "totals": self.totals.state(), "pace": self.pace.state()}
+        optimizer = self.optimizer.state_dict()
+        average = self.average.state() if self.average else None
+        if self.sharded:
+            optimizer, average = optimizer | {"state": {}}, average and average | {"averages": {}}
         return {
             "arch": self.config.arch,
             "rule": self.rule_fields(),
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "epoch": self.epoch,
+            "step": self.step,
+            "model": {} if self.sharded else self.model.state_dict(),
+            "optimizer": optimizer,
             "schedule": self.schedule.state_dict(),
-            "random": random_states(self.order),
+            "scaler": self.scaler.state_dict(),
+            "average": average,
+            "ranks": self.world.gather(own),
         }
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Continue from a checkpoint; ValueError if it belongs to another network."""
-        self.restore_model(state)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
-        restore_random_states(state["random"], self.order)
+    def tensors(self) -> dict[str, Any]:
+        """What a sharded checkpoint holds: model, momenta and averages, by name."""
+        held: dict[str, Any] = {"model": self.model.state_dict()}
+        if self.config.momentum:
+            held["momentum"] = {
+                name: self.optimizer.state[p].get("momentum_buffer", torch.zeros_like(p))
+                for name, p in self.model.named_parameters()
+            }
+        if self.average is not None:
+            held["average"] = self.average.averages
+        return held
 
-    def restore_model(self, state: dict[str, Any]) -> None:
+    def restore(self, state: dict[str, Any], tensors: dict[str, Any] | None = None) -> None:
+        """Continue from a checkpoint; ValueError if it belongs to another network.
+
+        `tensors` are those of a sharded checkpoint. On another number of processes than before,
+        generators other than that of the order start anew.
+        """
+        self.restore_model(state, tensors)
+        self.optimizer.load_state_dict(state["optimizer"])
+        if tensors is not None:
+            for name, p in self.model.named_parameters() if "momentum" in tensors else ():
+                self.optimizer.state[p]["momentum_buffer"] = tensors["momentum"][name]
+        self.schedule.load_state_dict(state["schedule"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.epoch, self.step = state["epoch"], state["step"]
+        ranks = state["ranks"]
+        self.pace = Pace(**ranks[0]["pace"])
+        if len(ranks) == self.world.size:
+            restore_random_states(ranks[self.world.rank]["random"], self.generator)
+            self.totals.restore(ranks[self.world.rank]["totals"])
+            return
+        self.generator.set_state(ranks[0]["random"]["order"])
+        seed_everything(self.config.seed + self.world.rank * 2**32 + self.schedule.last_epoch)
+        if self.world.main:
+            sums = [rank["totals"] for rank in ranks]
+            self.totals.restore({name: sum(s[name] for s in sums) for name in sums[0]})
+
+    def restore_model(self, state: dict[str, Any], tensors: dict[str, Any] | None = None) -> None:
         """Take over the network of a checkpoint alone; ValueError if it is another one."""
+        average = state["average"]
+        if tensors is not None:
+            state = tensors
+            average = average and average | {"averages": tensors["average"]}
         try:
             self.model.load_state_dict(state["model"])
+            if self.average is not None:
+                self.average.restore(average)
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:200]
             raise ValueError(
                 f"checkpoint: expected the weights of {self.config.arch}"
                 f" with the settings in config.json ({reason})"
             ) from error
-
-
-class Decay:
-    """The factor on every learning rate after a number of steps: constant, or half a cosine."""
-
-    def __init__(self, name: str, steps: int) -> None:
-        self.name = name
-        self.steps = steps
-
-    def __call__(self, step: int) -> float:
-        if self.name == "constant":
-            return 1.0
-        return 0.5 * (1 + math.cos(math.pi * min(step, self.steps) / self.steps))
-
-
-class Totals:
-    """Running sums over batches, kept on the device so that no step waits for it."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.loss = torch.zeros((), dtype=torch.float64, device=device)
-        self.correct = torch.zeros((), dtype=torch.int64, device=device)
-        self.count = 0
-
-    def add(self, loss: torch.Tensor, outputs: torch.Tensor, classes: torch.Tensor) -> None:
-        """Add a batch: its mean loss, outputs (N, classes) and true classes (N,)."""
-        self.loss += loss.double() * len(classes)
-        self.correct += (outputs.argmax(dim=1) == classes).sum()
-        self.count += len(classes)
-
-    def means(self, split: str) -> tuple[float, float]:
-        """Mean loss and accuracy in percent; Diverged if the loss is not finite."""
-        loss = check_finite(split, self.loss.item() / self.count)
-        return loss, 100 * self.correct.item() / self.count
-
-
-def check_finite(split: str, loss: float) -> float:
-    """The loss itself, if it is finite; else Diverged."""
-    if not math.isfinite(loss):
-        raise Diverged(f"{split} loss {loss}: expected a finite number")
-    return loss

@@ -1,0 +1,214 @@
+"""Times a whole training step of one network under GHL, backpropagation and the natural layer.
+
+`python -m bench.train_step --arch resnet50 --batch-size 256 --amp bf16 --channels-last`: prints a
+table and writes bench/results/train-step-<machine>.json. Nothing is reported unless GHL's updates
+are those of the natural layer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import ghl
+from bench import natural
+from bench.memory import peak_transient
+from bench.report import RESULTS, machine_name, provenance
+from ghl.recipes import models
+
+CLASSES = 1000
+TAU = 1.0
+DTYPES = {"none": None, "bf16": torch.bfloat16}
+# Between two ways of computing |H|, each normalised by its largest: mean difference of a layer.
+TOLERANCE = {"none": 1e-3, "bf16": 2e-2}
+
+
+def plain(model: nn.Module) -> None:
+    """Backpropagation: the network as it is."""
+
+
+def swapped(model: nn.Module) -> None:
+    """GHL in every convolution."""
+    ghl.swap(model, rule="ghl", tau=TAU)
+
+
+def naturally(model: nn.Module) -> None:
+    """The same by PyTorch's own operators."""
+    natural.swap(model, TAU)
+
+
+CONTESTANTS: dict[str, Callable[[nn.Module], None]] = {
+    "bp": plain,
+    "ghl": swapped,
+    "natural": naturally,
+}
+
+
+class Contestant:
+    """A network, its optimizer, and the step that is timed."""
+
+    def __init__(self, name: str, options: argparse.Namespace) -> None:
+        torch.manual_seed(0)
+        self.options = options
+        self.model = models.build(options.arch, 3, CLASSES, options.size, options.width)
+        self.model.to(options.device)
+        if options.channels_last:
+            self.model.to(memory_format=torch.channels_last)
+        CONTESTANTS[name](self.model)
+        if options.compile:
+            self.model.compile()
+        fused = options.device == "cuda"
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-4, fused=fused)
+
+    def backward(self, images: Tensor, classes: Tensor) -> None:
+        dtype = DTYPES[self.options.amp]
+        with torch.autocast(images.device.type, dtype, enabled=dtype is not None):
+            loss = F.cross_entropy(self.model(images), classes)
+        loss.backward()
+
+    def step(self, images: Tensor, classes: Tensor) -> None:
+        self.backward(images, classes)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def batch(options: argparse.Namespace) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    shape = options.batch_size, 3, options.size, options.size
+    images = torch.randn(shape, generator=generator).to(options.device)
+    classes = torch.randint(CLASSES, (options.batch_size,), generator=generator)
+    if options.channels_last:
+        images = images.to(memory_format=torch.channels_last)
+    return images, classes.to(options.device)
+
+
+def check_same_updates(ours: Contestant, theirs: Contestant, data: Any, tolerance: float) -> None:
+    """Magnitudes of the updates of both; signs are those of gradients that rounding may flip."""
+    for contestant in (ours, theirs):
+        contestant.backward(*data)
+    layers = (
+        [(n, m) for n, m in c.model.named_modules() if isinstance(m, nn.Conv2d)]
+        for c in (ours, theirs)
+    )
+    for (name, one), (_, other) in zip(*layers, strict=True):
+        assert one.weight.grad is not None
+        assert other.weight.grad is not None
+        apart = (one.weight.grad.abs() - other.weight.grad.abs()).abs().mean().item()
+        if not apart < tolerance:
+            raise RuntimeError(f"updates of {name} differ by {apart:g} on average: nothing to time")
+    for contestant in (ours, theirs):
+        contestant.optimizer.zero_grad()
+
+
+def seconds_of(call: Callable[[], None], device: str) -> float:
+    begin = time.perf_counter()
+    call()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin
+
+
+def peak_bytes(call: Callable[[], None], device: str) -> int:
+    """What a step needs above what is there before it."""
+    if device != "cuda":
+        return peak_transient(call)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row per contestant; their steps take turns, so that a busy machine slows all alike."""
+    data = batch(options)
+    contestants = {name: Contestant(name, options) for name in CONTESTANTS}
+    tolerance = TOLERANCE[options.amp]
+    check_same_updates(contestants["ghl"], contestants["natural"], data, tolerance)
+    steps = {name: (lambda c=c: c.step(*data)) for name, c in contestants.items()}
+    for step in steps.values():
+        for _ in range(options.warmup):
+            step()
+    peaks = {name: peak_bytes(step, options.device) for name, step in steps.items()}
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(options.steps):
+        for name, step in steps.items():
+            times[name].append(seconds_of(step, options.device))
+    return [row(name, sorted(times[name]), peaks[name], options) for name in steps]
+
+
+def row(name: str, times: list[float], peak: int, options: argparse.Namespace) -> dict[str, Any]:
+    def percentile(share: float) -> float:
+        return times[round(share * (len(times) - 1))]
+
+    return {
+        "implementation": name,
+        "steps": len(times),
+        "p20_ms": percentile(0.2) * 1e3,
+        "p50_ms": percentile(0.5) * 1e3,
+        "p80_ms": percentile(0.8) * 1e3,
+        "images_per_second": options.batch_size / percentile(0.5),
+        "peak_bytes": peak,
+    }
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    base = rows[0]
+    print(
+        f"{'':<9} {'p20 ms':>9} {'p50 ms':>9} {'p80 ms':>9} {'images/s':>9} {'peak MB':>9}"
+        f" {'time / bp':>10} {'memory / bp':>12}"
+    )
+    for r in rows:
+        print(
+            f"{r['implementation']:<9} {r['p20_ms']:>9.2f} {r['p50_ms']:>9.2f} {r['p80_ms']:>9.2f}"
+            f" {r['images_per_second']:>9.1f} {r['peak_bytes'] / 1e6:>9.1f}"
+            f" {r['p50_ms'] / base['p50_ms']:>10.2f} {r['peak_bytes'] / base['peak_bytes']:>12.2f}"
+        )
+
+
+def machine(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name().lower().replace(" ", "-")
+    return machine_name()
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, prog="bench.train_step")
+    add = parser.add_argument
+    add("--arch", default="resnet50")
+    add("--width", type=float, default=1.0)
+    add("--size", type=int, default=224)
+    add("--batch-size", type=int, default=256)
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
+    add("--amp", default="none", choices=tuple(DTYPES))
+    add("--channels-last", action="store_true")
+    add("--compile", action="store_true")
+    add("--warmup", type=int, default=3, help="steps before the timed ones")
+    add("--steps", type=int, default=20, help="timed steps of each")
+    add("--out", type=Path, help="by default bench/results/train-step-MACHINE.json")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(arguments)
+    rows = measure(options)
+    print_table(rows)
+    name = machine(options.device)
+    settings = {key: value for key, value in vars(options).items() if key != "out"}
+    result = {**provenance(), "machine": name, "settings": settings, "rows": rows}
+    path = options.out or RESULTS / f"train-step-{name}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"written to {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""Images in WebDataset tar shards, read at random: one pass over the headers finds every image.
+
+What is done with an image's bytes is in `photographs.py`.
+"""
+
+import json
+import tarfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".ppm")
+SPLITS = {True: ("train",), False: ("val", "validation", "test")}
+
+
+def find_shards(root: Path, *, train: bool) -> list[Path]:
+    """A split's shards: `root/train/*.tar` or `root/*train*.tar`, in order of their names."""
+    for name in SPLITS[train]:
+        shards = sorted((root / name).glob("*.tar")) or sorted(root.glob(f"*{name}*.tar"))
+        if shards:
+            return shards
+    return []
+
+
+class Shards:
+    """Encoded images and classes of uncompressed tar files, by number.
+
+    A sample is the files that share a name up to its first dot: an image, and its class as text
+    (`.cls`) or as "label" in a `.json`. ValueError names a damaged shard or an incomplete sample.
+    """
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.paths = list(paths)
+        samples = [(n, *found) for n, path in enumerate(self.paths) for found in index(path)]
+        if not samples:
+            raise ValueError(f"shard {paths[0]}: expected samples in it, found none")
+        # Arrays, not objects: worker processes share them without copying.
+        self.shards, self.offsets, self.sizes, self.targets = np.array(samples, np.int64).T.copy()
+        self.classes = [str(number) for number in range(int(self.targets.max()) + 1)]
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def read(self, number: int) -> tuple[bytes, int]:
+        """The encoded image and the class of a sample."""
+        with self.paths[self.shards[number]].open("rb") as file:
+            file.seek(self.offsets[number])
+            return file.read(self.sizes[number]), int(self.targets[number])
+
+    def name(self, number: int) -> str:
+        """Where a sample lies: its shard and its name there."""
+        path = self.paths[self.shards[number]]
+        with tarfile.open(path, "r:") as archive:
+            for member in archive:
+                if member.offset_data == self.offsets[number]:
+                    return f"{path}:{member.name}"
+        return str(path)
+
+
+def index(path: Path) -> Iterator[tuple[int, int, int]]:
+    """Offset and size of the image, and the class, of every sample of a shard, in its order."""
+    samples: dict[str, dict[str, Any]] = {}
+    try:
+        with tarfile.open(path, "r:") as archive:
+            for member in archive:
+                folder, _, file = member.name.rpartition("/")
+                key, dot, suffix = file.partition(".")
+                if not member.isfile() or not key:
+                    continue
+                sample = samples.setdefault(f"{folder}/{key}", {})
+                note(sample, archive, member, dot + suffix.lower())
+    except (tarfile.TarError, OSError) as error:
+        raise ValueError(
+            f"shard {path}: expected an intact, uncompressed tar file ({error})"
+        ) from error
+    for key, sample in samples.items():
+        if "image" not in sample or sample.get("class", -1) < 0:
+            raise ValueError(
+                f"shard {path}: expected an image and its class (.cls or .json with a label)"
+                f" for {key.strip('/')}, found {', '.join(sample) or 'neither'}"
+            )
+        yield (*sample["image"], sample["class"])
+
+
+def note(
+    sample: dict[str, Any], archive: tarfile.TarFile, member: tarfile.TarInfo, suffix: str
+) -> None:
+    """Enter what a file of a shard says about its sample."""
+    if suffix in IMAGES:
+        sample["image"] = member.offset_data, member.size
+    elif suffix in (".cls", ".json"):
+        file = archive.extractfile(member)
+        assert file is not None
+        try:
+            value = json.loads(file.read())
+            sample["class"] = int(value["label"] if suffix == ".json" else value)
+        except (ValueError, KeyError, TypeError):
+            if suffix == ".cls":
+                sample["class"] = -1

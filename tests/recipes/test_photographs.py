@@ -1,0 +1,262 @@
+"""Photographs: their crops, their layouts, what happens to damaged ones, where they are decoded."""
+
+import io
+import shutil
+
+import pytest
+import torch
+import torchvision
+from PIL import Image
+from recipes.photographs import jpeg, noise, write_folders, write_shards
+
+from ghl.recipes.data import load
+from ghl.recipes.distributed import World
+from ghl.recipes.loader import Batches, Damage, Order, TooManyDamaged
+from ghl.recipes.photographs import (
+    Box,
+    Damaged,
+    Encoded,
+    Photographs,
+    central_box,
+    cropped,
+    decode,
+    random_box,
+)
+
+
+def read(root, size=32, **options):
+    return load("imagenet", root=str(root), channels=None, size=size, **options)
+
+
+def batches(pairs, *, share=0.0, workers=0, batch_size=4, generator=None):
+    order = Order(len(pairs), batch_size, generator, World())
+    damage = Damage("training", len(pairs), share)
+    return Batches(pairs, order, torch.device("cpu"), damage, workers=workers, channels_last=False)
+
+
+def test_images_leave_as_bytes_of_one_size_and_arrive_as_numbers(tmp_path):
+    folder = tmp_path / "train" / "ant"
+    for split in ("train", "val"):
+        (tmp_path / split / "ant").mkdir(parents=True)
+        (tmp_path / split / "ant" / "a.jpg").write_bytes(jpeg(200))
+    data = read(tmp_path)
+    image, label = data.train[0]
+    assert (image.dtype, image.shape, label) == (torch.uint8, (3, 32, 32), 0)
+    ((images, classes),) = batches(data.train)
+    assert images.dtype == torch.float32
+    assert images[0, 0].mean().item() == pytest.approx(200 / 127.5 - 1, abs=0.03)
+    assert images[0, 2].mean().item() == pytest.approx(-1, abs=0.03)
+    assert classes.tolist() == [0]
+    assert folder.is_dir()
+
+
+def test_random_boxes_cover_what_they_should():
+    boxes = [random_box(300, 400, torch.Generator().manual_seed(n)) for n in range(2000)]
+    areas = torch.tensor([b.height * b.width / (300 * 400) for b in boxes])
+    ratios = torch.tensor([b.width / b.height for b in boxes])
+    assert areas.min() > 0.07
+    assert 0.9 < areas.max() <= 1
+    assert ratios.min() > 0.74
+    assert ratios.max() < 1.35
+    assert 0.45 < sum(b.mirrored for b in boxes) / 2000 < 0.55
+    assert all(b.top + b.height <= 300 and b.left + b.width <= 400 for b in boxes)
+    lefts = torch.tensor([b.left / (400 - b.width) for b in boxes if b.width < 300])
+    assert lefts.mean().item() == pytest.approx(0.5, abs=0.05)
+
+
+def test_a_strip_has_no_such_box_and_gives_its_centre():
+    assert random_box(4, 400, torch.Generator().manual_seed(0))[:4] == (0, 198, 4, 4)
+
+
+def test_testing_takes_the_centre():
+    assert central_box(256, 356) == Box(16, 66, 224, 224)
+    image = torch.randint(0, 256, (3, 256, 356), dtype=torch.uint8)
+    assert torch.equal(cropped(image, central_box(256, 356), 224), image[:, 16:240, 66:290])
+
+
+def test_a_crop_depends_on_seed_epoch_and_number_alone(tmp_path):
+    write_folders(tmp_path)
+    one, two, other = (read(tmp_path, seed=seed).train for seed in (5, 5, 6))
+    torch.manual_seed(1)
+    first = one[1][0]
+    torch.manual_seed(2)
+    assert torch.equal(first, two[1][0])
+    assert not torch.equal(first, other[1][0])
+    two.begin(1, 32, encoded=False)
+    assert not torch.equal(first, two[1][0])
+    two.begin(0, 32, encoded=False)
+    assert torch.equal(first, two[1][0])
+
+
+def test_shards_hold_what_folders_hold(tmp_path):
+    write_folders(tmp_path / "folders", images=3)
+    folders = read(tmp_path / "folders")
+    for label in ("cls", "json"):
+        write_shards(tmp_path / label, images=3, label=label)
+        shards = read(tmp_path / label)
+        assert (len(shards.train), len(shards.test), shards.classes) == (6, 6, 2)
+        for split in ("train", "test"):
+            for one, two in zip(getattr(folders, split), getattr(shards, split), strict=True):
+                assert torch.equal(one[0], two[0])
+                assert one[1] == two[1]
+
+
+def test_shards_in_directories_of_their_own(tmp_path):
+    write_shards(tmp_path)
+    for split, folder in (("train", "train"), ("validation", "val")):
+        (tmp_path / folder).mkdir()
+        for path in tmp_path.glob(f"*-{split}-*.tar"):
+            path.rename(tmp_path / folder / path.name)
+    assert len(read(tmp_path).test) == 4
+
+
+def test_a_damaged_shard_is_named(tmp_path):
+    write_shards(tmp_path)
+    path = tmp_path / "set-train-0001.tar"
+    path.write_bytes(path.read_bytes()[:3000])
+    with pytest.raises(ValueError, match=f"shard {path}: expected an intact, uncompressed tar"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "found"),
+    [("x.jpg", b"", "image"), ("x.cls", b"1", "class"), ("x.cls", b"one", "class")],
+)
+def test_an_incomplete_sample_is_named(tmp_path, name, content, found):
+    import tarfile
+
+    from recipes.photographs import add
+
+    write_shards(tmp_path)
+    path = tmp_path / "set-train-0000.tar"
+    with tarfile.open(path, "a") as archive:
+        add(archive, name, content)
+    with pytest.raises(ValueError, match=rf"shard {path}: .* for x, found {found}"):
+        read(tmp_path)
+
+
+def damage(path):
+    path.write_bytes(path.read_bytes()[:400])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_damaged_images_are_left_out_counted_and_named(tmp_path, capsys, workers):
+    write_folders(tmp_path, images=5)
+    path = tmp_path / "train" / "bee" / "001.jpg"
+    damage(path)
+    found = batches(read(tmp_path).train, share=0.1, workers=workers)
+    for _ in range(2):
+        classes = torch.cat([classes for _, classes in found])
+        assert classes.tolist() == [0] * 5 + [1] * 4
+    assert found.damage.check(World()) == 1
+    assert capsys.readouterr().out == f"left out, damaged: {path}\n"
+
+
+def test_damaged_images_in_shards_are_named(tmp_path, capsys):
+    write_shards(tmp_path)
+    path = tmp_path / "set-train-0001.tar"
+    data = bytearray(path.read_bytes())
+    second = data.index(b"1_1.jpg")
+    start = second // 512 * 512 + 512
+    data[start : start + 300] = bytes(300)
+    path.write_bytes(data)
+    list(batches(read(tmp_path).train, share=0.25))
+    assert f"{path}:some.folder/1_1.jpg" in capsys.readouterr().out
+
+
+def test_too_many_damaged_images_stop_the_run(tmp_path):
+    write_folders(tmp_path, images=5)
+    for number in range(2):
+        damage(tmp_path / "train" / "ant" / f"00{number}.jpg")
+    message = (
+        r"--damaged-share 0.1: expected at most that share of the 10 training images to be"
+        rf" damaged, found 2 \({tmp_path}/train/ant/00.\.jpg\)"
+    )
+    with pytest.raises(TooManyDamaged, match=message):
+        list(batches(read(tmp_path).train, share=0.1))
+
+
+def test_a_batch_without_an_intact_image_has_no_class(tmp_path):
+    write_folders(tmp_path, images=1)
+    damage(tmp_path / "train" / "ant" / "000.jpg")
+    (_, none), (_, one) = batches(read(tmp_path).train, share=0.5, batch_size=1)
+    assert (none.tolist(), one.tolist()) == ([], [1])
+
+
+@pytest.fixture
+def mixed(tmp_path):
+    """Three JPEG files, a PNG, and a JPEG in CMYK, which devices do not decode."""
+    write_folders(tmp_path, images=2)
+    Image.open(io.BytesIO(noise(7))).save(tmp_path / "train" / "ant" / "001.png")
+    (tmp_path / "train" / "ant" / "001.jpg").unlink()
+    Image.open(io.BytesIO(noise(8))).convert("CMYK").save(tmp_path / "train" / "bee" / "002.jpg")
+    return tmp_path
+
+
+def test_decoding_on_the_device_gives_what_workers_give(mixed):
+    pairs = read(mixed).train
+    ((expected, classes),) = batches(pairs, batch_size=8)
+    pairs.begin(0, 32, encoded=True)
+    kinds = [isinstance(pairs[number][0], Encoded) for number in range(len(pairs))]
+    assert kinds == [True, False, True, True, False]
+    ((images, same_classes),) = batches(pairs, batch_size=8)
+    assert classes.tolist() == same_classes.tolist() == [0, 0, 1, 1, 1]
+    # Two JPEG decoders differ by rounding: at most a few of 255 levels.
+    torch.testing.assert_close(images, expected, atol=4 / 127.5, rtol=0)
+
+
+def test_what_the_device_cannot_decode_is_left_out_and_named(mixed, capsys):
+    path = mixed / "train" / "bee" / "000.jpg"
+    data = path.read_bytes()
+    path.write_bytes(data[: data.index(b"\xff\xda")])  # a header without any pixels
+    pairs = read(mixed).train
+    pairs.begin(0, 32, encoded=True)
+    ((images, classes),) = batches(pairs, share=0.2, batch_size=8)
+    assert (len(images), classes.tolist()) == (4, [0, 0, 1, 1])
+    assert capsys.readouterr().out == f"left out, damaged: {path}\n"
+
+
+def test_decode_keeps_the_order_around_what_fails():
+    files = [jpeg(50), b"\xff\xd8 no jpeg", jpeg(250)]
+    encoded = [
+        Encoded(torch.frombuffer(bytearray(data), dtype=torch.uint8), Box(0, 0, 40, 50), 8, n)
+        for n, data in enumerate(files)
+    ]
+    one, none, two = decode(encoded, torch.device("cpu"))
+    assert none is None
+    assert (one[0].float().mean().round(), two[0].float().mean().round()) == (50, 250)
+
+
+def test_folders_must_agree_on_the_classes(tmp_path):
+    write_folders(tmp_path)
+    (tmp_path / "val" / "bee").rename(tmp_path / "val" / "wasp")
+    with pytest.raises(ValueError, match="the same classes in both splits"):
+        read(tmp_path)
+
+
+def test_classes_without_images_are_named(tmp_path):
+    write_folders(tmp_path)
+    shutil.rmtree(tmp_path / "val")
+    (tmp_path / "val").mkdir()
+    with pytest.raises(FileNotFoundError, match=f"--root {tmp_path}: .* per class in .*val"):
+        read(tmp_path)
+
+
+def test_fake_images_have_imagenets_size():
+    data = load("fake", root=None, channels=None, size=64, limit_train=10)
+    assert (len(data.train), len(data.test), data.classes) == (10, 50_000, 1000)
+    image, label = data.train[3]
+    assert (image.dtype, image.shape) == (torch.uint8, (3, 64, 64))
+    assert 0 <= label < 1000
+    assert torch.equal(image, data.train[3][0])
+    assert not torch.equal(image, data.train[4][0])
+
+
+def test_every_other_error_is_not_a_damaged_image(tmp_path, monkeypatch):
+    """A bug must not pass for damage."""
+    write_folders(tmp_path)
+    pairs = read(tmp_path).train
+    assert isinstance(pairs, Photographs)
+    monkeypatch.setattr(torchvision.transforms.v2.functional, "pil_to_tensor", lambda image: None)
+    with pytest.raises(TypeError):
+        assert not isinstance(pairs[0][0], Damaged)

@@ -1,0 +1,261 @@
+"""Runs of two processes: the same as one, with one lost, rescaled, sharded; and full disks."""
+
+import errno
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.distributed import destroy_process_group, init_process_group
+from torch.distributed.checkpoint import FileSystemWriter
+
+from ghl.recipes import checkpoint
+from ghl.recipes.config import Config
+from ghl.recipes.train import Run, evaluate, open_run, train
+from ghl.recipes.trainer import Trainer
+
+SMALL = {
+    "rule": "ghl",
+    "width": 0.05,
+    "epochs": 2,
+    "batch_size": 32,
+    "limit_train": 200,
+    "limit_test": 51,
+    "momentum": 0.9,
+    "ema": 0.9,
+    "accumulate": 2,
+    "checkpoint_every": 2,
+    "device": "cpu",
+}
+# Seven steps an epoch: this one is in the second, after the checkpoint of its third.
+KILL_AFTER = 11
+
+# The command line. In its first life rank 1 kills itself after a step; in the second life rank 0
+# keeps a copy of what the first has left.
+WORKER = """
+import os, shutil, signal, sys
+import torch
+from ghl.cli import main
+
+kill_after, life = int(sys.argv[1]), os.environ["TORCHELASTIC_RESTART_COUNT"]
+if (os.environ["RANK"], life) == ("0", "1"):
+    shutil.copytree(sys.argv[-1], sys.argv[-1] + "-left")
+if (os.environ["RANK"], life) == ("1", "0"):
+    step, calls = torch.optim.SGD.step, 0
+
+    def counted(*args, **kwargs):
+        global calls
+        calls += 1
+        result = step(*args, **kwargs)
+        if calls == kill_after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    torch.optim.SGD.step = counted
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+def arguments(settings):
+    words = ["train"]
+    for name, value in settings.items():
+        option = "--" + name.replace("_", "-")
+        words += [option] if value is True else [option, str(value)]
+    return words
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """Trains in two processes under torchrun; gives the directory and what was printed."""
+    base = tmp_path_factory.mktemp("elastic")
+    (base / "worker.py").write_text(WORKER)
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry),
+        "OMP_NUM_THREADS": "1",
+    }
+
+    def run(name, kill_after=0, **settings):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += ["--nproc-per-node=2", "--max-restarts=1", str(base / "worker.py")]
+        command += [str(kill_after), *arguments(SMALL | settings), "--out", str(base / name)]
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=200, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return base / name, done.stdout
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def undisturbed(start):
+    """A run of two processes that nobody disturbed."""
+    return start("undisturbed")[0]
+
+
+@pytest.fixture(scope="module")
+def killed(start):
+    """The same, one of which was killed in the second epoch; what they left is in killed-left."""
+    return start("killed", KILL_AFTER)
+
+
+def rows(out):
+    return [row.rsplit(",", 3)[0] for row in (out / "metrics.csv").read_text().splitlines()]
+
+
+def state(out):
+    return torch.load(out / "checkpoint.pt", weights_only=True)
+
+
+def assert_same(one, two):
+    assert one.keys() == two.keys()
+    for name in one:
+        assert torch.equal(one[name], two[name]), name
+
+
+def test_a_killed_rank_leaves_no_trace(killed, undisturbed):
+    out, printed = killed
+    assert "continuing after epoch 1 and 3 steps of 2" in printed
+    assert printed.count("epoch        lr") == 2  # by one process in each life
+    assert rows(out) == rows(undisturbed)
+    assert_same(state(out)["model"], state(undisturbed)["model"])
+    assert_same(state(out)["average"]["averages"], state(undisturbed)["average"]["averages"])
+
+
+def test_two_processes_are_one_with_two_micro_batches(start, tmp_path):
+    """Also of 29 images, of which one has 14 and the other 15: every image counts the same."""
+    settings = {"arch": "resnet20", "width": 0.5, "epochs": 1, "batch_size": 29}
+    settings |= {"limit_train": 87, "checkpoint_every": 9}
+    out, _ = start("two", accumulate=1, **settings)
+    train(Run(tmp_path, Config.resolve(SMALL | settings | {"accumulate": 2})))
+    begin = Trainer(Config.resolve(SMALL | settings)).model.state_dict()
+    two, one = state(out)["model"], state(tmp_path)["model"]
+    for name in (name for name in one if name.endswith(("weight", "bias"))):
+        apart = (two[name] - one[name]).abs().max() / (one[name] - begin[name]).abs().max()
+        assert apart < 1e-3, name
+
+
+def test_evaluation_counts_every_image_once(undisturbed):
+    """51 images in two processes give what one process gives: no average of averages."""
+    last = rows(undisturbed)[-1].split(",")
+    epoch, loss, accuracy = evaluate(undisturbed, {})
+    assert (epoch, accuracy) == (2, float(last[5]))
+    assert loss == pytest.approx(float(last[4]), rel=1e-6)
+    assert accuracy * 51 / 100 == pytest.approx(round(accuracy * 51 / 100))
+
+
+def test_a_shrunken_world_is_refused_or_rescaled(killed, tmp_path, capsys):
+    shutil.copytree(str(killed[0]) + "-left", tmp_path / "run")
+    assert (state(tmp_path / "run")["epoch"], state(tmp_path / "run")["step"]) == (1, 3)
+    with pytest.raises(ValueError, match="--world-change refuse: the run had 2 processes and has"):
+        train(open_run(tmp_path / "run", {}, resume=True))
+    found = train(open_run(tmp_path / "run", {"world_change": "rescale"}, resume=True))
+    printed = capsys.readouterr().out
+    assert (
+        "rescaled: the run had 2 processes and has 1 now, which share its --batch-size of 32"
+        in (printed)
+    )
+    # The epoch's images are those of both worlds together: none left out, none twice.
+    assert round(found[1].train_acc * 200 / 100, 6) % 1 == 0
+    assert state(tmp_path / "run")["ranks"][0]["totals"]["count"] == 200
+
+
+def test_shards_are_the_same_run(start, undisturbed, killed):
+    """FSDP: other processes hold other parts, a kill changes nothing, one process can read it."""
+    out, _ = start("sharded", fsdp=True)
+    again, printed = start("sharded-killed", KILL_AFTER, fsdp=True)
+    assert "continuing after epoch 1 and 3 steps of 2" in printed
+    assert rows(out) == rows(again)
+    assert [path.name for path in out.glob("shards-*")] == ["shards-2-0"]
+    last = rows(out)[-1].split(",")
+    assert evaluate(out, {})[1:] == pytest.approx((float(last[4]), float(last[5])), rel=1e-6)
+    for field, whole in zip(
+        rows(out)[-1].split(","), rows(undisturbed)[-1].split(","), strict=True
+    ):
+        assert float(field) == pytest.approx(float(whole), rel=1e-3)
+
+
+class FullDisk:
+    """A file's device on which there is no room, from the n-th checkpoint on."""
+
+    def __init__(self, monkeypatch, first):
+        self.first, self.count, self.save = first, 0, torch.save
+        monkeypatch.setattr(checkpoint.torch, "save", self)
+
+    def __call__(self, state, file):
+        self.count += 1
+        if self.count < self.first:
+            return self.save(state, file)
+        file.write(bytes(1000))
+        with open("/dev/full", "wb") as full:
+            return self.save(state, full)
+
+
+@pytest.fixture
+def whole(tmp_path):
+    """Settings of a run of one process, and what it gives with room on the disk."""
+    settings = SMALL | {"accumulate": 1, "ema": 0.0}
+    train(Run(tmp_path / "whole", Config.resolve(settings)))
+    return settings, tmp_path / "whole"
+
+
+@pytest.mark.parametrize("room_again", [True, False])
+def test_a_full_disk_keeps_the_last_checkpoint(whole, tmp_path, monkeypatch, capsys, room_again):
+    settings, expected = whole
+    out = tmp_path / "run"
+    disk = FullDisk(monkeypatch, first=3)
+    if room_again:
+        real = disk.save
+
+        def save(state, file):
+            return real(state, file) if state["epoch"] == 2 else disk(state, file)
+
+        monkeypatch.setattr(checkpoint.torch, "save", save)
+        train(Run(out, Config.resolve(settings)))
+    else:
+        with pytest.raises(checkpoint.NotWritten, match=f"{out}: expected room for a checkpoint"):
+            train(Run(out, Config.resolve(settings)))
+        assert (state(out)["epoch"], state(out)["step"]) == (0, 4)
+    printed = capsys.readouterr().out
+    assert os.strerror(errno.ENOSPC) in printed
+    assert "epoch 0, step 6 is not saved, and checkpoint.pt is that of before" in printed
+    assert not list(out.glob("*.partial"))
+    monkeypatch.undo()
+    train(open_run(out, {}, resume=True))
+    assert_same(state(out)["model"], state(expected)["model"])
+    assert rows(out) == rows(expected)
+
+
+def test_a_full_disk_keeps_the_last_shards(tmp_path, monkeypatch, capsys):
+    settings = Config.resolve(SMALL | {"fsdp": True, "epochs": 1})
+    write, count = FileSystemWriter.write_data, 0
+
+    def write_data(*args):
+        nonlocal count
+        count += 1
+        if count > 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(*args)
+
+    monkeypatch.setattr(FileSystemWriter, "write_data", write_data)
+    init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        with pytest.raises(checkpoint.NotWritten, match="the disk is full"):
+            train(Run(tmp_path, settings))
+    finally:
+        destroy_process_group()
+    assert "epoch 0, step 4 is not saved" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.glob("shards-*")] == [state(tmp_path)["sharded"]]
+    assert state(tmp_path)["sharded"] == "shards-0-2"
+    evaluate(tmp_path, {})
+
+
+def test_other_errors_of_the_disk_stop_the_run(tmp_path, monkeypatch):
+    def save(state, file):
+        raise OSError(errno.EIO, "broken")
+
+    monkeypatch.setattr(checkpoint.torch, "save", save)
+    with pytest.raises(OSError, match="broken"):
+        train(Run(tmp_path, Config.resolve(SMALL | {"accumulate": 1})))

@@ -1,0 +1,35 @@
+"""The benchmark of a training step: it runs on a CPU, and reports nothing that is not the rule."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bench import natural, train_step
+
+SMALL = ["--arch", "resnet20", "--width", "0.25", "--size", "16", "--batch-size", "4"]
+SMALL += ["--device", "cpu", "--warmup", "1", "--steps", "3"]
+
+
+@pytest.mark.parametrize("options", [[], ["--amp", "bf16", "--channels-last"]])
+def test_reports_all_three(tmp_path: Path, options: list[str]) -> None:
+    path = tmp_path / "result.json"
+    train_step.main([*SMALL, *options, "--out", str(path)])
+    result = json.loads(path.read_text())
+    assert [row["implementation"] for row in result["rows"]] == ["bp", "ghl", "natural"]
+    for row in result["rows"]:
+        assert row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"]
+        assert row["images_per_second"] == pytest.approx(4 / row["p50_ms"] * 1e3)
+    assert result["settings"]["batch_size"] == 4
+    assert {"machine", "torch", "commit", "kernel_source_hash"} <= result.keys()
+
+
+def test_reports_nothing_where_updates_differ(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(natural, "gate", lambda G, H: G)
+    with pytest.raises(RuntimeError, match=r"updates of conv1 differ by .*: nothing to time"):
+        train_step.main([*SMALL, "--out", str(tmp_path / "result.json")])
+    assert not list(tmp_path.iterdir())
