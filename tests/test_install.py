@@ -79,3 +79,13 @@ def test_setup_imports_no_torch() -> None:
         [sys.executable, "-c", script], cwd=ROOT, check=True, capture_output=True, text=True
     )
     assert done.stdout.strip() == "False"
+
+
+def test_importing_ghl_does_not_import_the_compiler_or_sharded_tensors() -> None:
+    """They would be most of the time from a program's start to its first update."""
+    heavy = ("torch._dynamo", "torch.distributed.tensor", "triton")
+    program = f"import sys, torch, ghl; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.strip() == "[]"
