@@ -34,9 +34,13 @@ def divide(n, multiplier, shift):
 
 
 def division_by(divisor: int) -> tuple[int, int]:
-    """The multiplier and shift with which `divide` divides by 1 <= divisor < 2**31."""
+    """The multiplier and shift with which `divide` divides by 1 <= divisor < 2**31.
+
+    The multiplier is below 2**32; as a signed number of the same bits it is one type of argument.
+    """
     shift = (divisor - 1).bit_length()
-    return ((1 << 32) * ((1 << shift) - divisor)) // divisor + 1, shift
+    multiplier = ((1 << 32) * ((1 << shift) - divisor)) // divisor + 1
+    return multiplier - (multiplier >> 31 << 32), shift
 
 
 @triton.jit
@@ -160,13 +164,13 @@ def conv_wgrad(
 
     geometry: stride, padding and dilation.
     """
+    tile = without_spills(tile, problem, y, g, *([] if tile.packed else [x]))
     in_tile = problem.groups == 1 and problem.neurons <= tile.block_k
     row_statistics = Statistics(*partials.sums)
     if competition != "linear" and not in_tile:
         row_statistics = statistics(y, competition, tau)
     positions = out_size[0] * out_size[1]
     in_group = programs(problem, tile) // problem.groups
-    tile = without_spills(tile, problem, y, g, *([] if tile.packed else [x]))
     conv_wgrad_kernel[(in_group, partials.splits, problem.groups)](
         x, y, g, *row_statistics, *partials.sums,
         problem.rows, problem.neurons, problem.channels, problem.columns, partials.rows_per_split,

@@ -20,7 +20,7 @@ from ghl_kernels.triton.split_k import Partials
 from ghl_kernels.triton.tiles import Tile, programs
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])  # a smaller last batch is no new kernel
 def depthwise_wgrad_kernel(
     x, y, g, largest, inverse, winner, G, H0, u_sums,
     M, K, multiplier, columns, rows_per_split,

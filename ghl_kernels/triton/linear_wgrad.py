@@ -41,7 +41,7 @@ def load_tile(
     return tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])  # a smaller last batch is no new kernel
 def linear_wgrad_kernel(
     x, y, g, largest, inverse, winner, G, H0, u_sums,
     M, K, C, rows_per_split,
@@ -111,15 +111,15 @@ def linear_wgrad(
     tile: Tile,
 ) -> None:
     """Fill `partials` from x (M, C), y and g (M, K); matrices with offsets that `layout.fits`."""
-    in_tile = problem.neurons <= tile.block_k
-    row_statistics = Statistics(*partials.sums)
-    if competition != "linear" and not in_tile:
-        row_statistics = statistics(y, competition, tau)
     descriptors = tile.descriptors and takes_descriptors(x, y, g)
     sources = (x, y, g)
     if not descriptors:
         tile = without_spills(tile, problem, *sources)
-    else:
+    in_tile = problem.neurons <= tile.block_k
+    row_statistics = Statistics(*partials.sums)
+    if competition != "linear" and not in_tile:
+        row_statistics = statistics(y, competition, tau)
+    if descriptors:
         x_block, k_block = [tile.block_m, tile.block_c], [tile.block_m, tile.block_k]
         sources = tuple(
             TensorDescriptor.from_tensor(t, block)

@@ -18,13 +18,12 @@ from torch import Tensor
 
 from ghl_kernels.layout import empty_rows, is_channels_last, like_weight
 from ghl_kernels.problem import Problem
-from ghl_kernels.triton.tiles import Tile, programs
+from ghl_kernels.triton.tiles import ALIGNED, Tile, programs
 
 FEWEST_BLOCKS = 4  # of rows that a split is worth
 BLOCK_NUMBERS = 128
 MOST_SPLITS_AT_ONCE = 64
-NEIGHBOURS = 16  # a multiple of it is what Triton compiles a kernel for
-FEW_ROWS = 16
+SMALL_TILE = 16, 128, 64  # rows, neurons, inputs
 
 
 def dot_precision(problem: Problem) -> str:
@@ -37,21 +36,23 @@ def dot_precision(problem: Problem) -> str:
 
 def loads_wide(t: Tensor) -> bool:
     """Whether the compiler can load several neighbouring numbers of t at once."""
-    multiples = all(stride % NEIGHBOURS == 0 for stride in t.stride() if stride != 1)
+    multiples = all(stride % ALIGNED == 0 for stride in t.stride() if stride != 1)
     return t.data_ptr() % 16 == 0 and multiples and 1 in t.stride()
 
 
 def without_spills(tile: Tile, problem: Problem, *tensors: Tensor) -> Tile:
-    """The tile; with few rows where numbers wait in registers for the product.
+    """The tile; a smaller one where numbers wait in registers for the product.
 
     They do if 16-bit numbers are loaded one by one, and in a product that is no tensor core's.
     """
-    sizes = problem.neurons % NEIGHBOURS == 0 and problem.channels % NEIGHBOURS == 0
-    wide = sizes or (tile.packed and problem.neurons % NEIGHBOURS == 0)
+    sizes = problem.neurons % ALIGNED == 0 and problem.channels % ALIGNED == 0
+    wide = sizes or (tile.packed and problem.neurons % ALIGNED == 0)
     wide = problem.dtype == torch.float32 or (wide and all(map(loads_wide, tensors)))
     if wide and dot_precision(problem) != "ieee":
         return tile
-    return dataclasses.replace(tile, block_m=min(tile.block_m, FEW_ROWS))
+    sides = zip((tile.block_m, tile.block_k, tile.block_c), SMALL_TILE, strict=True)
+    block_m, block_k, block_c = (min(pair) for pair in sides)
+    return dataclasses.replace(tile, block_m=block_m, block_k=block_k, block_c=block_c)
 
 
 def processors(device: torch.device) -> int:

@@ -25,6 +25,7 @@ from ghl_kernels.problem import Problem
 SHIPPED = Path(__file__).parent / "tables"
 STRATEGIES = ("triton", "triton_stored", "library")
 FEW_CHANNELS = 16  # fewer do not fill a tile of one tap
+ALIGNED = 16  # a multiple of it is what Triton compiles wide loads for
 
 _used = threading.local()
 
@@ -163,7 +164,18 @@ def nearest(problem: Problem, device: torch.device, strategy: str | None) -> Ent
     if not alike:
         raise ValueError(f"table {table(device).name} has no {bits}-bit entry of {kind(problem)}")
     wanted = [e for e in alike if strategy in (None, e.strategy)] or alike
-    return fitting(min(wanted, key=lambda entry: entry.distance(problem)), problem)
+    entry = fitting(min(wanted, key=lambda entry: entry.distance(problem)), problem)
+    if strategy is None and loads_one_by_one(problem, entry.tile):
+        return dataclasses.replace(entry, strategy="library")
+    return entry
+
+
+def loads_one_by_one(problem: Problem, tile: Tile) -> bool:
+    """Whether 16-bit numbers cannot be loaded 16 bytes at a time, which no tile makes up for."""
+    if problem.dtype.itemsize != 2 or kind(problem) not in ("pointwise", "conv"):
+        return False
+    multiple = ALIGNED // 2 if tile.descriptors and problem.pointwise else ALIGNED
+    return problem.neurons % multiple > 0 or problem.channels % multiple > 0
 
 
 def fitting(entry: Entry, problem: Problem) -> Entry:

@@ -17,7 +17,8 @@ divisors = st.one_of(st.integers(1, LARGEST), st.integers(1, 300))
 
 def emulated(n: int, multiplier: int, shift: int) -> int:
     """`divide` in integers of any size, asserting that 32 bits hold what the kernel keeps in 32."""
-    assert 0 <= multiplier < 2**32
+    assert -(2**31) <= multiplier < 2**31
+    multiplier %= 2**32  # what the kernel makes of its bits
     assert 0 <= shift < 32
     high = (n * multiplier) >> 32
     assert high + n < 2**32

@@ -42,9 +42,36 @@ def test_a_layer_takes_the_entry_nearest_in_logarithms(monkeypatch: pytest.Monke
     for rows, wanted in ((1, small), (900, small), (1100, large), (10**9, large)):
         assert chosen([small, large], linear(rows, 64, 64), monkeypatch) == wanted
     wide, tall = entry(100, 64, 512), entry(100, 512, 64)
-    assert chosen([wide, tall], linear(100, 400, 100), monkeypatch) == tall
-    assert chosen([wide, tall], linear(100, 100, 400), monkeypatch) == wide
-    assert chosen([wide, tall], linear(0, 100, 400), monkeypatch) == wide
+    assert chosen([wide, tall], linear(100, 400, 96), monkeypatch) == tall
+    assert chosen([wide, tall], linear(100, 96, 400), monkeypatch) == wide
+    assert chosen([wide, tall], linear(0, 96, 400), monkeypatch) == wide
+
+
+@pytest.mark.parametrize(
+    ("neurons", "channels", "descriptors", "strategy"),
+    [
+        (64, 32, False, "triton"),
+        (64, 24, False, "library"),
+        (24, 64, False, "library"),
+        (64, 24, True, "triton"),
+        (64, 20, True, "library"),
+    ],
+)
+def test_numbers_that_are_loaded_one_by_one_go_to_the_library(
+    neurons: int,
+    channels: int,
+    descriptors: bool,
+    strategy: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Triton loads 16 bytes at once by multiples of 16 numbers, tensor descriptors by 8."""
+    only = entry(64, 64, 64)
+    only = dataclasses.replace(only, tile=dataclasses.replace(only.tile, descriptors=descriptors))
+    assert chosen([only], linear(64, neurons, channels), monkeypatch).strategy == strategy
+    wide = linear(64, neurons, channels, torch.float32)
+    alike = dataclasses.replace(only, bits=32)
+    assert chosen([alike], wide, monkeypatch).strategy == "triton"
+    assert chosen([only], linear(64, neurons, channels), monkeypatch, "triton") == only
 
 
 def test_only_entries_of_its_kind_and_bits_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,164 @@
+"""Which layers reach every kernel and every tile of the shipped tables, and their launches.
+
+A case is a tile and a way to use it; its sizes follow from the tile, its tensors have no memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ghl_kernels.triton import fused, merge, stored, tiles
+from ghl_kernels.triton.foreach_merge import foreach_merge
+from ghl_kernels.triton.tiles import SHIPPED, Entry, Table, Tile
+
+ARCHITECTURES = (80, 90, 100)
+DTYPES = {16: torch.bfloat16, 32: torch.float32}
+ROWS = 4096
+WGRAD = ("linear_wgrad_kernel", "conv_wgrad_kernel", "depthwise_wgrad_kernel")
+OTHERS = ("statistics_kernel", "store_u_kernel", "sum_splits_kernel", "measure_kernel")
+OTHERS += ("combine_kernel", "foreach_measure_kernel", "foreach_combine_kernel")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """form: u from whole rows `in_tile`, from row `statistics`, or `stored`; `rest`: the kernels
+    without a tile. aligned: sizes and strides are multiples of 16."""
+
+    arch: int
+    kind: str
+    bits: int
+    tile: Tile
+    form: str
+    aligned: bool = True
+    half: bool = False  # float16 instead of bfloat16
+    sum_u: bool = False
+    precision: str = "tf32"
+    channels_first: bool = False
+    kernel: int = 3
+
+    def __str__(self) -> str:
+        t = self.tile
+        words = [f"sm{self.arch}", self.kind, f"{self.bits}bit", self.form]
+        words += [f"{t.block_m}x{t.block_k}x{t.block_c} w{t.warps} s{t.stages}"]
+        words += [name for name in ("packed", "descriptors") if getattr(t, name)]
+        words += [f"taps{t.taps}"] if t.taps > 1 else []
+        words += [name for name in ("half", "sum_u", "channels_first") if getattr(self, name)]
+        words += [f"kernel{self.kernel}"] if self.kernel != 3 else []
+        words += [self.precision] if self.bits == 32 else []
+        return " ".join([*words, "aligned" if self.aligned else "unaligned"])
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        return OTHERS if self.form == "rest" else WGRAD
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float16 if self.half else DTYPES[self.bits]
+
+    @property
+    def neurons(self) -> int:
+        several = self.form != "in_tile"
+        return self.tile.block_k * (1 + several) - (not self.aligned)
+
+    @property
+    def channels(self) -> int:
+        if self.kind == "packed":
+            return 3
+        return 2 * self.tile.block_c - (not self.aligned)
+
+
+def ways(arch: int, kind: str, bits: int, tile: Tile) -> Iterator[Case]:
+    """The ways in which layers use a tile, each different to the compiler."""
+
+    def case(form: str, **options: Any) -> Case:
+        return Case(arch, kind, bits, tile, form, **options)
+
+    yield case("statistics")
+    yield case("statistics", aligned=False)
+    yield case("stored")
+    if kind == "depthwise":
+        return
+    yield case("in_tile")
+    if bits == 16:
+        yield case("statistics", sum_u=True)
+        yield case("stored", half=True) if tile.packed else case("in_tile", half=True)
+    else:
+        yield case("statistics", precision="ieee")
+    if tile.descriptors:
+        without = dataclasses.replace(tile, descriptors=False)
+        yield dataclasses.replace(case("in_tile"), tile=without)
+    if tile.packed:
+        yield case("in_tile", channels_first=True)
+    if tile.taps > 1:
+        yield case("in_tile", kernel=5)
+
+
+def cases() -> list[Case]:
+    """Every case once, those of one tile side by side."""
+    found: dict[Case, None] = {}
+    for arch in ARCHITECTURES:
+        programs: dict[tuple[str, int, Tile], int] = {}
+        for entry in Table.read(SHIPPED / f"sm{arch}.json").entries:
+            key = entry.kind, entry.bits, dataclasses.replace(entry.tile, programs=0)
+            programs[key] = max(entry.tile.programs, programs.get(key, 0))
+        for (kind, bits, tile), most in programs.items():
+            found |= dict.fromkeys(ways(arch, kind, bits, dataclasses.replace(tile, programs=most)))
+        for bits in DTYPES:
+            found[Case(arch, "pointwise", bits, Tile(64, 64, 64, 4, 3, programs=8), "rest")] = None
+    return list(found)
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def images(case: Case, channels: int, size: int) -> Tensor:
+    t = empty(ROWS // 256, channels, size, size, dtype=case.dtype)
+    return t if case.channels_first else t.contiguous(memory_format=torch.channels_last)
+
+
+def launch_layer(case: Case) -> None:
+    """The pair of a layer whose sizes follow from the tile."""
+    pairs = stored if case.form == "stored" else fused
+    rule = "softmax", 1.0, case.sum_u
+    entry = Entry(case.kind, case.bits, ROWS, 1, 1, "triton", case.tile)
+    with tiles.use(entry):
+        if case.kind == "pointwise":
+            y = empty(ROWS, case.neurons, dtype=case.dtype)
+            x = empty(ROWS, case.channels, dtype=case.dtype)
+            pairs.linear_pair(x, y, y, empty(case.neurons, case.channels, dtype=case.dtype), *rule)
+            return
+        groups, channels = (case.neurons, 1) if case.kind == "depthwise" else (1, case.channels)
+        x = images(case, groups * channels, 16 + case.kernel - 1)
+        y = images(case, case.neurons, 16).contiguous(memory_format=torch.channels_last)
+        w = empty(case.neurons, channels, case.kernel, case.kernel, dtype=case.dtype)
+        if not case.channels_first:
+            w = w.contiguous(memory_format=torch.channels_last)
+        pairs.conv2d_pair(x, y, y, w, [1, 1], [0, 0], [1, 1], groups, *rule)
+
+
+def launch_rest(case: Case) -> None:
+    """Rows in a tile and longer ones, a layer's merge, and that of two layers."""
+    for neurons in (1000, 5000):
+        y = empty(ROWS, neurons, dtype=case.dtype)
+        fused.logsumexp(y, 1.0, 1)
+        for competition in ("softmax", "softhebb"):
+            stored.store_u(y, competition, 1.0)
+    w = empty(64, 576, dtype=case.dtype)
+    sums = empty(64, 576), empty(64, 576), empty(65)
+    for decay, gate, normalize in (("oja", "sign", "absmax"), ("instar", "hebb", "mean")):
+        merge.merge(*sums, w, decay, gate, normalize)
+        foreach_merge(*([t, t] for t in (*sums, w)), decay, gate, normalize)
+
+
+def launch_case(case: Case) -> None:
+    torch.backends.cuda.matmul.fp32_precision = case.precision
+    torch.backends.cudnn.conv.fp32_precision = case.precision
+    if case.form == "rest":
+        launch_rest(case)
+    launch_layer(case)
