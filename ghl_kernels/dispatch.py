@@ -136,7 +136,11 @@ def choose_on_gpu(first: Tensor, problem: Problem | None) -> Backend:
     reason = triton_unavailable(first, problem)
     if reason:
         return fall_back(reason)
+    trial = importlib.import_module("ghl_kernels.triton.trial")
     if problem is None:
+        failure = trial.failure_of_merges(first.device)
+        if failure:
+            return fall_back(failure)
         return Backend("triton", "kernels for every GPU from compute capability 8.0")
     return tuned(problem, first.device)
 

@@ -69,7 +69,9 @@ def linear_pair(
     """`sum_u`: whether totals are wanted, which only `instar` needs; else their place holds 0."""
     checks.check_linear(x, y, g, w)
     check_rule(competition=competition, tau=tau)
-    implementation = dispatch.implementation("linear_pair", x, Problem.of_linear(x, w))
+    implementation = dispatch.implementation(
+        "linear_pair", x, Problem.of_linear(x, w, competition, sum_u)
+    )
     return implementation.linear_pair(x, y, g, w, competition, tau, sum_u)
 
 
@@ -89,7 +91,7 @@ def conv2d_pair(
     """`sum_u`: whether totals are wanted, which only `instar` needs; else their place holds 0."""
     checks.check_conv2d(x, y, g, w, stride, padding, dilation, groups)
     check_rule(competition=competition, tau=tau)
-    problem = Problem.of_conv2d(x, y, g, w, stride, padding, groups)
+    problem = Problem.of_conv2d(x, y, g, w, stride, padding, dilation, groups, competition, sum_u)
     return dispatch.implementation("conv2d_pair", x, problem).conv2d_pair(
         x, y, g, w, stride, padding, dilation, groups, competition, tau, sum_u
     )
@@ -126,7 +128,9 @@ def linear_update(
 ) -> Triple:
     checks.check_linear(x, y, g, w)
     check_rule(competition=competition, tau=tau, decay=decay, gate=gate, normalize=normalize)
-    implementation = dispatch.implementation("linear_update", x, Problem.of_linear(x, w))
+    implementation = dispatch.implementation(
+        "linear_update", x, Problem.of_linear(x, w, competition, decay == "instar")
+    )
     return implementation.linear_update(x, y, g, w, competition, tau, decay, gate, normalize)
 
 
@@ -147,7 +151,9 @@ def conv2d_update(
 ) -> Triple:
     checks.check_conv2d(x, y, g, w, stride, padding, dilation, groups)
     check_rule(competition=competition, tau=tau, decay=decay, gate=gate, normalize=normalize)
-    problem = Problem.of_conv2d(x, y, g, w, stride, padding, groups)
+    problem = Problem.of_conv2d(
+        x, y, g, w, stride, padding, dilation, groups, competition, decay == "instar"
+    )
     return dispatch.implementation("conv2d_update", x, problem).conv2d_update(
         x, y, g, w, stride, padding, dilation, groups, competition, tau, decay, gate, normalize
     )

@@ -15,9 +15,9 @@ from ghl_kernels import layout
 class Problem:
     """A linear layer or a convolution, and the batch it meets.
 
-    rows: batch, or batch × output positions. neurons, channels: of one group. image: numbers in one
-    image of x. copied_bytes: what is read and written first because the activations are not in
-    channels_last order.
+    rows: batch, or batch × output positions. neurons, channels: of one group. channels_last: the
+    memory order of the weight. image: numbers in one image of x. copied_bytes: what is read and
+    written first because the activations are not in channels_last order.
     """
 
     rows: int
@@ -29,12 +29,21 @@ class Problem:
     padded: bool = False
     groups: int = 1
     linear: bool = False  # not a convolution
+    dilation: tuple[int, int] = (1, 1)
+    competition: str = "softmax"
+    sum_u: bool = False
+    channels_last: bool = False
     image: int = dataclasses.field(default=0, compare=False)
     copied_bytes: int = dataclasses.field(default=0, compare=False)
 
     @classmethod
-    def of_linear(cls, x: Tensor, w: Tensor) -> Problem:
-        return cls(x.shape[0], w.shape[0], w.shape[1], x.dtype, linear=True)
+    def of_linear(
+        cls, x: Tensor, w: Tensor, competition: str = "softmax", sum_u: bool = False
+    ) -> Problem:
+        return cls(
+            x.shape[0], w.shape[0], w.shape[1], x.dtype,
+            linear=True, competition=competition, sum_u=sum_u,
+        )  # fmt: skip
 
     @classmethod
     def of_conv2d(
@@ -45,7 +54,10 @@ class Problem:
         w: Tensor,
         stride: Sequence[int],
         padding: Sequence[int],
+        dilation: Sequence[int],
         groups: int,
+        competition: str = "softmax",
+        sum_u: bool = False,
     ) -> Problem:
         return cls(
             rows=y.shape[0] * y.shape[2] * y.shape[3],
@@ -56,6 +68,10 @@ class Problem:
             stride=(stride[0], stride[1]),
             padded=max(padding) > 0,
             groups=groups,
+            dilation=(dilation[0], dilation[1]),
+            competition=competition,
+            sum_u=sum_u,
+            channels_last=layout.is_channels_last(w),
             image=x.shape[1] * x.shape[2] * x.shape[3],
             copied_bytes=layout.copied_bytes(x, y, g) if x.is_cuda else 0,
         )

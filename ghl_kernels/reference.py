@@ -75,7 +75,7 @@ def merge(G: Tensor, H0: Tensor, u_sum: Tensor, rows: int, w: Tensor, rule: Rule
 def linear_update(x: Tensor, y: Tensor, g: Tensor, w: Tensor, rule: Rule | str = "ghl") -> Update:
     """x (..., C), y and g (..., K), w (K, C), one dtype: output y and its gradient g = ∂L/∂y."""
     rule = Rule.of(rule)
-    x, y, g = (t.reshape(-1, t.shape[-1]) for t in (x, y, g))
+    x, y, g = (t.reshape(t.shape[:-1].numel(), t.shape[-1]) for t in (x, y, g))
     u = compete(y, rule)
     return merge(g.T @ x, u.T @ x, u.sum(0), x.shape[0], w, rule)
 

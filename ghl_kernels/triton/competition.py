@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 
+import torch
 import triton
 import triton.language as tl
 
 
 def exponent_scale(tau: float) -> float:
-    """What (y - largest) is multiplied by to be an exponent of 2."""
-    return math.log2(math.e) / tau
+    """What (y - largest) is multiplied by to be an exponent of 2; finite in float32."""
+    return min(math.log2(math.e) / tau, torch.finfo(torch.float32).max)
 
 
 @triton.jit

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ghl_kernels import composed
 from ghl_kernels.composed import layer_by_layer
 from ghl_kernels.triton.merge import MOST_PROGRAMS, Layer, combine, measure, merge
 
@@ -80,11 +81,23 @@ def on_device(numbers: Sequence, dtype: torch.dtype, device: torch.device) -> Te
 
 def shares_of(programs: tuple[int, ...], device: torch.device) -> Tensor:
     """For every program of a launch: its layer, its number there, how many the layer has."""
-    shares = [(layer, i, count) for layer, count in enumerate(programs) for i in range(count)]
-    return on_device(shares, torch.int32, device)
+    numbers = [(layer, i, count) for layer, count in enumerate(programs) for i in range(count)]
+    return on_device(numbers, torch.int32, device)
 
 
-remembered_shares = functools.lru_cache(maxsize=64)(shares_of)
+@functools.lru_cache(maxsize=64)
+def remembered_shares(programs: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
+    """The same, copied once for each stream: another would have to wait for the copy."""
+    return shares_of(programs, device)
+
+
+def shares(programs: tuple[int, ...], device: torch.device) -> Tensor:
+    """The same, remembered but for a capture: what that copies is there only in a replay."""
+    if device.type != "cuda":
+        return remembered_shares(programs, device, 0)
+    if torch.cuda.is_current_stream_capturing():
+        return shares_of(programs, device)
+    return remembered_shares(programs, device, torch.cuda.current_stream(device).cuda_stream)
 
 
 def merge_alike(layers: Sequence[Layer], decay: str, gate: str, normalize: str) -> None:
@@ -104,9 +117,6 @@ def merge_alike(layers: Sequence[Layer], decay: str, gate: str, normalize: str) 
         min(programs * triton.cdiv(columns, BLOCK_P), MOST_PROGRAMS)
         for programs, (_, columns) in zip(in_measure, sizes, strict=True)
     )
-    # what is copied in a capture is there only when the graph is replayed
-    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    shares = shares_of if capturing else remembered_shares
     foreach_measure_kernel[(sum(in_measure),)](
         table, shares(in_measure, device), decay, *types, BLOCK_K, BLOCK_P
     )
@@ -125,6 +135,8 @@ def foreach_merge(
     normalize: str,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """The operator: lists of updates, of the statistics of neurons and of layers."""
+    if any(t.dtype not in TYPES for t in (*G, *H0, *totals, *w)):
+        return composed.foreach_merge(G, H0, totals, w, decay, gate, normalize)
     if any(t.numel() == 0 for t in w):
         return layer_by_layer(merge, (G, H0, totals, w), decay, gate, normalize)
     layers = [Layer.of(*one) for one in zip(G, H0, totals, w, strict=True)]

@@ -95,7 +95,7 @@ def conv2d_pair(
     tau: float,
     sum_u: bool = True,
 ) -> Triple:
-    problem = Problem.of_conv2d(x, y, g, w, stride, padding, groups)
+    problem = Problem.of_conv2d(x, y, g, w, stride, padding, dilation, groups)
     geometry, out_size = (stride, padding, dilation), (y.shape[2], y.shape[3])
     y, g = layout.as_matrix(y), layout.as_matrix(g)
     return run_conv2d(problem, x, y, g, w, geometry, out_size, competition, tau, sum_u, "triton")

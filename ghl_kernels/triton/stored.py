@@ -44,7 +44,7 @@ def conv2d_pair(
     tau: float,
     sum_u: bool = True,
 ) -> Triple:
-    problem = Problem.of_conv2d(x, y, g, w, stride, padding, groups)
+    problem = Problem.of_conv2d(x, y, g, w, stride, padding, dilation, groups)
     geometry, out_size = (stride, padding, dilation), (y.shape[2], y.shape[3])
     u, g = store_u(layout.as_matrix(y), competition, tau), layout.as_matrix(g)
     return run_conv2d(

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import threading
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,12 @@ class Table:
         except (KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} is not a table of tiles of this version: {error}") from error
 
+    def completed(self, other: Table) -> Table:
+        """With the other's entries of the kinds and bits that this one lacks."""
+        present = {(entry.kind, entry.bits) for entry in self.entries}
+        more = (entry for entry in other.entries if (entry.kind, entry.bits) not in present)
+        return dataclasses.replace(self, entries=(*self.entries, *more))
+
 
 def kind(problem: Problem) -> str:
     """The form of kernel that a layer needs; only entries of its kind are compared with it."""
@@ -136,9 +143,18 @@ def architecture(capability: tuple[int, int]) -> str:
 
 @functools.cache
 def table(device: torch.device) -> Table:
-    names = (gpu_name(device), architecture(torch.cuda.get_device_capability(device)))
-    paths = [user_tables() / f"{names[0]}.json", *(SHIPPED / f"{name}.json" for name in names)]
-    return Table.read(next(path for path in paths if path.exists()))
+    """The GPU's own table, with the computed entries for what it has none; else those alone."""
+    computed = Table.read(
+        SHIPPED / f"{architecture(torch.cuda.get_device_capability(device))}.json"
+    )
+    name = gpu_name(device)
+    for path in (user_tables() / f"{name}.json", SHIPPED / f"{name}.json"):
+        if path.exists():
+            try:
+                return Table.read(path).completed(computed)
+            except ValueError as error:
+                warnings.warn(f"ghl_kernels does not use this table: {error}", stacklevel=2)
+    return computed
 
 
 @contextlib.contextmanager

@@ -76,7 +76,7 @@ def test_groups_of_few_neurons_are_composed_on_a_cpu(some_library: None) -> None
 
 def test_a_problem_is_read_from_the_tensors_of_a_layer() -> None:
     x, y, g, w = Conv(2, 6, (7, 5), 15, (3, 2), (2, 1), (0, 1), groups=3).tensors()
-    of_conv = Problem.of_conv2d(x, y, g, w, (2, 1), (0, 1), 3)
+    of_conv = Problem.of_conv2d(x, y, g, w, (2, 1), (0, 1), (1, 1), 3)
     wanted = Problem(
         2 * 3 * 6, 5, 2, torch.float32, (3, 2), (2, 1), padded=True, groups=3, image=6 * 7 * 5
     )
@@ -133,6 +133,7 @@ def hopper(compiled: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "_warned", set())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(trial, "failure", lambda *arguments: None)
+    monkeypatch.setattr(trial, "failure_of_merges", lambda device: None)
     table = tiles.Table.read(tiles.SHIPPED / "sm90.json")
     monkeypatch.setattr(tiles, "table", lambda device: table)
     monkeypatch.setattr(tiles, "nearest", tiles.nearest.__wrapped__)
@@ -177,6 +178,9 @@ def test_a_failed_trial_is_composed_and_said_once(
     with pytest.warns(UserWarning, match="composes PyTorch's operators: a trial raised"):
         backend = ghl_kernels.backend("conv2d_pair", on_gpu(), problem())
     assert backend == Backend("composed", "a trial raised")
+    monkeypatch.setattr("ghl_kernels.triton.trial.failure_of_merges", lambda device: "a merge did")
+    with pytest.warns(UserWarning, match="composes PyTorch's operators: a merge did"):
+        assert ghl_kernels.backend("merge", on_gpu()) == Backend("composed", "a merge did")
 
 
 def test_a_gpu_takes_the_strategy_of_the_nearest_entry_and_says_which(hopper: None) -> None:

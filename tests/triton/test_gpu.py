@@ -68,7 +68,7 @@ def problem_of(layer: Layer, dtype: torch.dtype) -> Problem:
     x, y, g, w = layer.tensors(dtype)
     if isinstance(layer, Linear):
         return Problem.of_linear(x, w)
-    return Problem.of_conv2d(x, y, g, w, layer.stride, layer.padding, layer.groups)
+    return Problem.of_conv2d(x, y, g, w, *layer.geometry)
 
 
 def in_parts(layer: Layer, tensors: Tensors, rule: Rule, parts: int) -> tuple[Tensor, ...]:

@@ -177,7 +177,17 @@ def test_the_users_table_is_preferred_to_the_shipped_one(gpu: Path) -> None:
     written(gpu / "nvidia-h200-pcie.json")
     table = read_table(CPU)
     assert (table.name, table.measured) == ("nvidia-h200-pcie", {"gpu": "here"})
-    assert table.entries == (entry(1, 2, 3),)
+    assert table.entries[0] == entry(1, 2, 3)
+
+
+def test_what_a_table_lacks_is_the_architectures(gpu: Path) -> None:
+    """Kinds and bits that were not tuned; of those that were, nothing is added."""
+    written(gpu / "nvidia-h200-pcie.json")
+    known = {(e.kind, e.bits) for e in read_table(CPU).entries}
+    shipped = Table.read(tiles.SHIPPED / "sm90.json").entries
+    assert known == {(e.kind, e.bits) for e in shipped}
+    tuned = [e for e in read_table(CPU).entries if (e.kind, e.bits) == ("pointwise", 16)]
+    assert tuned == [entry(1, 2, 3)]
 
 
 def test_a_gpus_own_shipped_table_is_preferred_to_its_architectures(
@@ -212,8 +222,10 @@ def test_every_architecture_has_a_table(
         '{"measured": null, "entries": [{"tile": {"block_z": 1}}]}',
     ],
 )
-def test_a_damaged_table_is_an_error_that_names_the_file(gpu: Path, damaged: str) -> None:
+def test_a_damaged_table_is_said_by_name_and_not_used(gpu: Path, damaged: str) -> None:
     path = gpu / "nvidia-h200-pcie.json"
     path.write_text(damaged)
+    with pytest.warns(UserWarning, match=r"not use this table: .*h200-pcie\.json is not a table"):
+        assert read_table(CPU).name == "sm90"
     with pytest.raises(ValueError, match=r"nvidia-h200-pcie\.json is not a table of tiles"):
-        read_table(CPU)
+        Table.read(path)

@@ -108,7 +108,7 @@ class Layer:
         return x, y, g, w
 
     def without_data(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Tensors of these shapes on the meta device."""
+        """Tensors of these shapes on the meta device, channels_last where they can be."""
         if self.linear:
             shapes: tuple[tuple[int, ...], ...] = (
                 (self.batch, self.in_channels), (self.batch, self.out_channels),
@@ -120,14 +120,16 @@ class Layer:
                 (self.batch, self.out_channels, *self.out_size),
                 (self.out_channels, self.in_channels // self.groups, *self.kernel_size),
             )
-        x, y, w = (torch.empty(shape, dtype=dtype, device="meta") for shape in shapes)
+        order = torch.contiguous_format if self.linear else torch.channels_last
+        options: dict[str, Any] = {"dtype": dtype, "device": "meta", "memory_format": order}
+        x, y, w = (torch.empty(shape, **options) for shape in shapes)
         return x, y, y, w
 
     def problem(self, x: Tensor, y: Tensor, g: Tensor, w: Tensor) -> Problem:
         """The layer as the dispatcher sees it."""
         if self.linear:
             return Problem.of_linear(x, w)
-        return Problem.of_conv2d(x, y, g, w, self.stride, self.padding, self.groups)
+        return Problem.of_conv2d(x, y, g, w, self.stride, self.padding, self.dilation, self.groups)
 
 
 def of_convolution(name: str, module: nn.Conv2d, x: Tensor, tau: float) -> Layer:

@@ -1,0 +1,91 @@
+"""What a GPU does before it takes a kernel: it tries it, and does without one that is not right."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import triton
+
+from ghl_kernels import Problem
+from ghl_kernels.dispatch import IMPLEMENTATIONS
+from ghl_kernels.triton import conv_wgrad, fused, tiles, trial
+
+CPU = torch.device("cpu")
+FLOAT = torch.float32
+PROBLEMS = {
+    "linear": Problem(1, 20, 33, FLOAT, linear=True),
+    "linear_sums": Problem(1, 20, 33, FLOAT, linear=True, competition="hard", sum_u=True),
+    "conv": Problem(1, 18, 20, FLOAT, (3, 3), padded=True),
+    "conv_dilated": Problem(1, 18, 20, FLOAT, (3, 2), (2, 1), dilation=(2, 3), channels_last=True),
+    "packed": Problem(1, 9, 3, FLOAT, (3, 3), padded=True),
+    "groups": Problem(1, 6, 20, torch.float16, (3, 3), groups=2),
+    "depthwise": Problem(1, 2, 1, FLOAT, (3, 3), groups=9, padded=True),
+}
+
+
+@pytest.fixture(autouse=True)
+def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trial, "BATCH", 2)
+    monkeypatch.setattr(trial, "SIZE", 5)
+
+
+@pytest.mark.parametrize("strategy", tiles.STRATEGIES)
+@pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS)
+def test_what_is_right_is_taken(problem: Problem, strategy: str) -> None:
+    assert trial.disagreement(problem, CPU, IMPLEMENTATIONS[strategy]) is None
+    assert trial.disagreement_of_merges(CPU) is None
+
+
+def test_the_batch_has_the_layers_layout() -> None:
+    """The memory order of the weight is a kernel of its own; the geometry is the layer's."""
+    (x, y, _, w), geometry = trial.small_batch(PROBLEMS["conv_dilated"], CPU)
+    assert w.is_contiguous(memory_format=torch.channels_last) and w.shape == (18, 20, 3, 2)
+    assert geometry == ([2, 1], [0, 0], [2, 3], 1)
+    wanted = torch.nn.functional.conv2d(x, w, None, *geometry).shape
+    assert y.shape == wanted
+    (*_, w), _ = trial.small_batch(PROBLEMS["conv"], CPU)
+    assert w.is_contiguous()
+
+
+def test_what_computes_something_else_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel with another temperature, say."""
+    statistics, scale = conv_wgrad.statistics, conv_wgrad.exponent_scale
+    monkeypatch.setattr(conv_wgrad, "statistics", lambda y, rule, tau: statistics(y, rule, tau / 2))
+    monkeypatch.setattr(conv_wgrad, "exponent_scale", lambda tau: scale(tau / 2))
+    found = trial.disagreement(PROBLEMS["conv"], CPU, IMPLEMENTATIONS["triton"])
+    assert found is not None and "is off from PyTorch's operators by" in found
+
+
+def test_what_does_not_run_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object) -> None:
+        raise triton.CompilationError("no such instruction\nand much more")
+
+    monkeypatch.setattr(fused, "conv_wgrad", fail)
+    monkeypatch.setattr(trial, "merge", fail)
+    found = trial.disagreement(PROBLEMS["conv"], CPU, IMPLEMENTATIONS["triton"])
+    assert found is not None and found.startswith("a trial of ghl_kernels.triton.fused raised")
+    assert "\n" not in found
+    found = trial.disagreement_of_merges(CPU)
+    assert found is not None and found.startswith("a trial of Triton's merge raised")
+
+
+def test_a_lack_of_memory_is_not_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object) -> None:
+        raise torch.OutOfMemoryError("none left")
+
+    problem = PROBLEMS["conv"]
+    entry = tiles.choose(problem, CPU)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    trial.remembered.cache_clear()
+    with monkeypatch.context() as short:
+        short.setattr(fused, "conv_wgrad", fail)
+        found = trial.failure(problem, entry, CPU, IMPLEMENTATIONS["triton"])
+    assert found == "a trial of ghl_kernels.triton.fused found too little memory"
+    assert trial.failure(problem, entry, CPU, IMPLEMENTATIONS["triton"]) is None
+
+
+def test_nothing_is_tried_in_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = PROBLEMS["linear"]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert trial.failure(problem, tiles.choose(problem, CPU), CPU, "no such module") is None
+    assert trial.failure_of_merges(CPU) is None
