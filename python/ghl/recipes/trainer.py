@@ -186,7 +186,10 @@ class Trainer:
         for left in range(self.config.accumulate - 1, -1, -1):
             images, classes = next(batches)
             if not len(classes):
-                raise TooManyDamaged("expected an intact image in every batch, found one without")
+                raise TooManyDamaged(
+                    "expected an intact image in every micro-batch, found one without"
+                    " (a larger --batch-size or a smaller --accumulate makes them larger)"
+                )
             with communicating(self.called, last=left == 0):
                 with self._autocast():
                     outputs = self.called(images)
