@@ -96,6 +96,20 @@ def no_arguments(parser: argparse.ArgumentParser) -> None:
     """For a sub-command without options."""
 
 
+def reproduce_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `ghl reproduce`."""
+    from ghl.recipes.reproduce.options import arguments
+
+    arguments(parser)
+
+
+def reproduce(args: argparse.Namespace) -> int:
+    """Run `ghl reproduce`."""
+    from ghl.recipes.reproduce.command import reproduce as reproduce_all
+
+    return reproduce_all(args)
+
+
 def doctor(args: argparse.Namespace) -> int:
     """Run `ghl doctor`."""
     from ghl.doctor import main as doctor_main
@@ -106,6 +120,7 @@ def doctor(args: argparse.Namespace) -> int:
 COMMANDS = (
     Command("train", "train a network under a learning rule", train_arguments, train),
     Command("eval", "test accuracy of a run's checkpoint", eval_arguments, evaluate),
+    Command("reproduce", "experiments on Hebbian alignment", reproduce_arguments, reproduce),
     Command("doctor", "what is installed, compiled and used here", no_arguments, doctor),
 )
 
