@@ -96,6 +96,18 @@ def no_arguments(parser: argparse.ArgumentParser) -> None:
     """For a sub-command without options."""
 
 
+def align_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `ghl align`."""
+    parser.add_argument("dir", type=Path, metavar="DIR", help="directory with an alignment.csv")
+
+
+def align(args: argparse.Namespace) -> int:
+    """Run `ghl align`."""
+    from ghl.recipes.align import align as draw
+
+    return draw(args)
+
+
 def reproduce_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `ghl reproduce`."""
     from ghl.recipes.reproduce.options import arguments
@@ -120,6 +132,7 @@ def doctor(args: argparse.Namespace) -> int:
 COMMANDS = (
     Command("train", "train a network under a learning rule", train_arguments, train),
     Command("eval", "test accuracy of a run's checkpoint", eval_arguments, evaluate),
+    Command("align", "figures of a run's recorded alignment", align_arguments, align),
     Command("reproduce", "experiments on Hebbian alignment", reproduce_arguments, reproduce),
     Command("doctor", "what is installed, compiled and used here", no_arguments, doctor),
 )

@@ -5,6 +5,7 @@ A teacher of the student's architecture with another initialisation labels Gauss
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +34,11 @@ class Students:
     layer: int = 1  # the second
     measured: float = 0.2  # the last part of training
     every: int = 7  # odd: signs may alternate
+
+    def __post_init__(self) -> None:
+        if self.steps * self.measured < self.every:
+            least = math.ceil(self.every / self.measured)
+            raise ValueError(f"steps is {self.steps}, must be at least {least} for one measurement")
 
 
 def teach(seeds: Sequence[int], examples: int) -> tuple[Tensor, Tensor]:
