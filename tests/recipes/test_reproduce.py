@@ -15,7 +15,19 @@ from torch import nn
 
 from ghl.alignment import Monitor
 from ghl.cli import main
-from ghl.recipes.reproduce import cells, command, options, phase, regression, sce, sre, table
+from ghl.recipes.reproduce import (
+    cells,
+    command,
+    options,
+    phase,
+    phase_diagram,
+    regression,
+    rules,
+    sce,
+    sre,
+    sweep,
+    table,
+)
 from ghl.recipes.reproduce import transformer as transformer_cells
 from ghl.recipes.reproduce.students import Learner, Stack, alignment, squared_error
 from tests.recipes.slow_cells import make
@@ -152,16 +164,39 @@ def test_an_interrupt_loses_only_the_cells_in_progress(tmp_path):
     assert len(cells.run(make(3), tmp_path, 1, "test")) == 3
 
 
-def test_a_trial_of_the_mlp_experiments(tmp_path):
-    words = "reproduce table phase regression --seeds 2 --processes 1 --shorten 80 --out"
+def test_a_trial_of_the_table(tmp_path):
+    words = "reproduce table regression --seeds 1 --processes 1 --shorten 100 --out"
     assert main([*words.split(), str(tmp_path)]) == 0
     text = (tmp_path / "report.md").read_text()
-    for wanted in ("mlp RandomNN", "(0.66)", "learning rates Adam 0.001", "γ ∝ σ", "shortened"):
+    for wanted in ("mlp RandomNN", "(0.66)", "learning rates Adam 0.001", "shortened"):
         assert wanted in text
-    for name in ("table", "phase", "regression"):
+    for name in ("table", "regression"):
         assert (tmp_path / f"{name}.csv").is_file()
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert f'src="{name}.png"' in (tmp_path / "report.html").read_text()
+
+
+def test_a_phase_diagram_of_a_known_boundary(tmp_path):
+    """γ = 150 σ² on the experiment's own grid; with no decay that reaches it, no exponent."""
+    for factor, wanted in ((150.0, "Boundary γ ∝ σ^2.0"), (1e6, "No exponent")):
+        stored = {}
+        for noise in phase_diagram.NOISES:
+            cosine = [
+                [math.tanh(math.log(d / (factor * noise**2)) / 4)] * 2 for d in phase_diagram.DECAYS
+            ]
+            arguments = {"noise": noise, "steps": 10}
+            result = {"cosine": cosine, "weight_norm": cosine, "loss": cosine}
+            stored[f"phase-{noise}"] = {"arguments": arguments, "result": result}
+        section = phase_diagram.summarize(stored, tmp_path)
+        assert section.text[0].startswith(wanted)
+        assert len(section.rows) == len(phase_diagram.NOISES)
+    assert (tmp_path / "phase.png").is_file()
+
+
+def test_a_phase_cell():
+    found = phase.cell("sgd", 0.1, 35, 1e-3, [0.0, 0.1], [0, 1])
+    assert torch.tensor(found["cosine"]).shape == (2, 2)
+    assert found["weight_norm"][1][0] < found["weight_norm"][0][0]
 
 
 @pytest.mark.parametrize("rule", ["adam", "dfa", "random"])
@@ -200,6 +235,33 @@ def test_cross_entropy_of_a_stack():
     output, classes = torch.randn(3, 5, 4), torch.tensor([0, 3, 1, 1, 2])
     expected = [float(nn.functional.cross_entropy(o, classes)) for o in output]
     assert sce.cross_entropy(classes)(output).tolist() == pytest.approx(expected)
+
+
+def test_a_trial_of_the_sweeps_and_rules(tmp_path):
+    words = "reproduce generalisation batch lr noise rules --seeds 1 --processes 1 --shorten 100"
+    assert main([*words.split(), "--out", str(tmp_path)]) == 0
+    text = (tmp_path / "report.md").read_text()
+    for name in ("generalisation", "batch", "lr", "noise", "rules"):
+        assert f"]({name}.png)" in text
+        assert (tmp_path / f"{name}.csv").read_text().count("\n") > 4
+
+
+def test_a_sweep_varies_what_it_says():
+    """Held against single trainings of sre.py."""
+    fixed = {"rule": "sgd", "lr": 0.1, "examples": 64, "validation": 8}
+    stacked = sweep.cell("decay", [0.0, 0.5], [0], fixed, 40)
+    for index, decay in enumerate((0.0, 0.5)):
+        alone = sre.train(sre.Students(**fixed, steps=40), [0], torch.tensor([decay]))
+        assert stacked["cosine"][index] == pytest.approx(alone["cosine"], abs=1e-5)
+    assert stacked["weight_norm"][1][0] < 0.5 * stacked["weight_norm"][0][0]
+    small, large = (sweep.cell("batch", [b], [0], fixed, 40)["cosine"] for b in (8.0, 64.0))
+    assert small != large
+
+
+def test_students_as_modules_are_those_of_the_stack():
+    model, stack = rules.student(5), Stack(sre.WIDTHS, [5], "tanh")
+    x = torch.randn(1, 4, 32)
+    torch.testing.assert_close(model(x[0]), stack.forward(x)[0][0])
 
 
 def test_trainings_too_short_to_measure(tmp_path):

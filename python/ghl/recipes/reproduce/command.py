@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ghl.recipes.errors import check_integer
-from ghl.recipes.reproduce import phase_diagram, regression, sce, table
+from ghl.recipes.reproduce import phase_diagram, regression, rules, sce, sweep, table
 from ghl.recipes.reproduce.cells import Cell, run
 from ghl.recipes.reproduce.report import Section, write
 
@@ -43,12 +43,18 @@ def table_cells(network: str) -> Callable[[Settings], list[Cell]]:
     return cells
 
 
+def sweep_experiment(name: str) -> Experiment:
+    return Experiment(lambda s: sweep.cells(name, s.seeds, s.shorten), sweep.summarize(name))
+
+
 EXPERIMENTS = {
     "sce": Experiment(lambda s: sce.cells(s.seeds, s.root, s.shorten), sce.summarize),
     "table": Experiment(table_cells("mlp"), table.summarize),
     "transformer": Experiment(table_cells("transformer"), table.summarize_transformer),
     "phase": Experiment(lambda s: phase_diagram.cells(s.seeds, s.shorten), phase_diagram.summarize),
     "regression": Experiment(regression.cells, regression.summarize),
+    **{name: sweep_experiment(name) for name in sweep.SWEEPS},
+    "rules": Experiment(lambda s: rules.cells(s.seeds, s.shorten), rules.summarize),
 }
 
 

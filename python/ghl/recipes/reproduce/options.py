@@ -11,6 +11,11 @@ EXPERIMENTS = {
     "transformer": "2. the table of SRE: transformer",
     "phase": "3. noise against weight decay: the boundary and its exponent",
     "regression": "3. linear regression against its closed form",
+    "generalisation": "4. generalisation against alignment",
+    "batch": "7. batch size",
+    "lr": "8. learning rate",
+    "noise": "9. noise under Adam",
+    "rules": "11. networks that learn by GHL and by Oja's rule",
 }
 
 
