@@ -188,6 +188,25 @@ def test_optimizer_with_a_closure():
     assert "closure" in gap(monitor)
 
 
+def test_gradients_set_to_zero_without_a_step():
+    """As by a skipped step of a GradScaler and zero_grad(set_to_none=False)."""
+    model = model_of_two()
+    monitor = Monitor(model)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for _ in range(2):
+        model(torch.randn(2, 3)).sum().backward()
+        optimizer.zero_grad(set_to_none=False)
+    assert "set_to_none=True" in gap(monitor)
+
+
+def test_a_gap_has_no_weight_norm_of_its_own_making():
+    model = nn.Sequential(weight_norm(nn.Linear(3, 4)), nn.Linear(4, 2))
+    model[1].weight.requires_grad_(False)
+    report = Monitor(model).report()
+    assert report["0"]["weight_norm"] is None
+    assert report["1"]["weight_norm"] is None
+
+
 def test_input_overwritten_in_place():
     model = nn.Sequential(nn.Linear(3, 4))
     monitor = Monitor(model)

@@ -54,6 +54,8 @@ class Monitor:
     distributed: sum over all ranks of the process group, if there is one: on measured steps each
         must run the same model. False where ranks train models of their own.
 
+    Under a GradScaler inner products are those of the scaled loss; cosines are not affected.
+
     A step ends with `optimizer.step()` of the optimizer that has the weight, or with `step()`; all
     backwards until then add up. A measured step keeps G, H0 and a copy of W, each of the weight's
     size, and signs in int8 from the step before; the other steps cost a call per layer.
@@ -105,6 +107,9 @@ class Monitor:
         ]
         for module in dict.fromkeys(m for target in targets for m in target.classes):
             _monitored[module] = weakref.ref(self)
+        # no hook where nothing can be measured: reading a parametrized weight would change it
+        measurable = (t for t in targets if t.gap is None)
+        for module in dict.fromkeys(m for target in measurable for m in target.classes):
             self._attach(module)
 
     def _attach(self, module: nn.Module) -> None:
@@ -142,7 +147,7 @@ class Monitor:
     @property
     def measuring(self) -> bool:
         """Whether the step in progress is measured."""
-        return any(track.steps % self.every == 0 for track in self._tracks)
+        return any(t.steps % self.every == 0 for t in self._tracks if t.target.gap is None)
 
     def report(self) -> dict[str, dict[str, Any]]:
         """The last measured step, by name of the layer; waits for the device.
@@ -189,9 +194,9 @@ class Monitor:
         return ready and dist.get_world_size() > 1
 
     def _after_forward(self, module: nn.Module, args: tuple, kwargs: dict, y: Any) -> None:
-        weight: Any = module.weight
+        weight = module._parameters.get("weight")
         track = self._by_weight.get(id(weight))
-        if track is None:
+        if track is None or weight is None:
             for other in self._tracks:
                 if module in other.target.classes and other.steps % self.every == 0:
                     other.sums.problem = "its weight is another one than when the Monitor was made"

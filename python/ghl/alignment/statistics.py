@@ -34,11 +34,12 @@ class Measurement:
     """Everything one step says of one weight; what is missing has its reason in `gaps`."""
 
     step: int
-    weight_norm: Tensor
+    weight_norm: Tensor | None = None
     parts: dict[str, Alignment] = field(default_factory=dict)
     sign_flips: Tensor | None = None
     gaps: dict[str, str] = field(default_factory=dict)
-    elsewhere: Tensor | None = None
+    elsewhere: Tensor | None = None  # how many ranks have a gap
+    zeroed: Tensor | None = None  # whether weight.grad was zero where a backward had been
 
 
 def of_batch(
@@ -92,9 +93,15 @@ def to_numbers(measurement: Measurement) -> dict[str, Any]:
     gaps = dict(measurement.gaps)
     if measurement.elsewhere is not None and measurement.elsewhere > 0 and "layer" not in gaps:
         gaps["layer"] = "a gap on another rank"
+    if measurement.zeroed is not None and measurement.zeroed and "layer" not in gaps:
+        gaps["layer"] = (
+            "weight.grad was zero when a second backward of the step came: if it was set to zero "
+            "without an optimizer step, use zero_grad(set_to_none=True)"
+        )
     result: dict[str, Any] = dict.fromkeys(FIELDS)
     result["step"] = measurement.step
-    result["weight_norm"] = float(measurement.weight_norm)
+    if measurement.weight_norm is not None:
+        result["weight_norm"] = float(measurement.weight_norm)
     if "layer" not in gaps:
         for name, part in measurement.parts.items():
             numbers, gap = part_to_numbers(part)

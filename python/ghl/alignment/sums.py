@@ -82,6 +82,7 @@ class Sums:
         self.problem: str | None = None
         self.sample_problem: str | None = None
         self.elsewhere: Tensor | None = None  # number of ranks with a problem
+        self.zeroed: Tensor | None = None  # whether earlier gradients were set to zero, not None
         self.uses = self.answered = 0
         self.rows = 0.0
         self._all_rows: Tensor | None = None  # of all ranks
@@ -115,6 +116,11 @@ class Sums:
                 self._add_batch(use, x, h if linear else y, g)
             if self.sample:
                 self._add_samples(use, x, h if linear else y, h, g)
+
+    def note_zeroed(self, gradient: Tensor) -> None:
+        """Look, without waiting, whether what earlier backwards have left is still there."""
+        zero = (gradient.detach() == 0).all()
+        self.zeroed = zero if self.zeroed is None else self.zeroed | zero
 
     def _add_batch(self, use: Use, x: Tensor, y: Tensor, g: Tensor) -> None:
         choices = self.rule.competition, self.rule.tau, self.rule.decay == "instar"

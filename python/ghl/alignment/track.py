@@ -54,9 +54,13 @@ class Track:
         backward = torch._C._current_graph_task_id() != -1
         if self.takes_signals or backward:
             return
-        if self.sums.answered and self.grad is None:
+        if not self.sums.answered:
+            return
+        if self.grad is None:
             problem, self.sums = self.sums.problem, self._new_sums()
             self.sums.problem = problem
+        else:
+            self.sums.note_zeroed(self.grad)
 
     def give(self, signal: Tensor) -> None:
         """Add to the signal of a rule: what it adds to the weight, so less a gradient."""
@@ -73,7 +77,7 @@ class Track:
         if self.last is not None:
             return self.last
         gap = self.target.gap or "no step has ended yet"
-        return Measurement(self.steps, torch.tensor(0.0), gaps={"layer": gap})
+        return Measurement(self.steps, gaps={"layer": gap})
 
     def close(self, every: int, distributed: bool, update: bool = False) -> None:
         """The end of a step, before the optimizer changes the weight."""
@@ -137,8 +141,7 @@ class Track:
     @torch.no_grad()
     def _measure(self) -> Measurement:
         weight = self.target.weight
-        norm = torch.tensor(float("nan")) if weight is None else torch.zeros(())
-        found = Measurement(self.steps, norm)
+        found = Measurement(self.steps, zeroed=self.sums.zeroed)
         found.gaps["update"] = "no optimizer has made a step with it"
         found.gaps["sign_flips"] = "the step has not ended"
         problem = self._problem()
