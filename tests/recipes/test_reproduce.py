@@ -2,8 +2,6 @@
 
 import json
 import math
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -102,31 +100,49 @@ def test_closed_form_of_linear_regression():
     assert regression.measured(x, y, v, 0.7) == pytest.approx(float(closed.mean()), rel=1e-12)
 
 
-def grid(power, noise=0.0):
-    """Alignments whose boundary is γ = 1000 σ^power, for three seeds."""
-    sigmas, gammas = np.geomspace(1e-3, 1e-2, 6), np.geomspace(1e-6, 1e1, 60)
-    clean = np.log(gammas)[None] - np.log(1000 * sigmas**power)[:, None]
+SIGMAS = tuple(np.geomspace(1e-3, 1e-2, 6))
+
+
+def grid(power, noise=0.0, floor=1e-9, sigmas=SIGMAS):
+    """Alignments whose boundary is γ = floor + 1000 σ^power, for three seeds."""
+    sigmas, gammas = np.array(sigmas), np.geomspace(1e-12, 1e1, 240)
+    clean = np.log(gammas)[None] - np.log(floor + 1000 * sigmas**power)[:, None]
     seeds = np.random.default_rng(0).normal(0, noise, (3, *clean.shape))
-    return list(sigmas), list(gammas), np.tanh(clean / 4)[..., None] + seeds.transpose(1, 2, 0)
+    cosines = np.tanh(clean / 4)[..., None] + seeds.transpose(1, 2, 0)
+    return phase.Boundary(list(sigmas), list(gammas), cosines)
 
 
 @pytest.mark.parametrize("power", [1.0, 2.0])
 def test_exponent_of_a_known_boundary(power):
-    exact = phase.fit(*grid(power))
+    exact = phase.fit(grid(power), grid(power, sigmas=[0.0]))
     assert exact["exponent"] == pytest.approx(power, abs=0.02)
-    noisy = phase.fit(*grid(power, noise=0.05))
+    noisy = phase.fit(grid(power, noise=0.05), grid(power, noise=0.05, sigmas=[0.0]))
     low, high = noisy["interval"]
     assert low < power < high
     assert high - low > exact["interval"][1] - exact["interval"][0]
 
 
+def test_a_boundary_without_noise_is_taken_off():
+    """γ = γ₀ + 1000 σ²: the plain exponent is too small, beyond γ₀ it is 2."""
+    floor = 1e-3
+    found = phase.fit(grid(2.0, floor=floor), grid(2.0, floor=floor, sigmas=[0.0]))
+    assert found["floor"] == pytest.approx(floor, rel=0.02)
+    assert found["exponent"] < 1.95
+    assert found["exponent_above"] == pytest.approx(2.0, abs=0.05)
+
+
 def test_a_boundary_off_the_grid_is_told():
-    sigmas, gammas, cosines = grid(2.0)
-    found = phase.fit(sigmas, gammas[:35], cosines[:, :35])
-    assert found["left_out"] == sigmas[len(found["noise"]) :]
-    assert found["left_out"]
+    def cut(boundary, count):
+        return phase.Boundary(boundary.noises, boundary.decays[:count], boundary.cosines[:, :count])
+
+    whole, floor = grid(2.0), grid(2.0, sigmas=[0.0])
+    found = phase.fit(cut(whole, 185), floor)
+    assert found["left_out"] == whole.noises[len(found["noise"]) :]
+    assert 3 <= len(found["noise"]) < 6
     with pytest.raises(ValueError, match="crosses the grid at 0 noise levels"):
-        phase.fit(sigmas, gammas[:5], cosines[:, :5])
+        phase.fit(cut(whole, 5), floor)
+    with pytest.raises(ValueError, match="without noise there is no crossing"):
+        phase.fit(whole, cut(floor, 5))
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -146,7 +162,7 @@ def test_a_cell_of_other_settings_is_computed_anew(tmp_path):
     assert cells.run([other], tmp_path, 1, "test")["c0"]["result"] == {"value": 9}
 
 
-def test_an_interrupt_loses_only_the_cells_in_progress(tmp_path):
+def test_a_kill_loses_only_the_cells_in_progress(tmp_path):
     code = (
         "from pathlib import Path; from ghl.recipes.reproduce import cells;"
         "from tests.recipes.slow_cells import make;"
@@ -156,8 +172,8 @@ def test_an_interrupt_loses_only_the_cells_in_progress(tmp_path):
     deadline = time.monotonic() + 60
     while len(list(tmp_path.glob("cells/*.json"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
-    os.kill(process.pid, signal.SIGINT)
-    assert process.wait(timeout=30) != 0
+    process.kill()  # nothing can be tidied up any more
+    process.wait(timeout=30)
     done = sorted(p.name for p in tmp_path.glob("cells/*"))
     assert done == ["c0.json", "c1.json"]
     assert json.loads((tmp_path / "cells" / "c1.json").read_text())["result"] == {"value": 1}
@@ -177,18 +193,18 @@ def test_a_trial_of_the_table(tmp_path):
 
 
 def test_a_phase_diagram_of_a_known_boundary(tmp_path):
-    """γ = 150 σ² on the experiment's own grid; with no decay that reaches it, no exponent."""
-    for factor, wanted in ((150.0, "Boundary γ ∝ σ^2.0"), (1e6, "No exponent")):
+    """γ = 2e-5 + 250 σ² on the experiment's own grid; where no decay reaches it, no exponent."""
+    for factor, wanted in ((250.0, "γ − γ₀ ∝ σ^2.0"), (1e6, "No exponent")):
         stored = {}
-        for noise in phase_diagram.NOISES:
-            cosine = [
-                [math.tanh(math.log(d / (factor * noise**2)) / 4)] * 2 for d in phase_diagram.DECAYS
-            ]
+        for noise in (0.0, *phase_diagram.NOISES):
+            decays = phase_diagram.DECAYS if noise else phase_diagram.FLOOR_DECAYS
+            boundary = 2e-5 + factor * noise**2
+            cosine = [[math.tanh(math.log(d / boundary) / 4)] * 2 for d in decays]
             arguments = {"noise": noise, "steps": 10}
             result = {"cosine": cosine, "weight_norm": cosine, "loss": cosine}
             stored[f"phase-{noise}"] = {"arguments": arguments, "result": result}
         section = phase_diagram.summarize(stored, tmp_path)
-        assert section.text[0].startswith(wanted)
+        assert wanted in section.text[0]
         assert len(section.rows) == len(phase_diagram.NOISES)
     assert (tmp_path / "phase.png").is_file()
 

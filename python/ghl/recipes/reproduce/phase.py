@@ -49,42 +49,64 @@ def exponent(noises: Sequence[float], boundaries: Sequence[float]) -> tuple[floa
     return float(slope), float(intercept)
 
 
-def fit(
-    noises: Sequence[float], decays: Sequence[float], cosines: np.ndarray, resamples: int = 2000
-) -> dict[str, Any]:
-    """The boundary of cosines (σ, γ, seeds) and its exponent with a 95 % interval.
+class Boundary:
+    """The points (σ, γ) at which cosines (σ, γ, seeds) turn positive, for any choice of seeds."""
 
-    The interval is from resampling seeds with replacement (percentiles of the bootstrap). σ without
-    a crossing on the grid are left out and named.
+    def __init__(
+        self, noises: Sequence[float], decays: Sequence[float], cosines: np.ndarray
+    ) -> None:
+        self.noises, self.decays, self.cosines = noises, decays, cosines
+
+    def of(self, seeds: Any) -> tuple[list[float], list[float]]:
+        mean = self.cosines[:, :, seeds].mean(2)
+        both = [
+            (noise, found)
+            for noise, row in zip(self.noises, mean, strict=True)
+            if (found := crossing(self.decays, row)) is not None
+        ]
+        return [noise for noise, _ in both], [found for _, found in both]
+
+
+def fit(boundary: Boundary, without_noise: Boundary, resamples: int = 2000) -> dict[str, Any]:
+    """The boundary γ(σ) and its exponent, and the exponent of γ(σ) − γ(0), each with 95 %.
+
+    without_noise: of σ = 0 alone, where the noise of batches has a boundary of its own. Intervals
+    are from resampling seeds with replacement (percentiles). Levels of noise without a crossing on
+    the grid are left out and named. Raises ValueError if fewer than 3 are left, or γ(0) is not on
+    its grid.
     """
-    generator = np.random.default_rng(0)
-    seeds = cosines.shape[2]
-
-    def of(chosen: Any) -> tuple[list[float], list[float]]:
-        mean = cosines[:, :, chosen].mean(2)
-        both = [(s, c) for s, row in zip(noises, mean, strict=True) if (c := crossing(decays, row))]
-        return [s for s, _ in both], [c for _, c in both]
-
-    found, boundaries = of(np.arange(seeds))
-    if len(found) < 3:
+    seeds = boundary.cosines.shape[2]
+    everyone = np.arange(seeds)
+    noises, decays = boundary.of(everyone)
+    _, floors = without_noise.of(everyone)
+    if len(noises) < 3:
         raise ValueError(
-            f"the boundary crosses the grid at {len(found)} noise levels, must at 3 at least: "
+            f"the boundary crosses the grid at {len(noises)} noise levels, must at 3 at least: "
             "widen the range of decays"
         )
-    slope, intercept = exponent(found, boundaries)
+    if not floors:
+        raise ValueError("without noise there is no crossing on the grid: widen its decays")
+    generator = np.random.default_rng(0)
     slopes = []
     for _ in range(resamples):
-        sigma, gamma = of(generator.integers(0, seeds, seeds))
-        if len(sigma) >= 3:
-            slopes.append(exponent(sigma, gamma)[0])
-    low, high = np.percentile(slopes, [2.5, 97.5])
+        chosen = generator.integers(0, seeds, seeds)
+        levels, found = boundary.of(chosen)
+        _, floor = without_noise.of(chosen)
+        if len(levels) >= 3 and floor and min(found) > floor[0]:
+            above = [value - floor[0] for value in found]
+            slopes.append((exponent(levels, found)[0], exponent(levels, above)[0]))
+    plain, above = np.percentile(slopes, [2.5, 97.5], axis=0).T.tolist()
+    slope, intercept = exponent(noises, decays)
     return {
-        "noise": found,
-        "boundary": boundaries,
+        "noise": noises,
+        "boundary": decays,
         "exponent": slope,
-        "interval": [float(low), float(high)],
+        "interval": plain,
         "factor": float(np.exp(intercept)),
-        "left_out": [s for s in noises if s not in found],
+        "floor": floors[0],
+        "exponent_above": exponent(noises, [d - floors[0] for d in decays])[0],
+        "interval_above": above,
+        "left_out": [noise for noise in boundary.noises if noise not in noises],
     }
 
 
