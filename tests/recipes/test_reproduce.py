@@ -16,6 +16,7 @@ from ghl.cli import main
 from ghl.recipes.reproduce import (
     cells,
     command,
+    dynamics,
     options,
     phase,
     phase_diagram,
@@ -253,11 +254,12 @@ def test_cross_entropy_of_a_stack():
     assert sce.cross_entropy(classes)(output).tolist() == pytest.approx(expected)
 
 
-def test_a_trial_of_the_sweeps_and_rules(tmp_path):
-    words = "reproduce generalisation batch lr noise rules --seeds 1 --processes 1 --shorten 100"
+def test_a_trial_of_the_other_experiments(tmp_path):
+    names = "generalisation batch lr noise rules early neurons"
+    words = f"reproduce {names} --seeds 1 --processes 1 --shorten 100"
     assert main([*words.split(), "--out", str(tmp_path)]) == 0
     text = (tmp_path / "report.md").read_text()
-    for name in ("generalisation", "batch", "lr", "noise", "rules"):
+    for name in names.split():
         assert f"]({name}.png)" in text
         assert (tmp_path / f"{name}.csv").read_text().count("\n") > 4
 
@@ -272,6 +274,35 @@ def test_a_sweep_varies_what_it_says():
     assert stacked["weight_norm"][1][0] < 0.5 * stacked["weight_norm"][0][0]
     small, large = (sweep.cell("batch", [b], [0], fixed, 40)["cosine"] for b in (8.0, 64.0))
     assert small != large
+
+
+@pytest.mark.parametrize("a", [0.0, 0.8])
+def test_autocorrelation_time_of_a_known_process(a):
+    """x' = a x + noise has (1 + a) / (1 − a)."""
+    noise, x = np.random.default_rng(0).normal(size=40_000), np.zeros(40_000)
+    for t in range(1, len(x)):
+        x[t] = a * x[t - 1] + noise[t]
+    time = dynamics.autocorrelation_time(x)
+    assert time == pytest.approx((1 + a) / (1 - a), rel=0.1)
+    assert math.isnan(dynamics.autocorrelation_time(np.ones(10)))
+
+
+def test_series_start_at_the_first_step():
+    """The first cosine is that of the initial weights, for the layer and its neurons."""
+    layer, single_neurons = dynamics.series("relu", 2.0, 0.1, 3, 1)
+    _, later = dynamics.series("relu", 2.0, 0.1, 2, 1, skip=1)
+    torch.testing.assert_close(single_neurons[1:], later)
+    model = rules.student(0)
+    for index in (0, 2, 4):
+        model[index].weight.data *= 2
+    model[1] = model[3] = nn.ReLU()
+    x, y = sre.teach([0], 20_000)
+    rows = torch.randint(20_000, (64,), generator=torch.Generator().manual_seed(0))
+    with Monitor(model) as monitor:
+        (model(x[0, rows]) - y[0, rows]).square().mean().backward()
+        found = monitor.report()["2"]["batch"]
+    assert float(layer[0]) == pytest.approx(found["cosine"], abs=1e-5)
+    torch.testing.assert_close(single_neurons[0, 0], found["neurons"], rtol=1e-4, atol=1e-5)
 
 
 def test_students_as_modules_are_those_of_the_stack():

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ghl.recipes.errors import check_integer
-from ghl.recipes.reproduce import phase_diagram, regression, rules, sce, sweep, table
+from ghl.recipes.reproduce import dynamics, phase_diagram, regression, rules, sce, sweep, table
 from ghl.recipes.reproduce.cells import Cell, run
 from ghl.recipes.reproduce.report import Section, write
 
@@ -54,6 +54,12 @@ EXPERIMENTS = {
     "phase": Experiment(lambda s: phase_diagram.cells(s.seeds, s.shorten), phase_diagram.summarize),
     "regression": Experiment(regression.cells, regression.summarize),
     **{name: sweep_experiment(name) for name in sweep.SWEEPS},
+    "early": Experiment(
+        lambda s: dynamics.early_cells(s.seeds, s.shorten), dynamics.summarize_early
+    ),
+    "neurons": Experiment(
+        lambda s: dynamics.neuron_cells(s.seeds, s.shorten), dynamics.summarize_neurons
+    ),
     "rules": Experiment(lambda s: rules.cells(s.seeds, s.shorten), rules.summarize),
 }
 

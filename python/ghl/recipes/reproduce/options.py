@@ -12,6 +12,8 @@ EXPERIMENTS = {
     "phase": "3. noise against weight decay: the boundary and its exponent",
     "regression": "3. linear regression against its closed form",
     "generalisation": "4. generalisation against alignment",
+    "early": "5. the first steps",
+    "neurons": "6. neurons one by one",
     "batch": "7. batch size",
     "lr": "8. learning rate",
     "noise": "9. noise under Adam",

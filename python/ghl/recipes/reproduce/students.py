@@ -154,3 +154,13 @@ def alignment(stack: Stack, layers: Sequence[tuple[Tensor, Tensor]], layer: int)
     direction = torch.bmm(h.mT, x)
     inner = -(gradient * direction).sum((1, 2))
     return inner / (gradient.flatten(1).norm(dim=1) * direction.flatten(1).norm(dim=1))
+
+
+@torch.no_grad()
+def neurons(stack: Stack, layers: Sequence[tuple[Tensor, Tensor]], layer: int) -> Tensor:
+    """As `alignment`, of each neuron: (n, K)."""
+    x, h = layers[layer]
+    gradient = stack.weights[layer].grad
+    assert gradient is not None
+    direction = torch.bmm(h.mT, x)
+    return -(gradient * direction).sum(2) / (gradient.norm(dim=2) * direction.norm(dim=2))
