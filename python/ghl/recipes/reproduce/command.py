@@ -50,16 +50,21 @@ def sweep_experiment(name: str) -> Experiment:
 EXPERIMENTS = {
     "sce": Experiment(lambda s: sce.cells(s.seeds, s.root, s.shorten), sce.summarize),
     "table": Experiment(table_cells("mlp"), table.summarize),
+    "length-sgd": sweep_experiment("length-sgd"),
+    "length-dfa": sweep_experiment("length-dfa"),
     "transformer": Experiment(table_cells("transformer"), table.summarize_transformer),
     "phase": Experiment(lambda s: phase_diagram.cells(s.seeds, s.shorten), phase_diagram.summarize),
     "regression": Experiment(regression.cells, regression.summarize),
-    **{name: sweep_experiment(name) for name in sweep.SWEEPS},
+    "generalisation": sweep_experiment("generalisation"),
     "early": Experiment(
         lambda s: dynamics.early_cells(s.seeds, s.shorten), dynamics.summarize_early
     ),
     "neurons": Experiment(
         lambda s: dynamics.neuron_cells(s.seeds, s.shorten), dynamics.summarize_neurons
     ),
+    "batch": sweep_experiment("batch"),
+    "lr": sweep_experiment("lr"),
+    "noise": sweep_experiment("noise"),
     "rules": Experiment(lambda s: rules.cells(s.seeds, s.shorten), rules.summarize),
 }
 

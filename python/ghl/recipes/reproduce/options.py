@@ -8,6 +8,8 @@ from pathlib import Path
 EXPERIMENTS = {
     "sce": "1. classification: alignment against weight decay, four activations",
     "table": "2. the table of SRE: MLP",
+    "length-sgd": "2. length of training: SGD",
+    "length-dfa": "2. length of training: DFA",
     "transformer": "2. the table of SRE: transformer",
     "phase": "3. noise against weight decay: the boundary and its exponent",
     "regression": "3. linear regression against its closed form",

@@ -1,4 +1,4 @@
-"""Experiments 4, 7, 8 and 9: one setting of the MLP students varied, all others as in the table.
+"""Experiments 4, 7, 8, 9 and the lengths of 2: one setting of the MLP students varied.
 
 Each is a list of values, a cell for each (or one for all, where they can be stacked), and a line of
 alignment and held-out error against the value.
@@ -32,6 +32,7 @@ class Sweep:
     values: tuple[float, ...]
     fixed: dict[str, Any]
     logarithmic: bool = True
+    decay: float = DECAY
 
     @property
     def stacked(self) -> bool:
@@ -39,8 +40,18 @@ class Sweep:
         return self.setting in ("decay", "noise")
 
 
+FEWEST = 35  # steps that sre.Students can measure
+LENGTHS = (200, 500, 1000, 2000, 4000)
+LONG = "How far the table's figure depends on the length of training, which the paper leaves open."
 SGD = {"rule": "sgd", "lr": 0.1}
 SWEEPS = {
+    "length-sgd": Sweep(
+        "2. Length of training: SGD at γ = 5e-3", LONG, "steps", LENGTHS, SGD, decay=5e-3,
+    ),
+    "length-dfa": Sweep(
+        "2. Length of training: DFA at γ = 0", LONG, "steps", LENGTHS, {"rule": "dfa", "lr": 0.1},
+        decay=0.0,
+    ),
     "generalisation": Sweep(
         "4. Generalisation against alignment",
         "Weight decay varied with a training set of 500 examples: the held-out error beside the "
@@ -65,12 +76,17 @@ SWEEPS = {
 
 
 def cell(
-    setting: str, values: Sequence[float], seeds: Sequence[int], fixed: dict[str, Any], steps: int
+    setting: str,
+    values: Sequence[float],
+    seeds: Sequence[int],
+    fixed: dict[str, Any],
+    steps: int,
+    base_decay: float = DECAY,
 ) -> dict[str, Any]:
     """Every quantity as (values, seeds); several values only of a setting that can be stacked."""
     settings = {**fixed, "steps": steps}
     n = len(values) * len(seeds)
-    decay, noise = torch.full((n,), DECAY), None
+    decay, noise = torch.full((n,), base_decay), None
     varied = torch.tensor([v for v in values for _ in seeds])
     if setting == "decay":
         decay = varied
@@ -78,7 +94,7 @@ def cell(
         noise = varied
     else:
         (value,) = values
-        settings[setting] = int(value) if setting == "batch" else value
+        settings[setting] = int(value) if setting in ("batch", "steps") else value
     found = sre.train(sre.Students(**settings), [s for _ in values for s in seeds], decay, noise)
     shape = (len(values), len(seeds))
     return {name: torch.tensor(found[name]).view(shape).tolist() for name in QUANTITIES}
@@ -89,17 +105,26 @@ def cells(name: str, seeds: int, shorten: int = 1) -> list[Cell]:
     sweep = SWEEPS[name]
     seeds = min(seeds, SEEDS)
     common = {"seeds": list(range(seeds)), "fixed": sweep.fixed, "steps": STEPS // shorten}
+    if sweep.decay != DECAY:
+        common["base_decay"] = sweep.decay
+    values = list(sweep.values)
+    if sweep.setting == "steps":
+        values = sorted({max(FEWEST, int(v) // shorten) for v in values})
     function = "ghl.recipes.reproduce.sweep:cell"
-    groups = [list(sweep.values)] if sweep.stacked else [[v] for v in sweep.values]
+    groups = [values] if sweep.stacked else [[v] for v in values]
     return [
         Cell(
             f"{name}-{'all' if sweep.stacked else format(group[0], 'g')}",
             function,
             {"setting": sweep.setting, "values": group, **common},
-            cost=len(group) * (group[0] / 64 if name == "batch" else 1),
+            cost=len(group) * relative_cost(sweep.setting, group[0]),
         )
         for group in groups
     ]
+
+
+def relative_cost(setting: str, value: float) -> float:
+    return value / {"batch": 64, "steps": STEPS}.get(setting, value) if value else 1.0
 
 
 def summarize(name: str) -> Callable[[Mapping[str, dict[str, Any]], Path], Section]:
@@ -130,11 +155,17 @@ def summarize(name: str) -> Callable[[Mapping[str, dict[str, Any]], Path], Secti
                 for value, quantities in points
             ],
             f"{name}.png",
-            [f"{settings}; {stored['steps']} steps, {len(stored['seeds'])} seeds; all else as in "
-             "experiment 2. No published figures at hand."],
+            [f"{settings}; {steps_text(sweep, stored)}, {len(stored['seeds'])} seeds; all else as "
+             "in experiment 2. No published figures at hand."],
         )  # fmt: skip
 
     return section
+
+
+def steps_text(sweep: Sweep, arguments: Mapping[str, Any]) -> str:
+    if sweep.setting == "steps":
+        return "the last fifth of that many steps"
+    return f"{arguments['steps']} steps"
 
 
 def text(values: Sequence[float]) -> str:

@@ -168,6 +168,8 @@ def notes(found: Mapping[tuple[str, str, float], Any]) -> list[str]:
         "biases drawn as nn.Linear draws them; weight decay added to the gradient (for Adam too, "
         "before its scaling) and on biases too; the alignment is the mean over every 7th step of "
         "the last fifth of training, each of its own batch.",
+        "Where ours differ by more than their spread: the figures move with the length of "
+        "training, which the sections on it show for SGD and DFA, and with the clip of RandomNN.",
         f"RandomNN: updates clipped to {CLIP:g} of a parameter's initial norm, that norm the "
         "target, normal biases of variance 1 in the random network. Where the norm hovers at its "
         "target, the mean cosine is proportional to γ/clip: it is set by the clip, not measured "
