@@ -139,5 +139,6 @@ def summarize(results: Mapping[str, dict[str, Any]], out: Path) -> Section:
         "rules.png",
         [f"SGD, {stored['arguments']['steps']} steps of {BATCH}, learning rate {LR:g} and for the "
          f"swapped layers {rates}. `hebb` is Oja's rule under softmax competition, `oja` under "
-         "none; both walk along H whatever the loss says."],
+         "none; both walk along H whatever the loss says. Against a normalised update the same γ "
+         "weighs less than against a small gradient."],
     )  # fmt: skip
