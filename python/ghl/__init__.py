@@ -3,6 +3,7 @@
 Kernels and operators are `ghl_kernels`; recipes and the command line are loaded on demand.
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from ghl.layers import Conv2d, Linear
@@ -11,15 +12,19 @@ from ghl.swap import Report, swap, unswap
 from ghl_kernels import Rule
 
 if TYPE_CHECKING:
+    from ghl import alignment
     from ghl.deferred import synchronize
 
-__all__ = ["Conv2d", "Linear", "Report", "Rule", "param_groups", "swap", "synchronize", "unswap"]
+__all__ = [
+    "Conv2d", "Linear", "Report", "Rule", "alignment", "param_groups", "swap", "synchronize",
+    "unswap",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
-    """`synchronize`, when it is first used: sharded tensors take a second to import."""
-    if name != "synchronize":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from ghl.deferred import synchronize
-
-    return synchronize
+    """What takes a second to import (sharded tensors, for one), when it is first used."""
+    if name == "alignment":
+        return importlib.import_module("ghl.alignment")
+    if name == "synchronize":
+        return importlib.import_module("ghl.deferred").synchronize
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

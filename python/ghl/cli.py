@@ -135,6 +135,32 @@ def no_arguments(parser: argparse.ArgumentParser) -> None:
     """For a sub-command without options."""
 
 
+def align_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `ghl align`."""
+    parser.add_argument("dir", type=Path, metavar="DIR", help="directory with an alignment.csv")
+
+
+def align(args: argparse.Namespace) -> int:
+    """Run `ghl align`."""
+    from ghl.recipes.align import align as draw
+
+    return draw(args)
+
+
+def reproduce_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `ghl reproduce`."""
+    from ghl.recipes.reproduce.options import arguments
+
+    arguments(parser)
+
+
+def reproduce(args: argparse.Namespace) -> int:
+    """Run `ghl reproduce`."""
+    from ghl.recipes.reproduce.command import reproduce as reproduce_all
+
+    return reproduce_all(args)
+
+
 def doctor(args: argparse.Namespace) -> int:
     """Run `ghl doctor`."""
     from ghl.doctor import main as doctor_main
@@ -176,6 +202,8 @@ COMMANDS = (
     Command("train", "train a network under a learning rule", train_arguments, train),
     Command("eval", "test accuracy of a run's checkpoint", eval_arguments, evaluate),
     Command("bench", "time layers, tune tiles", bench_arguments, bench),
+    Command("align", "figures of a run's recorded alignment", align_arguments, align),
+    Command("reproduce", "experiments on Hebbian alignment", reproduce_arguments, reproduce),
     Command("doctor", "what is installed, compiled and used here", no_arguments, doctor),
 )
 

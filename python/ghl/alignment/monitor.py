@@ -1,0 +1,297 @@
+"""The Monitor: which steps are measured, what the hooks of a step add up to, the report.
+
+Trains nothing and changes nothing; which weights there are is in `targets.py`, arithmetic in
+`sums.py`, `samples.py` and `statistics.py`.
+"""
+
+from __future__ import annotations
+
+import weakref
+from functools import partial
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim.optimizer import (
+    Optimizer,
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+
+import ghl_kernels.ops  # noqa: F401  registers torch.ops.ghl_kernels
+from ghl.alignment import hooks
+from ghl.alignment.attention import Projections
+from ghl.alignment.statistics import to_numbers
+from ghl.alignment.sums import Use
+from ghl.alignment.targets import find_targets
+from ghl.alignment.track import Track
+from ghl_kernels import Rule
+from ghl_kernels.rule import check_choice
+
+DIRECTIONS = {
+    "hebb": Rule(competition="linear", decay="none"),
+    "oja": Rule(competition="linear", decay="oja"),
+    "ghl": Rule(),
+}
+STATISTICS = {"batch": (True, False), "sample": (False, True), "both": (True, True)}
+_monitored: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Monitor]] = weakref.WeakKeyDictionary()
+
+
+class Monitor:
+    """Measures every `every`-th step of a model's training, from the first (arXiv 2505.18069).
+
+    S = −∂ℓ/∂W, without weight decay; for a layer that ghl.swap gave a rule, what the rule adds.
+    B = h_b h_aᵀ: a layer's input h_a, its output h_b without bias. Positive is Hebbian.
+
+    hebbian: the direction B: `hebb`, `oja` (B less its decay), `ghl`, or a Rule, of which
+        competition, tau and decay count. A competition sees the output with bias.
+    statistic: `batch` (cosine of means), `sample` (mean of cosines), `both`. A row is a sample:
+        a token or an output position counts as one.
+    loss: whether the loss is a `mean` over rows (of a rank) or a `sum`; it scales inner products.
+    signal: `autograd`, or `given` where a learning rule hands it to `measure`.
+    distributed: sum over all ranks of the process group, if there is one: on measured steps each
+        must run the same model. False where ranks train models of their own.
+
+    Under a GradScaler inner products are those of the scaled loss; cosines are not affected.
+
+    A step ends with `optimizer.step()` of the optimizer that has the weight, or with `step()`; all
+    backwards until then add up. A measured step keeps G, H0 and a copy of W, each of the weight's
+    size, and signs in int8 from the step before; the other steps cost a call per layer.
+    Raises ValueError or TypeError, naming the argument.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        every: int = 1,
+        hebbian: str | Rule = "hebb",
+        statistic: str = "both",
+        loss: str = "mean",
+        signal: str = "autograd",
+        distributed: bool = True,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model is {type(model).__name__}, must be an nn.Module")
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise ValueError(f"every is {every!r}, must be an integer of at least 1")
+        if not isinstance(hebbian, Rule):
+            check_choice("hebbian", hebbian, DIRECTIONS)
+            hebbian = DIRECTIONS[hebbian]
+        check_choice("statistic", statistic, STATISTICS)
+        check_choice("loss", loss, ("mean", "sum"))
+        check_choice("signal", signal, ("autograd", "given"))
+        targets = find_targets(model)
+        for target in targets:
+            for module in target.classes:
+                if (other := _monitored.get(module)) is not None and other() is not None:
+                    raise ValueError(
+                        f"model has a Monitor already (on {target.names[0]!r}): remove() it first"
+                    )
+        batch, sample = STATISTICS[statistic]
+        self.every, self.given = every, signal == "given"
+        self._distributed = distributed
+        self._tracks = [
+            Track(t, hebbian, batch, sample and not self.given, loss == "mean", self.given)
+            for t in targets
+        ]
+        self._by_name = {name: track for track in self._tracks for name in track.target.names}
+        self._by_weight = {
+            id(t.target.weight): t for t in self._tracks if t.target.weight is not None
+        }
+        self._attention: list[Projections | None] = []
+        self._handles: list[Any] = [
+            register_optimizer_step_pre_hook(weak(self, "_before_step")),
+            register_optimizer_step_post_hook(weak(self, "_after_step")),
+        ]
+        for module in dict.fromkeys(m for target in targets for m in target.classes):
+            _monitored[module] = weakref.ref(self)
+        # no hook where nothing can be measured: reading a parametrized weight would change it
+        measurable = (t for t in targets if t.gap is None)
+        for module in dict.fromkeys(m for target in measurable for m in target.classes):
+            self._attach(module)
+
+    def _attach(self, module: nn.Module) -> None:
+        if not isinstance(module, nn.MultiheadAttention):
+            hook: Any = hooks.Hook(weak(self, "_after_forward"))
+            self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
+            return
+        enter, leave = (hooks.Hook(weak(self, n)) for n in ("_enter", "_leave"))
+        self._handles.append(module.register_forward_pre_hook(enter))  # type: ignore[arg-type]
+        self._handles.append(
+            module.register_forward_hook(leave, always_call=True)  # type: ignore[arg-type]
+        )
+
+    def remove(self) -> None:
+        """Take every hook off; the last report stays readable."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        for track in self._tracks:
+            for module in track.target.classes:
+                if (owner := _monitored.get(module)) is not None and owner() is self:
+                    del _monitored[module]
+
+    def __enter__(self) -> Monitor:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.remove()
+
+    @property
+    def measuring(self) -> bool:
+        """Whether the step in progress is measured."""
+        return any(t.steps % self.every == 0 for t in self._tracks if t.target.gap is None)
+
+    def report(self) -> dict[str, dict[str, Any]]:
+        """The last measured step, by name of the layer; waits for the device.
+
+        Each layer has `batch`, `sample`, `update` (of W after − W before the optimizer's step):
+        {cosine, inner, neurons: (K) cosines}; `weight_norm`, `hebbian_share`,
+        `anti_hebbian_share`, `sign_flips` (the share of entries of weight.grad that changed their
+        sign since the step before), `step`; None where there is nothing to say, with the reason in
+        `gaps`: {name of the part, or `layer`: reason}.
+        """
+        alone = not self._is_distributed()
+        found = {id(t): to_numbers(t.measurement(self.every, alone)) for t in self._tracks}
+        return {name: found[id(track)] for name, track in self._by_name.items()}
+
+    def measure(self, name: str, signal: Tensor) -> None:
+        """Take `signal`, of the weight's shape, as what a rule adds to the weight before decay.
+
+        For rules that do not come from autograd: a Monitor with signal="given" has the Hebbian
+        direction from the forwards in training mode. Several signals of a step add up; on steps
+        that are not measured nothing happens. Raises KeyError, ValueError or RuntimeError.
+        """
+        if not self.given:
+            raise RuntimeError("signal is 'autograd', must be 'given' for measure(): make it anew")
+        if name not in self._by_name:
+            raise KeyError(f"name is {name!r}, must be one of {', '.join(self._by_name)}")
+        track = self._by_name[name]
+        weight = track.target.weight
+        if weight is not None and signal.shape != weight.shape:
+            raise ValueError(
+                f"signal has shape {tuple(signal.shape)}, must be {tuple(weight.shape)} like the "
+                f"weight of {name!r}"
+            )
+        if track.steps % self.every == 0:
+            track.give(signal)
+
+    def step(self) -> None:
+        """End a step by hand, where no torch.optim optimizer does; `update` is then a gap."""
+        for track in self._tracks:
+            track.close(self.every, self._is_distributed())
+            track.after(None)
+
+    def _is_distributed(self) -> bool:
+        ready = self._distributed and dist.is_available() and dist.is_initialized()
+        return ready and dist.get_world_size() > 1
+
+    def _after_forward(self, module: nn.Module, args: tuple, kwargs: dict, y: Any) -> None:
+        weight = module._parameters.get("weight")
+        track = self._by_weight.get(id(weight))
+        if track is None or weight is None:
+            for other in self._tracks:
+                if module in other.target.classes and other.steps % self.every == 0:
+                    other.sums.problem = "its weight is another one than when the Monitor was made"
+            return
+        if track.steps % self.every:
+            return
+        x = args[0] if args else kwargs["input"]
+        if track.target.gap is None and self._wanted(track, module, y):
+            self._watch(track, hooks.use_of(module, x, y, weight), y, module.training)
+
+    def _wanted(self, track: Track, module: nn.Module, y: Tensor) -> bool:
+        """Whether this forward is one of training; evaluation without gradients is none."""
+        if track.target.swapped_since():
+            track.sums.problem = "was swapped after the Monitor was attached: attach it anew"
+            return False
+        return module.training if self.given else torch.is_grad_enabled() and y.requires_grad
+
+    def _watch(self, track: Track, use: Use, y: Tensor, training: bool) -> None:
+        track.begin()
+        sums = track.sums
+        if self.given:
+            sums.uses += 1
+            sums.add(use, torch.zeros_like(use.y))
+            return
+        recomputed = torch._C._current_graph_task_id() != -1  # by activation checkpointing
+        sums.uses += not recomputed
+
+        def arrive(g: Tensor) -> None:
+            if sums is not track.sums:
+                return  # of a forward whose step has ended
+            if not training:
+                sums.problem = "ran in evaluation mode: call model.train()"
+            sums.add(use, g)
+
+        hooks.on_gradient(y, arrive)
+
+    def _enter(self, module: nn.MultiheadAttention, args: tuple) -> None:
+        observed = module.training if self.given else torch.is_grad_enabled()
+        measured = any(
+            track.steps % self.every == 0 and module in track.target.classes
+            for track in self._tracks
+        )
+        mode = Projections(partial(self._projection, module)) if observed and measured else None
+        self._attention.append(mode)
+        if mode is not None:
+            mode.__enter__()
+
+    def _leave(self, module: nn.MultiheadAttention, args: tuple, y: Any) -> None:
+        mode = self._attention.pop() if self._attention else None
+        if mode is not None:
+            mode.__exit__(None, None, None)
+
+    def _projection(
+        self,
+        module: nn.MultiheadAttention,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        y: Tensor,
+    ) -> None:
+        whole: Any = weight if id(weight) in self._by_weight else weight._base
+        track = self._by_weight.get(id(whole))
+        if track is None or track.steps % self.every or track.target.gap is not None:
+            return
+        neurons = slice(None)
+        if whole is not weight:
+            first = (weight.storage_offset() - whole.storage_offset()) // whole.shape[1]
+            neurons = slice(first, first + weight.shape[0])
+        if self._wanted(track, module, y):
+            use = hooks.linear_use(x, weight, bias, y, neurons)
+            self._watch(track, use, y, module.training)
+
+    def _of(self, optimizer: Optimizer) -> list[Track]:
+        weights = (p for group in optimizer.param_groups for p in group["params"])
+        return [self._by_weight[id(w)] for w in weights if id(w) in self._by_weight]
+
+    def _before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+        closure = any(callable(a) for a in (*args[1:], *kwargs.values()))
+        for track in self._of(optimizer):
+            if closure:
+                track.sums.problem = "optimizer.step was given a closure, which is not supported"
+            track.close(self.every, self._is_distributed(), update=True)
+
+    def _after_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+        for track in self._of(optimizer):
+            track.after(optimizer)
+
+
+def weak(monitor: Monitor, method: str) -> Any:
+    """A call of a method that does not keep the Monitor alive; nothing once it is gone."""
+    reference = weakref.ref(monitor)
+
+    def call(*args: Any, **kwargs: Any) -> None:
+        owner = reference()
+        if owner is not None:
+            getattr(owner, method)(*args, **kwargs)
+
+    return call

@@ -1,0 +1,212 @@
+"""What one weight gathers in one measured step: sums that are linear in the data, and its uses.
+
+Uses may be several in a forward, in several forwards and on several ranks: everything here adds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ghl.alignment import samples
+from ghl_kernels import Rule
+from ghl_kernels.checks import sum_dtype
+from ghl_kernels.composed import compete
+
+ALL = slice(None)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """A convolution as the operators take it; its x is padded beforehand where zeros do not do."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+
+class Use:
+    """One use of a weight in a forward: x and y, kept until the gradient of y arrives.
+
+    neurons: the weight's rows that it uses. again: computes y anew, should it be overwritten in
+    place by then; an x that was overwritten is a gap.
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        y: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        again: Callable[[Tensor], Tensor],
+        geometry: Geometry | None = None,
+        neurons: slice = ALL,
+    ) -> None:
+        self.x, self.y, self.weight = x.detach(), y.detach(), weight.detach()
+        self.bias = None if bias is None else bias.detach()
+        self.versions = x._version, y._version
+        self.again, self.geometry, self.neurons = again, geometry, neurons
+        self.arrivals = 0
+
+    def activations(self) -> tuple[Tensor, Tensor] | None:
+        """x and y as batches in the dtype of y; None if x is not what it was any more."""
+        x, y = self.x, self.y
+        if x._version != self.versions[0]:
+            return None
+        if y._version != self.versions[1]:
+            y = self.again(x.to(y.dtype)).detach()
+        return self.as_batch(x.to(y.dtype)), self.as_batch(y)
+
+    def as_batch(self, t: Tensor) -> Tensor:
+        """(rows, features) for a linear layer, (N, C, H, W) for a convolution."""
+        if self.geometry is None:
+            return t.reshape(-1, t.shape[-1])
+        return t if t.dim() == 4 else t[None]
+
+
+class Sums:
+    """G (K, ...), H0 (K, ...), Σu (K) as the pair operators give them, and sums of samples.
+
+    problem: why none of it may be reported; sample_problem: why not the sample statistic.
+    """
+
+    def __init__(self, weight: nn.Parameter, rule: Rule, batch: bool, sample: bool) -> None:
+        self.rule, self.batch, self.sample = rule, batch, sample
+        self.shape, self.device, self.dtype = weight.shape, weight.device, sum_dtype(weight.dtype)
+        self.compute_dtype = weight.dtype
+        self.problem: str | None = None
+        self.sample_problem: str | None = None
+        self.elsewhere: Tensor | None = None  # number of ranks with a problem
+        self.zeroed: Tensor | None = None  # whether earlier gradients were set to zero, not None
+        self.uses = self.answered = 0
+        self.rows = 0.0
+        self._all_rows: Tensor | None = None  # of all ranks
+        self.G: Tensor | None = None
+        self.H0: Tensor | None = None
+        self.u_sum: Tensor | None = None
+        self.neurons: Tensor | None = None  # (K, 3), of samples.measure
+        self.layer: Tensor | None = None  # (3)
+
+    @torch.no_grad()
+    def add(self, use: Use, g: Tensor) -> None:
+        """Add a use whose ∂ℓ/∂y is g. A second backward through it adds to the signal alone."""
+        found = use.activations()
+        if found is None:
+            self.problem = "its input was overwritten in place after its forward"
+            return
+        use.arrivals += 1
+        self.answered += use.arrivals == 1
+        x, y = found
+        self.compute_dtype = y.dtype
+        with torch.autocast(y.device.type, enabled=False):
+            g = use.as_batch(g.detach().to(y.dtype))
+            h = y
+            if use.bias is not None:
+                h = y - use.bias.to(y.dtype).view(1, -1, *[1] * (y.dim() - 2))
+            linear = self.rule.competition == "linear"
+            if use.arrivals == 1:
+                share = use.weight.shape[0] / self.shape[0]
+                self.rows += share * (y.numel() // y.shape[1])
+            if self.batch:
+                self._add_batch(use, x, h if linear else y, g)
+            if self.sample:
+                self._add_samples(use, x, h if linear else y, h, g)
+
+    def note_zeroed(self, gradient: Tensor) -> None:
+        """Look, without waiting, whether what earlier backwards have left is still there."""
+        zero = (gradient.detach() == 0).all()
+        self.zeroed = zero if self.zeroed is None else self.zeroed | zero
+
+    def _add_batch(self, use: Use, x: Tensor, y: Tensor, g: Tensor) -> None:
+        choices = self.rule.competition, self.rule.tau, self.rule.decay == "instar"
+        if use.geometry is None:
+            pair = torch.ops.ghl_kernels.linear_pair(x, y, g, use.weight, *choices)
+        else:
+            place = use.geometry
+            pair = torch.ops.ghl_kernels.conv2d_pair(
+                x, y, g, use.weight, place.stride, place.padding, place.dilation, place.groups,
+                *choices,
+            )  # fmt: skip
+        G, H0, totals = pair
+        self._accumulate("G", G, use.neurons)
+        if use.arrivals == 1:
+            self._accumulate("H0", H0, use.neurons)
+            self._accumulate("u_sum", totals[:-1], use.neurons)
+
+    def _add_samples(self, use: Use, x: Tensor, y: Tensor, h: Tensor, g: Tensor) -> None:
+        if use.arrivals > 1:
+            self.sample_problem = "cosines of a signal that came in several backwards do not add"
+            return
+        place = use.geometry
+        groups = 1 if place is None else place.groups
+        x, y, h, g, w = (t.to(self.dtype) for t in (x, y, h, g, use.weight))
+        u = compete(y, self.rule.competition, self.rule.tau)
+        if place is None:
+            x2 = x.square().sum(1).view(-1, 1, 1, 1)
+        else:
+            x2 = samples.patch_norms(
+                x, tuple(w.shape[2:]), place.stride, place.padding, place.dilation, groups
+            ).unsqueeze(2)
+        w2 = w.flatten(1).square().sum(1).view(groups, -1, 1)
+        h, u, g = (t.reshape(t.shape[0], groups, t.shape[1] // groups, -1) for t in (h, u, g))
+        neurons, layer = samples.measure(x2, w2, h, u, g, self.rule.decay)
+        self._accumulate("neurons", neurons, use.neurons)
+        self.layer = layer if self.layer is None else self.layer + layer
+
+    def _accumulate(self, field: str, value: Tensor, neurons: slice) -> None:
+        held: Tensor | None = getattr(self, field)
+        if held is None and neurons == ALL:
+            setattr(self, field, value)
+            return
+        if held is None:
+            held = value.new_zeros((self.shape[0], *value.shape[1:]))
+            setattr(self, field, held)
+        held[neurons] += value
+
+    def totals(self) -> Tensor:
+        """Σu and the number of rows, as `merge` takes them."""
+        assert self.u_sum is not None
+        return torch.cat([self.u_sum, self.count(self.u_sum).view(1)])
+
+    def count(self, like: Tensor) -> Tensor:
+        """The number of rows as a tensor () where `like` is, without a copy from the host."""
+        return like.new_full((), self.rows) if self._all_rows is None else self._all_rows.to(like)
+
+    def reduce(self, mean_loss: bool) -> None:
+        """Sum over all ranks, with one collective; every rank must call it for every weight.
+
+        A loss that is a mean is averaged over ranks, as DDP averages gradients.
+        """
+        problems = float(self.problem is not None)
+        fields = {"elsewhere": self._full((), problems), "_all_rows": self._full((), self.rows)}
+        neurons = self.shape[0]
+        shapes: dict[str, tuple[int, ...]] = {}
+        if self.batch:
+            shapes |= {"G": self.shape, "H0": self.shape, "u_sum": (neurons,)}
+        if self.sample:
+            shapes |= {"neurons": (neurons, 3), "layer": (3,)}
+        for name, shape in shapes.items():
+            held = getattr(self, name)
+            fields[name] = self._full(shape, 0.0) if held is None else held
+        flat = torch.cat([t.reshape(-1) for t in fields.values()])
+        dist.all_reduce(flat)
+        parts = flat.split([t.numel() for t in fields.values()])
+        for (name, t), part in zip(fields.items(), parts, strict=True):
+            setattr(self, name, part.view(t.shape))
+        if mean_loss:
+            self._scale_signal(1 / dist.get_world_size())
+
+    def _full(self, shape: tuple[int, ...], value: float) -> Tensor:
+        return torch.full(shape, value, dtype=self.dtype, device=self.device)
+
+    def _scale_signal(self, factor: float) -> None:
+        if self.G is not None:
+            self.G *= factor
+        if self.neurons is not None and self.layer is not None:
+            self.neurons[:, 0] *= factor
+            self.layer[0] *= factor

@@ -1,0 +1,36 @@
+"""The arguments of `ghl reproduce`, apart from what it runs: `ghl --help` imports nothing heavy."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+EXPERIMENTS = {
+    "sce": "1. classification: alignment against weight decay, four activations",
+    "table": "2. the table of SRE: MLP",
+    "length-sgd": "2. length of training: SGD",
+    "length-dfa": "2. length of training: DFA",
+    "transformer": "2. the table of SRE: transformer",
+    "phase": "3. noise against weight decay: the boundary and its exponent",
+    "regression": "3. linear regression against its closed form",
+    "generalisation": "4. generalisation against alignment",
+    "early": "5. the first steps",
+    "neurons": "6. neurons one by one",
+    "batch": "7. batch size",
+    "lr": "8. learning rate",
+    "noise": "9. noise under Adam",
+    "rules": "11. networks that learn by GHL and by Oja's rule",
+}
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `ghl reproduce`."""
+    listed = "; ".join(f"{name} ({text})" for name, text in EXPERIMENTS.items())
+    add = parser.add_argument
+    add("experiments", nargs="*", metavar="EXPERIMENT", help=f"all by default: {listed}")
+    add("--out", type=Path, default=Path("runs/reproduce"), metavar="DIR")
+    add("--seeds", type=int, default=10, help="of every MLP (fewer where an experiment says so)")
+    add("--transformer-seeds", type=int, default=3)
+    add("--processes", type=int, default=2, help="cells computed at a time, with a thread each")
+    add("--root", help="directory of CIFAR-10 or Fashion-MNIST, for sce")
+    add("--shorten", type=int, default=1, help="divide the length of every training, for a trial")

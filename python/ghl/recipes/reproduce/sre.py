@@ -1,0 +1,101 @@
+"""Student–teacher regression (SRE, arXiv 2505.18069): the data, and MLP students under one rule.
+
+A teacher of the student's architecture with another initialisation labels Gaussian inputs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ghl.recipes.reproduce.students import Learner, Stack, alignment, squared_error
+
+WIDTHS = (32, 128, 128, 32)
+TEACHER = 1_000_000  # added to a student's seed
+
+
+@dataclass(frozen=True)
+class Students:
+    """Settings of one cell: the paper leaves lr, steps, batch and what is averaged open."""
+
+    rule: str
+    lr: float
+    steps: int
+    batch: int = 64
+    activation: str = "tanh"
+    examples: int = 20_000
+    validation: int = 2_000
+    clip: float = 0.01
+    layer: int = 1  # the second
+    measured: float = 0.2  # the last part of training
+    every: int = 7  # odd: signs may alternate
+
+    def __post_init__(self) -> None:
+        if self.steps * self.measured < self.every:
+            least = math.ceil(self.every / self.measured)
+            raise ValueError(f"steps is {self.steps}, must be at least {least} for one measurement")
+
+
+def teach(seeds: Sequence[int], examples: int) -> tuple[Tensor, Tensor]:
+    """Inputs and the teachers' outputs, each (n, examples, 32)."""
+    inputs = [
+        torch.randn(examples, WIDTHS[0], generator=torch.Generator().manual_seed(TEACHER + s))
+        for s in seeds
+    ]
+    x = torch.stack(inputs)
+    teacher = Stack(WIDTHS, [2 * TEACHER + s for s in seeds], "tanh")
+    with torch.no_grad():
+        return x, torch.cat([teacher.forward(part)[0] for part in x.split(2000, 1)], 1)
+
+
+def train(
+    settings: Students, seeds: Sequence[int], decay: Tensor, noise: Tensor | None = None
+) -> dict[str, Any]:
+    """Train one student for each of `seeds`, `decay` and `noise` (n).
+
+    Each in the result (n): cosine, loss and validation loss, weight norm of the measured layer; the
+    cosine is the mean over the measured steps of training, of that step's batch.
+    """
+    distinct = list(dict.fromkeys(seeds))
+    which = torch.tensor([distinct.index(s) for s in seeds])
+    x, y = teach(distinct, settings.examples + settings.validation)
+    stack = Stack(WIDTHS, seeds, settings.activation)
+    learner = Learner(stack, settings.rule, settings.lr, decay, distinct[0], noise, settings.clip)
+    initial_norm = norms(stack, settings.layer)
+    order = torch.Generator().manual_seed(distinct[0])
+    per_epoch = settings.examples // settings.batch
+    cosines, losses = [], []
+    for step in range(settings.steps):
+        if step % per_epoch == 0:
+            shuffled = torch.randperm(settings.examples, generator=order)
+        start = step % per_epoch * settings.batch
+        rows = shuffled[start : start + settings.batch]
+        x_step, y_step = x[:, rows][which], y[:, rows][which]
+        learner.shake()
+        loss, layers = learner.gradients(x_step, squared_error(y_step))
+        if step >= settings.steps * (1 - settings.measured) and step % settings.every == 0:
+            cosines.append(alignment(stack, layers, settings.layer))
+            losses.append(loss)
+        learner.step()
+    held_out = slice(settings.examples, None)
+    with torch.no_grad():
+        output, _ = stack.forward(x[:, held_out][which])
+        validation = squared_error(y[:, held_out][which])(output)
+    return {
+        "cosine": torch.stack(cosines).mean(0).tolist(),
+        "loss": torch.stack(losses).mean(0).tolist(),
+        "validation_loss": validation.tolist(),
+        "validation_variance": y[:, held_out].var((1, 2))[which].tolist(),
+        "weight_norm": norms(stack, settings.layer),
+        "initial_norm": initial_norm,
+    }
+
+
+def norms(stack: Stack, layer: int) -> list[float]:
+    """The norm of a layer's weight in each network."""
+    return stack.weights[layer].detach().flatten(1).norm(dim=1).tolist()

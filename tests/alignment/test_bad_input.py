@@ -1,0 +1,225 @@
+"""What a Monitor refuses, and what it reports as a gap: never a wrong number."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
+
+import ghl
+from ghl.alignment import Monitor
+
+
+def model_of_two():
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+
+
+def gap(monitor, name="0", part="layer"):
+    found = monitor.report()[name]
+    assert found["batch"] is None and found["sample"] is None and found["hebbian_share"] is None
+    return found["gaps"][part]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"every": 0}, "every is 0, must be an integer of at least 1"),
+        ({"every": 2.5}, "every is 2.5"),
+        ({"every": True}, "every is True"),
+        ({"hebbian": "heb"}, "hebbian is 'heb'.*did you mean 'hebb'"),
+        ({"statistic": "all"}, "statistic is 'all', must be one of batch, sample, both"),
+        ({"loss": "median"}, "loss is 'median'"),
+        ({"signal": "dfa"}, "signal is 'dfa'"),
+    ],
+)
+def test_arguments(options, message):
+    with pytest.raises(ValueError, match=message):
+        Monitor(model_of_two(), **options)
+
+
+def test_models():
+    with pytest.raises(TypeError, match=r"model is Tensor, must be an nn\.Module"):
+        Monitor(torch.zeros(1))
+    with pytest.raises(ValueError, match="model is ReLU without a layer to measure"):
+        Monitor(nn.ReLU())
+
+
+def test_attached_twice():
+    model = model_of_two()
+    first = Monitor(model)
+    for again in (model, nn.Sequential(model), model[2]):
+        with pytest.raises(ValueError, match=r"has a Monitor already .*remove\(\) it first"):
+            Monitor(again)
+    first.remove()
+    Monitor(model).remove()
+
+
+def test_layer_that_never_ran():
+    model = model_of_two()
+    model.spare = nn.Linear(4, 4)
+    model.forward = lambda x: model[2](model[1](model[0](x)))
+    monitor = Monitor(model)
+    model(torch.randn(2, 3)).sum().backward()
+    assert "did not run" in gap(monitor, "spare")
+    assert monitor.report()["0"]["batch"]
+
+
+def test_output_that_no_loss_sees():
+    model = model_of_two()
+    monitor = Monitor(model)
+    y = model[0](torch.randn(2, 3))
+    model[2](y.detach()).sum().backward()
+    assert "no gradient reached" in gap(monitor)
+
+
+def test_one_of_two_uses_without_gradient():
+    model = model_of_two()
+    monitor = Monitor(model)
+    model(torch.randn(2, 3))
+    model(torch.randn(2, 3)).sum().backward()
+    assert gap(monitor) == "1 of 2 uses received no gradient"
+
+
+def test_frozen_weight():
+    model = model_of_two()
+    model[0].weight.requires_grad_(False)
+    monitor = Monitor(model)
+    model(torch.randn(2, 3)).sum().backward()
+    assert gap(monitor) == "its weight is frozen"
+
+
+def test_evaluation_mode():
+    model = model_of_two().eval()
+    monitor = Monitor(model)
+    with torch.no_grad():
+        model(torch.randn(2, 3))
+    assert "did not run in training" in gap(monitor)
+    model(torch.randn(2, 3)).sum().backward()
+    assert "evaluation mode" in gap(monitor)
+
+
+def test_evaluation_between_training_steps_is_not_measured():
+    model = model_of_two()
+    monitor = Monitor(model)
+    x = torch.randn(2, 3)
+    model(x).sum().backward()
+    before = monitor.report()["0"]
+    model.eval()
+    with torch.no_grad():
+        model(torch.randn(2, 3))
+    assert monitor.report()["0"]["batch"]["inner"] == before["batch"]["inner"]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_signal_that_is_not_finite(bad):
+    model = model_of_two()
+    monitor = Monitor(model)
+    (model(torch.randn(2, 3)).sum() * bad).backward()
+    for part in ("batch", "sample"):
+        assert "NaN or infinity" in gap(monitor, "2", part)
+
+
+def test_given_signals():
+    monitor = Monitor(model_of_two(), signal="given")
+    with pytest.raises(ValueError, match=r"signal has shape \(3, 4\), must be \(4, 3\)"):
+        monitor.measure("0", torch.zeros(3, 4))
+    with pytest.raises(KeyError, match="name is '1', must be one of 0, 2"):
+        monitor.measure("1", torch.zeros(4, 3))
+    monitor.measure("0", torch.full((4, 3), float("nan")))
+    assert "did not run" in gap(monitor)
+    with pytest.raises(RuntimeError, match="must be 'given'"):
+        Monitor(model_of_two()).measure("0", torch.zeros(4, 3))
+
+
+def test_given_signal_that_is_nan():
+    model = model_of_two()
+    monitor = Monitor(model, signal="given")
+    model(torch.randn(2, 3))
+    monitor.measure("0", torch.full((4, 3), float("nan")))
+    assert "NaN" in gap(monitor, "0", "batch")
+
+
+def test_swapped_after_attaching():
+    model = model_of_two()
+    monitor = Monitor(model)
+    ghl.swap(model, types=nn.Linear)
+    model(torch.randn(2, 3)).sum().backward()
+    assert "was swapped after" in gap(monitor)
+
+
+def test_weight_replaced_after_attaching():
+    model = model_of_two()
+    monitor = Monitor(model)
+    model[0].weight = nn.Parameter(torch.randn(4, 3))
+    model(torch.randn(2, 3)).sum().backward()
+    assert "another one" in gap(monitor)
+
+
+def test_layers_that_compute_differently():
+    class Scaled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model = nn.Sequential(Scaled(3, 4), weight_norm(nn.Linear(4, 4)), nn.LazyLinear(2))
+    monitor = Monitor(model)
+    assert "is a Scaled" in gap(monitor, "0")
+    assert "which may compute differently" in gap(monitor, "1")
+    assert "LazyLinear" in gap(monitor, "2")
+
+
+def test_weight_shared_with_an_embedding():
+    embedding, head = nn.Embedding(5, 3), nn.Linear(3, 5, bias=False)
+    head.weight = embedding.weight
+    monitor = Monitor(nn.Sequential(embedding, head))
+    assert "shared with '0' (Embedding)" in gap(monitor, "1")
+
+
+def test_optimizer_with_a_closure():
+    model = model_of_two()
+    monitor = Monitor(model)
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=2)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = model(torch.ones(2, 3)).square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert "closure" in gap(monitor)
+
+
+def test_gradients_set_to_zero_without_a_step():
+    """As by a skipped step of a GradScaler and zero_grad(set_to_none=False)."""
+    model = model_of_two()
+    monitor = Monitor(model)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for _ in range(2):
+        model(torch.randn(2, 3)).sum().backward()
+        optimizer.zero_grad(set_to_none=False)
+    assert "set_to_none=True" in gap(monitor)
+
+
+def test_a_gap_has_no_weight_norm_of_its_own_making():
+    model = nn.Sequential(weight_norm(nn.Linear(3, 4)), nn.Linear(4, 2))
+    model[1].weight.requires_grad_(False)
+    report = Monitor(model).report()
+    assert report["0"]["weight_norm"] is None
+    assert report["1"]["weight_norm"] is None
+
+
+def test_input_overwritten_in_place():
+    model = nn.Sequential(nn.Linear(3, 4))
+    monitor = Monitor(model)
+    x = torch.randn(2, 3)
+    with torch.autocast("cpu", torch.bfloat16):  # autograd keeps its own bfloat16 copy of x
+        y = model(x)
+    x.zero_()
+    y.sum().backward()
+    assert "overwritten in place" in gap(monitor)
+
+
+def test_compiled_model_is_a_gap():
+    model = model_of_two()
+    monitor = Monitor(model)
+    torch.compile(model, backend="eager", fullgraph=True)(torch.randn(2, 3)).sum().backward()
+    assert "torch.compile" in gap(monitor)

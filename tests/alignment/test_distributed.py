@@ -1,0 +1,64 @@
+"""Two gloo ranks report what one process reports for the whole batch."""
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ghl.alignment import Monitor
+from tests.alignment.oracle import assert_same_report
+
+
+def network():
+    torch.manual_seed(1)
+    return nn.Sequential(
+        nn.Conv2d(2, 3, 3), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(12, 4)
+    ).double()
+
+
+def steps(model, x, accumulate, hebbian):
+    """Reports of two steps under Adam, of a loss that is a mean over this rank's rows."""
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2, weight_decay=0.1)
+    monitor = Monitor(model, hebbian=hebbian)
+    reports = []
+    for _ in range(2):
+        optimizer.zero_grad()
+        for part in x.chunk(accumulate):
+            (model(part).square().mean() / accumulate).backward()
+        optimizer.step()
+        reports.append({n.removeprefix("module."): found for n, found in monitor.report().items()})
+    return reports
+
+
+def rank_main(rank, file, x, results):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    for index, (accumulate, hebbian) in enumerate(CASES):
+        model = DistributedDataParallel(network())
+        found = steps(model, x.chunk(2)[rank], accumulate, hebbian)
+        torch.save(found, f"{results}/{rank}-{index}.pt")
+
+    model = network()  # rank 1 is in evaluation mode: the gap is told on both
+    model.train(rank == 0)
+    found = steps(model, x.chunk(2)[rank], 1, "hebb")
+    torch.save(found, f"{results}/{rank}-gap.pt")
+    dist.destroy_process_group()
+
+
+CASES = ((1, "hebb"), (2, "hebb"), (1, "ghl"))
+
+
+def test_two_ranks_are_one_batch(tmp_path):
+    x = torch.randn(8, 2, 4, 4, dtype=torch.float64)
+    whole = [steps(network(), x, 1, hebbian) for _, hebbian in CASES]
+    mp.spawn(rank_main, (str(tmp_path / "store"), x, str(tmp_path)), nprocs=2)
+    for index, expected in enumerate(whole):
+        ranks = [torch.load(tmp_path / f"{rank}-{index}.pt") for rank in (0, 1)]
+        for found in ranks:
+            for one, other in zip(found, expected, strict=True):
+                assert_same_report(one, other, rtol=1e-9, atol=1e-12)
+    for rank, words in ((0, "another rank"), (1, "evaluation mode")):
+        for found in torch.load(tmp_path / f"{rank}-gap.pt")[-1].values():
+            assert found["batch"] is None
+            assert words in found["gaps"]["layer"]
