@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ghl import merging, ranks
-from ghl.held import HeldSums, ShardedSums, is_sharded
+from ghl.held import HeldSums, ShardedSums, is_owed, is_sharded
 from ghl.layers import Plastic
 from ghl.sums import RawSums
 
@@ -148,7 +148,13 @@ class Synchronizer:
         self._hook = optimizer.register_step_pre_hook(self._before_step)
 
     def remove(self) -> None:
-        """Make updates in backward again; what is held is dropped."""
+        """Make updates in backward again. Raises RuntimeError while gradients await a step."""
+        for weight, sums in self._held():
+            if is_owed(weight) or sums.is_between:
+                raise RuntimeError(
+                    "gradients are held, of which nothing would make updates any more: call "
+                    "optimizer.step() or optimizer.zero_grad() before remove()"
+                )
         self._hook.remove()
         for weight in self._weights.values():
             RawSums.choose(weight, None)
@@ -207,7 +213,10 @@ class Synchronizer:
 
         `optimizer.step()` does this; to be called by hand only where something else uses updates.
         """
-        layers = [merging.Layer.of(weight, sums) for weight, sums in self._held()]
+        held = self._held()
+        for weight, sums in held:
+            sums.check(weight)
+        layers = [merging.Layer.of(weight, sums) for weight, sums in held]
         merging.add_up(layers, self._group, self._wire)
         # A fused optimizer divides all that it is given by the scale of the loss.
         scale = getattr(self._optimizer(), "grad_scale", None)

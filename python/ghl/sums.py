@@ -106,6 +106,11 @@ class RawSums:
         return sums if sums is not None and sums.live else None
 
     @staticmethod
+    def latest(weight: nn.Parameter) -> RawSums | None:
+        """The sums that `weight` has or had last."""
+        return _of_weight.get(weight)
+
+    @staticmethod
     def choose(weight: nn.Parameter, maker: Callable[..., RawSums] | None) -> None:
         """How sums of `weight` are made when a layer attaches next; None for ImmediateSums."""
         if maker is not None:
