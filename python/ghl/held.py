@@ -55,6 +55,21 @@ def is_owed(weight: Tensor) -> bool:
     return grad is not None and not is_update(grad) and bool(local(grad).any())
 
 
+def check_zeroed(grad: Tensor) -> None:
+    """Raise unless an update was zeroed in place; a GPU is not waited for, and aborts by itself."""
+    message = (
+        "weight.grad still holds the update of the last step, to which a backward must not add: "
+        "call optimizer.zero_grad() after every optimizer.step()"
+    )
+    grad_here = local(grad)
+    if getattr(grad, "_ghl_version", None) == grad_here._version:  # nobody changed it since
+        raise RuntimeError(message)
+    if grad_here.is_cuda:
+        torch._assert_async(~grad_here.any(), message)
+    elif grad_here.any():
+        raise RuntimeError(message)
+
+
 class Taken(NamedTuple):
     """H0 (neurons, rest) and totals, and whether a backward gave this rank none beside a G."""
 
@@ -74,6 +89,7 @@ class HeldSums(RawSums):
         self._half: str | None = None  # which of G and H0 has come without the other
         self._task = -1  # the backward that these sums were last part of
         self._version = 0
+        self._grad: Any = None  # a weak reference to weight.grad as a backward left it
         self._captured = False
         self._channels_last: bool | None = None  # the memory order of what is held
         self._incomplete = REPLACED if is_owed(weight) else None  # why H0 lacks what G has
@@ -110,6 +126,7 @@ class HeldSums(RawSums):
     def _accumulated(self, weight: Tensor) -> None:
         assert weight.grad is not None
         self._version = local(weight.grad)._version
+        self._grad = weakref.ref(weight.grad)
         self._captured |= capturing()
         if getattr(self.hebbian, "_ghl_paired", -1) == torch._C._current_graph_task_id() != -1:
             self._incomplete = DROPPED
@@ -151,17 +168,18 @@ class HeldSums(RawSums):
             if arriving or self._half is None:
                 self.drop()
         elif is_update(grad):
-            if local(grad).any():
-                raise RuntimeError(
-                    "weight.grad still holds the update of the last step, to which a backward "
-                    "must not add: call optimizer.zero_grad() after every optimizer.step()"
-                )
+            check_zeroed(grad)
             del grad._ghl_update  # type: ignore[attr-defined]  # zeroed in place
             self.drop()
-        elif local(grad)._version != self._version:  # changed in place since: zeroed, perhaps
+        elif not self._left(grad):  # another, or changed in place: zeroed, perhaps
             if self._reason(weight) is not None and not is_owed(weight):
                 self.drop()
             self._keep(local(grad).any())
+
+    def _left(self, grad: Tensor) -> bool:
+        """Whether this is the gradient that the last backward left, as it was."""
+        same = self._grad is None or self._grad() is grad
+        return same and local(grad)._version == self._version
 
     def drop(self) -> None:
         """Forget everything that is held."""

@@ -1,6 +1,7 @@
 """What is done to a model, its gradients or its optimizers between a backward and the step."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -72,7 +73,7 @@ def test_change_within_an_accumulation_is_an_error(name, when):
     change, message = CHANGES[name]
     for none in (True, False):
         model, optimizer, _ = synchronized()
-        halves(model, lambda: change(model) if when == "between" else None)
+        halves(model, functools.partial(change, model) if when == "between" else lambda: None)
         if when == "after":
             change(model)
         for _ in range(2):
@@ -136,3 +137,62 @@ def test_remove_while_gradients_await_a_step_is_an_error(none):
     backward(model, "conv", 0)
     optimizer.zero_grad(set_to_none=none)
     handle.remove()
+
+
+def new_zeros(model):
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+
+
+def test_gradient_replaced_by_zeros_drops_what_is_held():
+    model, optimizer, _ = synchronized()
+    backward(model, "conv", 7)
+    new_zeros(model)
+    backward(model, "conv", 0)
+    optimizer.step()
+    assert_close(grads(model), expected())
+
+
+def test_copy_of_an_update_is_not_added_to():
+    """Without synchronize; zeros may be, and autograd.grad adds nothing."""
+    model = make("conv")
+    backward(model, "conv", 0, micro=1)
+    for p in model.parameters():
+        p.grad = p.grad.clone()
+    torch.autograd.grad(model(batch("conv", 0)[0]).sum(), list(model.parameters()))
+    with pytest.raises(RuntimeError, match="already held a gradient, or a copy of an update"):
+        backward(model, "conv", 0, micro=1)
+    new_zeros(model)
+    backward(model, "conv", 0, micro=1)
+    assert_close(grads(model), expected())
+
+
+def test_step_of_another_optimizer_is_an_error():
+    """While gradients are held; with none, the other may be synchronized instead."""
+    model, optimizer, _ = synchronized()
+    other = sgd(model)
+    backward(model, "conv", 0)
+    with pytest.raises(RuntimeError, match="about to step with an ordinary gradient"):
+        other.step()
+    with pytest.raises(RuntimeError, match="is synchronized already"):
+        ghl.synchronize(model, other)
+    optimizer.step()
+    other.step()
+    optimizer.zero_grad()
+    ghl.synchronize(model, other)
+    model.load_state_dict(make("conv").state_dict())
+    backward(model, "conv", 0)
+    with pytest.raises(RuntimeError, match="about to step with an ordinary gradient"):
+        optimizer.step()
+    other.step()
+    assert_close(grads(model), expected())
+
+
+def test_forgotten_zero_grad_is_told_without_reading(monkeypatch):
+    """A GPU would be waited for."""
+    model, optimizer, _ = synchronized()
+    backward(model, "conv", 0)
+    optimizer.step()
+    monkeypatch.setattr(torch.Tensor, "any", None)
+    with pytest.raises(RuntimeError, match="still holds the update"):
+        backward(model, "conv", 0)
