@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -15,13 +15,16 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ghl import merging, ranks
-from ghl.held import HeldSums, ShardedSums, is_sharded
+from ghl.held import HeldSums, ShardedSums, is_owed, is_sharded
 from ghl.layers import Plastic
 from ghl.sums import RawSums
 
+_watch: list[Any] = []  # the handle of check_others
+_living: weakref.WeakSet[Synchronizer] = weakref.WeakSet()
 _of_weight: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # to a weakref of its handle
 WIRES = (None, torch.float32, torch.bfloat16)
 
@@ -52,6 +55,13 @@ def synchronize(
     for every reduction of G, and 4 for absmax a step. It is no DDP communication hook: a compiled
     backward gives G and H0 in no set order, so H0 may not be there when a bucket is full; with
     no_sync H0 would be sent once too often; and the one hook that DDP takes stays the user's.
+
+    Only zero_grad(), `weight.grad = None` and zeroing in place drop what is held: nothing tells of
+    `weight.grad.data.zero_()`. Gradients must not be taken away and added back (as PCGrad does),
+    nor be made by backward(inputs=) or autograd.grad. Over several ranks, remove() comes before
+    another rule, and model.join() is refused: a rank that has joined would not add its sums. Of a
+    CUDA graph, forward, backward and step must be in the same one. Another optimizer's step raises
+    while gradients are held; synchronize with it, when none are, replaces the former.
 
     Returns a handle: `remove()` takes the hook off, and the updates are made in backward again.
     Raises ValueError where there is nothing to synchronize, RuntimeError for weights that already
@@ -100,11 +110,30 @@ def weights_of(model: nn.Module, optimizer: Optimizer) -> dict[str, nn.Parameter
         )
     for name, weight in weights.values():
         is_sharded(weight)
-        if (handle := _of_weight.get(weight)) is not None and handle() is not None:
+        handle = _of_weight.get(weight)
+        former = None if handle is None else handle()
+        if former is not None and not former.may_be_replaced(optimizer, weights):
             raise RuntimeError(
                 f"weight of {name!r} is synchronized already; call remove() on that handle first"
             )
     return dict(weights.values())
+
+
+@torch.compiler.disable
+def check_others(optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
+    """The hook of every optimizer's step, for as long as there is a synchronizer."""
+    if not _living:
+        while _watch:
+            _watch.pop().remove()
+    for synchronizer in list(_living):
+        synchronizer.check_other(optimizer)
+
+
+def watch_optimizers(synchronizer: Synchronizer) -> None:
+    """Have the steps of all optimizers checked."""
+    _living.add(synchronizer)
+    if not _watch:
+        _watch.append(register_optimizer_step_pre_hook(check_others))
 
 
 class Synchronizer:
@@ -119,7 +148,13 @@ class Synchronizer:
         communicate: torch.dtype | None,
     ) -> None:
         self._weights = weights
+        for weight in weights.values():
+            if (handle := _of_weight.get(weight)) is not None and handle() is not None:
+                handle().remove()
         self._group, self._wire = group, communicate
+        self._wrappers = weakref.WeakSet(
+            m for m in model.modules() if isinstance(m, DistributedDataParallel)
+        )
         self._optimizer = weakref.ref(optimizer)
         self._task = -1
         ids = {id(weight) for weight in weights.values()}
@@ -145,16 +180,66 @@ class Synchronizer:
             _of_weight[weight] = weakref.ref(self)
             RawSums.choose(weight, maker)
         self._attach()
+        self._rules = [(layer, layer.rule) for layer in self._layers]
+        watch_optimizers(self)
         self._hook = optimizer.register_step_pre_hook(self._before_step)
 
     def remove(self) -> None:
-        """Make updates in backward again; what is held is dropped."""
+        """Make updates in backward again. Raises RuntimeError while gradients await a step."""
+        if self._owes():
+            raise RuntimeError(
+                "gradients are held, of which nothing would make updates any more: call "
+                "optimizer.step() or optimizer.zero_grad() before remove()"
+            )
+        _living.discard(self)
         self._hook.remove()
         for weight in self._weights.values():
             RawSums.choose(weight, None)
             _of_weight.pop(weight, None)
         self._attach()
-        self._weights, self._layers = {}, []
+        self._weights, self._layers, self._rules = {}, [], []
+
+    def _owes(self) -> bool:
+        """Whether gradients await the step that makes updates of them."""
+        return any(is_owed(weight) or sums.is_between for weight, sums in self._held())
+
+    def may_be_replaced(self, optimizer: Optimizer, weights: Collection[int]) -> bool:
+        """Whether `synchronize` with another optimizer of these weights, by id, may replace it."""
+        itself = self._optimizer() is optimizer
+        return not itself and self._ids() <= set(weights) and not self._owes()
+
+    def _ids(self) -> set[int]:
+        return {id(weight) for weight in self._weights.values()}
+
+    def check_other(self, optimizer: Optimizer) -> None:
+        """Raise where an optimizer that does not make updates is about to use gradients."""
+        if optimizer is self._optimizer():
+            return
+        ids = self._ids()
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                if id(p) in ids and isinstance(RawSums.present(p), HeldSums) and is_owed(p):
+                    raise RuntimeError(
+                        f"this {type(optimizer).__name__} is about to step with an ordinary "
+                        "gradient, of which another optimizer's step makes the update: call "
+                        "ghl.synchronize(model, optimizer) with this one, after remove() on the "
+                        "handle of the other"
+                    )
+
+    def _check_ranks(self) -> None:
+        """What only this rank did, and messages that would not fit the others' for it."""
+        if any(module._join_config.enable for module in self._wrappers):
+            raise RuntimeError(
+                "model.join() is not supported by ghl.synchronize: a rank that has joined would "
+                "not add its sums; give all ranks the same number of batches"
+            )
+        for layer, rule in self._rules:
+            if getattr(layer, "_rule", None) != rule:
+                raise RuntimeError(
+                    f"a layer's rule is {getattr(layer, '_rule', None)}, was {rule} when ranks "
+                    "agreed on it: call remove(), set the rule and call ghl.synchronize again, on "
+                    "every rank"
+                )
 
     def _attach(self) -> None:
         for layer in self._layers:
@@ -207,7 +292,12 @@ class Synchronizer:
 
         `optimizer.step()` does this; to be called by hand only where something else uses updates.
         """
-        layers = [merging.Layer.of(weight, sums) for weight, sums in self._held()]
+        if ranks.size(self._group) > 1 or any(is_sharded(w) for w in self._weights.values()):
+            self._check_ranks()
+        held = self._held()
+        for weight, sums in held:
+            sums.check(weight)
+        layers = [merging.Layer.of(weight, sums) for weight, sums in held]
         merging.add_up(layers, self._group, self._wire)
         # A fused optimizer divides all that it is given by the scale of the loss.
         scale = getattr(self._optimizer(), "grad_scale", None)

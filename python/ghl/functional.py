@@ -92,6 +92,7 @@ class LinearFunction(torch.autograd.Function):
         y = owned(F.linear(x_used, w_used, b_used))
         save(ctx, x_used, w, b, y)
         ctx.rule = competition, tau, sum_u
+        ctx.hebbian = None if torch.compiler.is_compiling() else hebbian
         return y
 
     @staticmethod
@@ -102,6 +103,7 @@ class LinearFunction(torch.autograd.Function):
         grad_x = g @ used if needs_x else None
         rows = g.reshape(-1, g.shape[-1])
         grad_b = rows.sum(0) if needs_b else None
+        note_pair(ctx)
         with torch.no_grad():
             bias = None if b is None else b.to(x.dtype)
             y = saved_output(ctx, y, lambda: F.linear(x, used, bias))
@@ -137,6 +139,7 @@ class Conv2dFunction(torch.autograd.Function):
         save(ctx, x_used, w, b, y)
         ctx.geometry = stride, padding, dilation, groups
         ctx.rule = competition, tau, sum_u
+        ctx.hebbian = None if torch.compiler.is_compiling() else hebbian
         return y
 
     @staticmethod
@@ -149,6 +152,7 @@ class Conv2dFunction(torch.autograd.Function):
             g, x, used, [w.shape[0]], stride, padding, dilation, False, [0, 0], groups,
             [needs_x, is_differentiated(), needs_b],
         )  # fmt: skip
+        note_pair(ctx)
         with torch.no_grad():
             bias = None if b is None else b.to(x.dtype)
             y = saved_output(ctx, y, lambda: F.conv2d(x, used, bias, *ctx.geometry))
@@ -174,6 +178,12 @@ def behind_leaves(w: Tensor) -> Tensor:
     in no set order; so all sums have arrived when the hooks of w run, and they see the update.
     """
     return w.view_as(w)
+
+
+def note_pair(ctx: Any) -> None:
+    """Tell the sums that this backward made a pair: with inputs=, autograd may drop its H0."""
+    if ctx.hebbian is not None:
+        ctx.hebbian._ghl_paired = torch._C._current_graph_task_id()
 
 
 def signals(rule: Rule) -> tuple[str, float, bool]:

@@ -17,6 +17,24 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 from ghl.guards import is_update
 from ghl.sums import RawSums
 from ghl_kernels import Rule
+from ghl_kernels.layout import is_channels_last
+
+REPLACED = (
+    "weight.grad holds a gradient whose sums are gone: the layer was moved, converted, given "
+    "another rule or synchronized within an accumulation; call optimizer.zero_grad() first"
+)
+DROPPED = (
+    "weight.grad holds a gradient whose sums were not made: call backward() without inputs=, and "
+    "optimizer.zero_grad() before that"
+)
+REORDERED = (
+    "weight was given another memory format within an accumulation, and its sums have the former: "
+    "call optimizer.zero_grad() first"
+)
+CAPTURED = (
+    "weight.grad was made in a CUDA graph, whose replay would not renew the update of a step "
+    "outside: capture optimizer.step() in the same graph"
+)
 
 Begin = Callable[["HeldSums"], None]
 
@@ -24,6 +42,32 @@ Begin = Callable[["HeldSums"], None]
 def local(t: Tensor) -> Tensor:
     """This rank's part of a DTensor; any other tensor as it is."""
     return t.to_local() if isinstance(t, DTensor) else t
+
+
+def capturing() -> bool:
+    """Whether a CUDA graph is being captured."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def is_owed(weight: Tensor) -> bool:
+    """Whether `weight.grad` is an ordinary gradient, not all zeros, that awaits its update."""
+    grad = weight.grad
+    return grad is not None and not is_update(grad) and bool(local(grad).any())
+
+
+def check_zeroed(grad: Tensor) -> None:
+    """Raise unless an update was zeroed in place; a GPU is not waited for, and aborts by itself."""
+    message = (
+        "weight.grad still holds the update of the last step, to which a backward must not add: "
+        "call optimizer.zero_grad() after every optimizer.step()"
+    )
+    grad_here = local(grad)
+    if getattr(grad, "_ghl_version", None) == grad_here._version:  # nobody changed it since
+        raise RuntimeError(message)
+    if grad_here.is_cuda:
+        torch._assert_async(~grad_here.any(), message)
+    elif grad_here.any():
+        raise RuntimeError(message)
 
 
 class Taken(NamedTuple):
@@ -45,6 +89,10 @@ class HeldSums(RawSums):
         self._half: str | None = None  # which of G and H0 has come without the other
         self._task = -1  # the backward that these sums were last part of
         self._version = 0
+        self._grad: Any = None  # a weak reference to weight.grad as a backward left it
+        self._captured = False
+        self._channels_last: bool | None = None  # the memory order of what is held
+        self._incomplete = REPLACED if is_owed(weight) else None  # why H0 lacks what G has
         owner = weakref.ref(self)  # a leaf and its owner in a cycle would never be collected
 
         def arrives(name: str) -> Any:
@@ -70,12 +118,43 @@ class HeldSums(RawSums):
         if task != self._task:
             begin(self)
             self._task = task
+        if name == "H0":
+            self.hebbian._ghl_paired = -1  # type: ignore[attr-defined]
         if name != "totals":  # they come beside H0, in no set order
             self._half = name if self._half in (None, name) else None
 
     def _accumulated(self, weight: Tensor) -> None:
         assert weight.grad is not None
         self._version = local(weight.grad)._version
+        self._grad = weakref.ref(weight.grad)
+        self._captured |= capturing()
+        if getattr(self.hebbian, "_ghl_paired", -1) == torch._C._current_graph_task_id() != -1:
+            self._incomplete = DROPPED
+        if not self.sharded:
+            channels_last = is_channels_last(weight)
+            if self._channels_last not in (None, channels_last):
+                self._incomplete = REORDERED
+            self._channels_last = channels_last
+
+    @torch.no_grad()
+    def check(self, weight: Tensor) -> None:
+        """Raise, and keep all, where the sums are not those of the gradient that is held."""
+        reason = self._reason(weight)
+        if reason is not None and self.rule.gate != "sign_only" and is_owed(weight):
+            raise RuntimeError(reason)
+        if self._captured and not capturing():
+            raise RuntimeError(CAPTURED)
+
+    def _reason(self, weight: Tensor) -> str | None:
+        """Why the sums are not those of the gradient that is held."""
+        if self._channels_last not in (None, is_channels_last(weight)):
+            return REORDERED
+        return self._incomplete
+
+    @property
+    def is_between(self) -> bool:
+        """Whether FSDP has yet to reduce what is held."""
+        return False
 
     @torch.no_grad()
     def follow(self, weight: Tensor, arriving: bool) -> None:
@@ -89,19 +168,27 @@ class HeldSums(RawSums):
             if arriving or self._half is None:
                 self.drop()
         elif is_update(grad):
-            if local(grad).any():
-                raise RuntimeError(
-                    "weight.grad still holds the update of the last step, to which a backward "
-                    "must not add: call optimizer.zero_grad() after every optimizer.step()"
-                )
+            check_zeroed(grad)
             del grad._ghl_update  # type: ignore[attr-defined]  # zeroed in place
             self.drop()
-        elif local(grad)._version != self._version:  # changed in place since: zeroed, perhaps
+        elif not self._left(grad):  # another, or changed in place: zeroed, perhaps
+            if self._reason(weight) is not None and not is_owed(weight):
+                self.drop()
             self._keep(local(grad).any())
+
+    def _left(self, grad: Tensor) -> bool:
+        """Whether this is the gradient that the last backward left, as it was."""
+        same = self._grad is None or self._grad() is grad
+        return same and local(grad)._version == self._version
 
     def drop(self) -> None:
         """Forget everything that is held."""
         self._half = self.hebbian.grad = self.totals.grad = None
+        self._forget()
+
+    def _forget(self) -> None:
+        self._incomplete = self._channels_last = None
+        self._captured = False
 
     def _keep(self, condition: Tensor) -> None:
         for leaf in (self.hebbian, self.totals):
@@ -131,6 +218,13 @@ class ShardedSums(HeldSums):
         self._wire = wire
         self._held: tuple[Tensor, Tensor] | None = None
         self._lacking = False
+        former = RawSums.latest(weight)
+        # what FSDP has yet to add to weight.grad has lost its sums as well
+        self._lost = isinstance(former, ShardedSums) and former.is_between
+
+    @property
+    def is_between(self) -> bool:
+        return self._lost or self.hebbian.grad is not None
 
     def _accumulated(self, weight: Tensor) -> None:
         super()._accumulated(weight)
@@ -140,6 +234,8 @@ class ShardedSums(HeldSums):
     @torch.no_grad()
     def _reduce(self, weight: Tensor) -> None:
         assert isinstance(weight, DTensor)
+        if self._lost:
+            self._incomplete, self._lost = REPLACED, False
         self._lacking |= self.hebbian.grad is None
         H0, totals = (
             torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
@@ -169,6 +265,7 @@ class ShardedSums(HeldSums):
     def drop(self) -> None:
         """Forget what has been reduced; what has not, FSDP keeps of G as well."""
         self._half, self._held, self._lacking = None, None, False
+        self._forget()
 
     def _keep(self, condition: Tensor) -> None:
         if self._held is not None:

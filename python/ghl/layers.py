@@ -44,8 +44,11 @@ class Plastic(nn.Module):
 
     def _attach(self) -> None:
         """Make or share the sums of the present weight, if it will have an update."""
+        weight, sums = self.weight, self._sums
+        known = sums if self._summed is weight else None
+        if known is not None and weight.requires_grad and known.serves(weight, self._rule):
+            return  # what they hold is not lost
         self._detach()
-        weight = self.weight
         if self._rule.gate == "gradient" or not weight.requires_grad:
             return
         if not weight.is_leaf:

@@ -67,6 +67,7 @@ class Layer:
             self.weight.grad = update
         assert self.weight.grad is not None
         mark_update(self.weight.grad)
+        self.weight.grad._ghl_version = self.G._version  # type: ignore[attr-defined]
 
 
 def add_up(layers: Sequence[Layer], group: Any, wire: torch.dtype | None) -> None:
@@ -84,18 +85,20 @@ def add_up(layers: Sequence[Layer], group: Any, wire: torch.dtype | None) -> Non
         ranks.add_over_ranks(totals, group)
         for layer, *sums in zip(whole, H0, totals, strict=True):
             layer.H0, layer.totals = sums
-    for layer in layers:
-        if layer.is_due and layer.has_sums and layer.lacking:
-            check_rows(layer)
+    check_rows([layer for layer in layers if layer.is_due and layer.has_sums and layer.lacking])
 
 
-def check_rows(layer: Layer) -> None:
+def check_rows(layers: Sequence[Layer]) -> None:
     """A gradient without sums must not pass for an update; of zeros, the update is zero."""
-    if layer.H0 is None or layer.totals is None:
-        neurons, rest = layer.G.flatten(1).shape
-        layer.H0 = layer.leaves[0].new_zeros(neurons, rest)
-        layer.totals = layer.leaves[1].new_zeros(neurons + 1)
-    if layer.totals[-1] == 0 and layer.G.any():
+    bare: dict[torch.device, list[Tensor]] = {}
+    for layer in layers:
+        if layer.H0 is None or layer.totals is None:
+            neurons, rest = layer.G.flatten(1).shape
+            layer.H0 = layer.leaves[0].new_zeros(neurons, rest)
+            layer.totals = layer.leaves[1].new_zeros(neurons + 1)
+        is_bare = (layer.totals[-1] == 0).to(layer.G.device) & layer.G.any()
+        bare.setdefault(layer.G.device, []).append(is_bare)
+    if any(torch.stack(flags).any() for flags in bare.values()):  # one wait for all
         raise RuntimeError(
             "weight.grad holds an ordinary gradient, because no layer with a rule gave the sums "
             "for an update: call backward() without inputs=, and use the weight through its layer "

@@ -106,6 +106,11 @@ class RawSums:
         return sums if sums is not None and sums.live else None
 
     @staticmethod
+    def latest(weight: nn.Parameter) -> RawSums | None:
+        """The sums that `weight` has or had last."""
+        return _of_weight.get(weight)
+
+    @staticmethod
     def choose(weight: nn.Parameter, maker: Callable[..., RawSums] | None) -> None:
         """How sums of `weight` are made when a layer attaches next; None for ImmediateSums."""
         if maker is not None:
@@ -140,7 +145,15 @@ class ImmediateSums(RawSums):
         self._task = -1
         self._arrived: dict[str, Tensor] = {}
         self._awaited = {"G"} if rule.gate == "sign_only" else {"G", "H0", "totals"}
+        self._before: Tensor | None = None  # whether weight.grad was in the way of a backward
+        owner = weakref.ref(self)
+
+        def look(gradient: Tensor) -> None:
+            if (sums := owner()) is not None:
+                sums._look()
+
         self._hooks = [
+            weight.register_hook(look),
             register_first(weight, self._take_gradient),
             self.hebbian.register_post_accumulate_grad_hook(self._take("H0")),
             self.totals.register_post_accumulate_grad_hook(self._take("totals")),
@@ -159,11 +172,21 @@ class ImmediateSums(RawSums):
 
         return take
 
+    @torch.no_grad()
+    def _look(self) -> None:
+        """Before a gradient is added: to what. None costs nothing."""
+        weight = self._weight()
+        grad = None if weight is None else weight.grad
+        self._before = None if grad is None or is_update(grad) else grad.any()
+
     def _take_gradient(self, weight: Tensor) -> None:
         assert weight.grad is not None
         self._check_no_update(weight)
+        before, self._before = self._before, None
         if not self.layers:
             return
+        if before is not None and before:
+            self._refuse("a gradient, or a copy of an update,")
         check_alone(weight)
         self._arrive("G", weight.grad)
         if not self._arrived:
@@ -178,12 +201,15 @@ class ImmediateSums(RawSums):
 
     def _check_no_update(self, weight: Tensor) -> None:
         if is_update(weight.grad):
-            raise RuntimeError(
-                "weight.grad already held an update when another backward reached it, and updates "
-                "must not be added: call optimizer.zero_grad() (set_to_none=True, the default) "
-                "before every backward, or for gradient accumulation call "
-                "ghl.synchronize(model, optimizer) once before training"
-            )
+            self._refuse("an update")
+
+    def _refuse(self, held: str) -> None:
+        raise RuntimeError(
+            f"weight.grad already held {held} when another backward reached it, and updates must "
+            "not be added: call optimizer.zero_grad() (set_to_none=True, the default) before every "
+            "backward, or for gradient accumulation call ghl.synchronize(model, optimizer) once "
+            "before training"
+        )
 
     def _check_complete(self) -> None:
         """At the end of a backward: a gradient without sums must not pass for an update."""

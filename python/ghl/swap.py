@@ -79,7 +79,7 @@ def swap(
         raise ValueError(f"model is {type(model).__name__} with nothing to swap: {reasons}")
     check_shared(modules, swapped)
     for name in swapped:
-        if isinstance(layer := layers[name], Plastic):
+        if isinstance(layer := layers[name], Plastic) and layer.rule != swapped[name]:
             layer._detach()  # or layers that share a weight would see each other's old rule
     for name, layer_rule in swapped.items():
         become_plastic(layers[name], layer_rule)

@@ -171,6 +171,7 @@ def overflow_on_one_rank(rank: int, world: int) -> None:
     scaler.update()
     assert scaler.get_scale() == 2.0
     assert_close(list(model.parameters()), before, 1e-300)
+    optimizer.zero_grad()
     handle.remove()
     assert_close(train(rank, world, model=model, scaler=scaler), alone("conv"))
 

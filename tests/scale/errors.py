@@ -112,3 +112,29 @@ def gradient_that_no_rank_has_sums_for(rank: int, world: int) -> None:
     ghl.synchronize(layer, optimizer)
     F.linear(torch.randn(4, 3), layer.weight).sum().backward()
     assert_raises(RuntimeError, "use the weight through its layer", optimizer.step)
+
+
+@scenario
+def rule_changed_on_all_ranks(rank: int, world: int) -> None:
+    """One that changes it alone has the same error, before it sends anything."""
+    for rule in ("hebb", "bp"):
+        model = make("conv")
+        optimizer = sgd(model)
+        ghl.synchronize(model, optimizer)
+        model.first[0].rule = rule
+        assert_raises(RuntimeError, r"a layer's rule is.*call remove\(\)", optimizer.step)
+
+
+@scenario
+def join(rank: int, world: int) -> None:
+    model = DDP(make("conv"))
+    optimizer = sgd(model)
+    ghl.synchronize(model, optimizer)
+    x, target = batch("conv", 0)
+
+    def joined() -> None:
+        with model.join():
+            loss_of(model(x), target).backward()
+            optimizer.step()
+
+    assert_raises(RuntimeError, r"model.join\(\) is not supported", joined)
