@@ -62,12 +62,17 @@ def check_zeroed(grad: Tensor) -> None:
         "call optimizer.zero_grad() after every optimizer.step()"
     )
     grad_here = local(grad)
-    if getattr(grad, "_ghl_version", None) == grad_here._version:  # nobody changed it since
+    if getattr(grad, "_ghl_versions", None) == versions(grad):  # nobody changed it since
         raise RuntimeError(message)
     if grad_here.is_cuda:
         torch._assert_async(~grad_here.any(), message)
     elif grad_here.any():
         raise RuntimeError(message)
+
+
+def versions(grad: Tensor) -> tuple[int, int]:
+    """How often a gradient was changed in place: as it is, and as a rank's part of a DTensor."""
+    return grad._version, local(grad)._version
 
 
 class Taken(NamedTuple):
@@ -88,7 +93,7 @@ class HeldSums(RawSums):
         super().__init__(weight, rule)
         self._half: str | None = None  # which of G and H0 has come without the other
         self._task = -1  # the backward that these sums were last part of
-        self._version = 0
+        self._versions = 0, 0
         self._grad: Any = None  # a weak reference to weight.grad as a backward left it
         self._captured = False
         self._channels_last: bool | None = None  # the memory order of what is held
@@ -125,7 +130,7 @@ class HeldSums(RawSums):
 
     def _accumulated(self, weight: Tensor) -> None:
         assert weight.grad is not None
-        self._version = local(weight.grad)._version
+        self._versions = versions(weight.grad)
         self._grad = weakref.ref(weight.grad)
         self._captured |= capturing()
         if getattr(self.hebbian, "_ghl_paired", -1) == torch._C._current_graph_task_id() != -1:
@@ -179,7 +184,7 @@ class HeldSums(RawSums):
     def _left(self, grad: Tensor) -> bool:
         """Whether this is the gradient that the last backward left, as it was."""
         same = self._grad is None or self._grad() is grad
-        return same and local(grad)._version == self._version
+        return same and versions(grad) == self._versions
 
     def drop(self) -> None:
         """Forget everything that is held."""

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from ghl import ranks
 from ghl.guards import is_update, mark_update
-from ghl.held import HeldSums, local
+from ghl.held import HeldSums, local, versions
 from ghl.sums import from_rows, sign
 from ghl_kernels import Rule
 from ghl_kernels.composed import gated
@@ -67,7 +67,7 @@ class Layer:
             self.weight.grad = update
         assert self.weight.grad is not None
         mark_update(self.weight.grad)
-        self.weight.grad._ghl_version = self.G._version  # type: ignore[attr-defined]
+        self.weight.grad._ghl_versions = versions(self.weight.grad)  # type: ignore[attr-defined]
 
 
 def add_up(layers: Sequence[Layer], group: Any, wire: torch.dtype | None) -> None:

@@ -146,6 +146,7 @@ class ImmediateSums(RawSums):
         self._arrived: dict[str, Tensor] = {}
         self._awaited = {"G"} if rule.gate == "sign_only" else {"G", "H0", "totals"}
         self._before: Tensor | None = None  # whether weight.grad was in the way of a backward
+        self._handed_out = False  # an update, which zero_grad has not taken away since
         owner = weakref.ref(self)
 
         def look(gradient: Tensor) -> None:
@@ -177,7 +178,11 @@ class ImmediateSums(RawSums):
         """Before a gradient is added: to what. None costs nothing."""
         weight = self._weight()
         grad = None if weight is None else weight.grad
-        self._before = None if grad is None or is_update(grad) else grad.any()
+        self._before = None
+        if grad is None:
+            self._handed_out = False
+        elif self._handed_out and not is_update(grad):
+            self._before = grad.any()
 
     def _take_gradient(self, weight: Tensor) -> None:
         assert weight.grad is not None
@@ -186,7 +191,7 @@ class ImmediateSums(RawSums):
         if not self.layers:
             return
         if before is not None and before:
-            self._refuse("a gradient, or a copy of an update,")
+            self._refuse("a copy of an update")
         check_alone(weight)
         self._arrive("G", weight.grad)
         if not self._arrived:
@@ -243,4 +248,5 @@ class ImmediateSums(RawSums):
                 G, H0, sums["totals"], used, rule.decay, rule.gate, rule.normalize
             )[0]
         mark_update(update)
+        self._handed_out = True
         return update
