@@ -23,7 +23,7 @@ from ghl.held import HeldSums, ShardedSums, is_owed, is_sharded
 from ghl.layers import Plastic
 from ghl.sums import RawSums
 
-_watch: list[Any] = []  # the handle of check_others
+_watch: list[Any] = []  # the handle of check_others, once there is one
 _living: weakref.WeakSet[Synchronizer] = weakref.WeakSet()
 _of_weight: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # to a weakref of its handle
 WIRES = (None, torch.float32, torch.bfloat16)
@@ -121,10 +121,8 @@ def weights_of(model: nn.Module, optimizer: Optimizer) -> dict[str, nn.Parameter
 
 @torch.compiler.disable
 def check_others(optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
-    """The hook of every optimizer's step, for as long as there is a synchronizer."""
-    if not _living:
-        while _watch:
-            _watch.pop().remove()
+    """The hook of every optimizer's step, from the first synchronizer on; it is not taken off,
+    since that would be while hooks are called."""
     for synchronizer in list(_living):
         synchronizer.check_other(optimizer)
 

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import gc
 
 import pytest
 import torch
@@ -196,3 +197,16 @@ def test_forgotten_zero_grad_is_told_without_reading(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "any", None)
     with pytest.raises(RuntimeError, match="still holds the update"):
         backward(model, "conv", 0)
+
+
+def test_an_optimizer_steps_on_when_the_last_synchronizer_is_gone():
+    """The hook that watched it is called once more, among others."""
+    layer = ghl.Linear(3, 4)
+    ghl.synchronize(layer, sgd(layer))
+    del layer
+    gc.collect()
+    other = nn.Linear(3, 4)
+    optimizer = sgd(other)
+    for _ in range(2):
+        other(torch.rand(5, 3)).sum().backward()
+        optimizer.step()
