@@ -7,6 +7,7 @@ import gc
 import pytest
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import ghl
 from ghl import held
@@ -204,6 +205,7 @@ def test_an_optimizer_steps_on_when_the_last_synchronizer_is_gone():
     """The hook that watched it is called once more, among others."""
     layer = ghl.Linear(3, 4)
     ghl.synchronize(layer, sgd(layer))
+    another = register_optimizer_step_pre_hook(lambda *arguments: None)
     del layer
     gc.collect()
     other = nn.Linear(3, 4)
@@ -211,3 +213,4 @@ def test_an_optimizer_steps_on_when_the_last_synchronizer_is_gone():
     for _ in range(2):
         other(torch.rand(5, 3)).sum().backward()
         optimizer.step()
+    another.remove()
