@@ -116,18 +116,22 @@ def merge(
     return torch.empty_like(w, dtype=G.dtype).copy_(update), neurons, neurons.sum(1)
 
 
+def sign(G: Tensor) -> Tensor:
+    """sign(G) that keeps NaN."""
+    return torch.where(G.isnan(), G, G.sign())
+
+
 def gated(G: Tensor, H: Tensor, rows: Tensor, gate: str, normalize: str) -> Tensor:
     """What the optimizer is given; NaN in G or H stays NaN, which torch.sign alone would hide."""
     if gate == "gradient":
         return G
-    sign = torch.where(G.isnan(), G, G.sign())
     if gate == "sign_only":
-        return sign
+        return sign(G)
     if normalize == "absmax" and H.numel() > 0:
         H = H / (H.abs().amax() + 1e-30)
     elif normalize == "mean":
         H = H / rows.clamp(min=1)
-    return -H if gate == "hebb" else sign * H.abs()
+    return -H if gate == "hebb" else sign(G) * H.abs()
 
 
 def layer_by_layer(

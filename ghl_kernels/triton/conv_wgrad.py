@@ -14,6 +14,8 @@ second operand.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -148,35 +150,45 @@ def conv_wgrad_kernel(
         tl.store(u_sums + split * neurons + first_neuron + k, u_sum, kept_u)
 
 
+class Geometry(NamedTuple):
+    """Stride, padding and dilation of a convolution, and the size of its output."""
+
+    pairs: tuple[list[int], list[int], list[int]]
+    out_size: tuple[int, int]
+
+
+def image_arguments(x: Tensor, y: Tensor, g: Tensor, geometry: Geometry, tau: float) -> tuple:
+    """What a kernel over images is told of them, from `in_height` to `scale`."""
+    height, width = geometry.out_size
+    return (
+        *x.shape[2:], height * width, *division_by(height * width), width, *division_by(width),
+        *(number for pair in geometry.pairs for number in pair),
+        *x.stride(), *y.stride(), *g.stride(), exponent_scale(tau),
+    )  # fmt: skip
+
+
 def conv_wgrad(
     x: Tensor,
     y: Tensor,
     g: Tensor,
     partials: Partials,
     problem: Problem,
-    geometry: tuple[list[int], list[int], list[int]],
-    out_size: tuple[int, int],
+    geometry: Geometry,
     competition: str,
     tau: float,
     tile: Tile,
 ) -> None:
-    """Fill `partials` from x (N, C·groups, H, W), y and g (M, K·groups), matrices.
-
-    geometry: stride, padding and dilation.
-    """
+    """Fill `partials` from x (N, C·groups, H, W), y and g (M, K·groups), matrices."""
     tile = without_spills(tile, problem, y, g, *([] if tile.packed else [x]))
     in_tile = problem.groups == 1 and problem.neurons <= tile.block_k
     row_statistics = Statistics(*partials.sums)
     if competition != "linear" and not in_tile:
         row_statistics = statistics(y, competition, tau)
-    positions = out_size[0] * out_size[1]
     in_group = programs(problem, tile) // problem.groups
     conv_wgrad_kernel[(in_group, partials.splits, problem.groups)](
         x, y, g, *row_statistics, *partials.sums,
         problem.rows, problem.neurons, problem.channels, problem.columns, partials.rows_per_split,
-        *x.shape[2:], positions, *division_by(positions), out_size[1], *division_by(out_size[1]),
-        *(number for pair in geometry for number in pair),
-        *x.stride(), *y.stride(), *g.stride(), exponent_scale(tau),
+        *image_arguments(x, y, g, geometry, tau),
         *problem.kernel_size, partials.channels_last, competition, in_tile, partials.sum_u,
         dot_precision(problem), tile.packed, tile.taps,
         tile.block_m, tile.block_k, tile.block_c,

@@ -13,8 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ghl_kernels.problem import Problem
-from ghl_kernels.triton.competition import exponent_scale, u_of_tile
-from ghl_kernels.triton.conv_wgrad import divide, division_by
+from ghl_kernels.triton.competition import u_of_tile
+from ghl_kernels.triton.conv_wgrad import Geometry, divide, image_arguments
 from ghl_kernels.triton.logsumexp import Statistics, statistics
 from ghl_kernels.triton.split_k import Partials
 from ghl_kernels.triton.tiles import Tile, programs
@@ -91,8 +91,7 @@ def depthwise_wgrad(
     g: Tensor,
     partials: Partials,
     problem: Problem,
-    geometry: tuple[list[int], list[int], list[int]],
-    out_size: tuple[int, int],
+    geometry: Geometry,
     competition: str,
     tau: float,
     tile: Tile,
@@ -101,13 +100,10 @@ def depthwise_wgrad(
     row_statistics = Statistics(*partials.sums)
     if competition != "linear":
         row_statistics = statistics(y, competition, tau)
-    positions, neurons = out_size[0] * out_size[1], problem.all_neurons
     depthwise_wgrad_kernel[(programs(problem, tile), partials.splits)](
         x, y, g, *row_statistics, *partials.sums,
-        problem.rows, neurons, problem.neurons, problem.taps, partials.rows_per_split,
-        *x.shape[2:], positions, *division_by(positions), out_size[1], *division_by(out_size[1]),
-        *(number for pair in geometry for number in pair),
-        *x.stride(), *y.stride(), *g.stride(), exponent_scale(tau),
+        problem.rows, problem.all_neurons, problem.neurons, problem.taps, partials.rows_per_split,
+        *image_arguments(x, y, g, geometry, tau),
         problem.kernel_size[1], competition, partials.sum_u,
         tile.block_m, tile.block_k, tile.block_c,
         num_warps=tile.warps, num_stages=tile.stages,

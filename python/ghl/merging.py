@@ -17,9 +17,9 @@ from torch.distributed.tensor import DTensor
 from ghl import ranks
 from ghl.guards import is_update, mark_update
 from ghl.held import HeldSums, local, versions
-from ghl.sums import from_rows, sign
+from ghl.sums import from_rows
 from ghl_kernels import Rule
-from ghl_kernels.composed import gated
+from ghl_kernels.composed import gated, sign
 
 
 @dataclasses.dataclass

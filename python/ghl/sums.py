@@ -20,6 +20,7 @@ import ghl_kernels.ops  # noqa: F401  registers torch.ops.ghl_kernels
 from ghl.guards import check_alone, is_update, mark_update
 from ghl_kernels import Rule
 from ghl_kernels.checks import sum_dtype
+from ghl_kernels.composed import sign
 from ghl_kernels.layout import is_channels_last
 
 _of_weight: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -45,11 +46,6 @@ def register_first(weight: Tensor, hook: Any) -> Any:
     hooks: Any = weight._post_accumulate_grad_hooks  # type: ignore[attr-defined]
     hooks.update([(key, hooks.pop(key)) for key in list(hooks) if key != handle.id])
     return handle
-
-
-def sign(G: Tensor) -> Tensor:
-    """sign(G) that keeps NaN."""
-    return torch.where(G.isnan(), G, G.sign())
 
 
 def device_of(weight: Tensor) -> torch.device:
