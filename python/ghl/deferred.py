@@ -23,7 +23,6 @@ from ghl.held import HeldSums, ShardedSums, is_owed, is_sharded
 from ghl.layers import Plastic
 from ghl.sums import RawSums
 
-_watch: list[Any] = []  # the handle of check_others, once there is one
 _living: weakref.WeakSet[Synchronizer] = weakref.WeakSet()
 _of_weight: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # to a weakref of its handle
 WIRES = (None, torch.float32, torch.bfloat16)
@@ -121,17 +120,16 @@ def weights_of(model: nn.Module, optimizer: Optimizer) -> dict[str, nn.Parameter
 
 @torch.compiler.disable
 def check_others(optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
-    """The hook of every optimizer's step, from the first synchronizer on; it is not taken off,
-    since that would be while hooks are called."""
+    """The hook of every optimizer's step."""
     for synchronizer in list(_living):
         synchronizer.check_other(optimizer)
 
 
-def watch_optimizers(synchronizer: Synchronizer) -> None:
-    """Have the steps of all optimizers checked."""
-    _living.add(synchronizer)
-    if not _watch:
-        _watch.append(register_optimizer_step_pre_hook(check_others))
+@functools.cache
+def watch_optimizers() -> None:
+    """Have the steps of all optimizers checked, from the first synchronizer on. The hook is never
+    taken off: that would be while hooks are called."""
+    register_optimizer_step_pre_hook(check_others)
 
 
 class Synchronizer:
@@ -179,7 +177,8 @@ class Synchronizer:
             RawSums.choose(weight, maker)
         self._attach()
         self._rules = [(layer, layer.rule) for layer in self._layers]
-        watch_optimizers(self)
+        _living.add(self)
+        watch_optimizers()
         self._hook = optimizer.register_step_pre_hook(self._before_step)
 
     def remove(self) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ghl_kernels.triton import fused, merge, stored, tiles
+from ghl_kernels.triton import fused, merge, store_u, stored, tiles
 from ghl_kernels.triton.foreach_merge import foreach_merge
 from ghl_kernels.triton.tiles import SHIPPED, Entry, Table, Tile
 
@@ -148,7 +148,7 @@ def launch_rest(case: Case) -> None:
         y = empty(ROWS, neurons, dtype=case.dtype)
         fused.logsumexp(y, 1.0, 1)
         for competition in ("softmax", "softhebb"):
-            stored.store_u(y, competition, 1.0)
+            store_u.store_u(y, competition, 1.0)
     w = empty(64, 576, dtype=case.dtype)
     sums = empty(64, 576), empty(64, 576), empty(65)
     for decay, gate, normalize in (("oja", "sign", "absmax"), ("instar", "hebb", "mean")):

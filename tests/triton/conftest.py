@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 
 from small_tiles import MANY_SPLITS, Form
 
-from ghl_kernels.triton import tiles
+from ghl_kernels.triton import split_k, tiles
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -72,3 +72,15 @@ def use(monkeypatch: pytest.MonkeyPatch) -> Callable[[Form], None]:
 def small_tiles(use: Callable[[Form], None]) -> None:
     """Small tiles and several splits, for tests that do not choose; there is no table for a CPU."""
     use(MANY_SPLITS)
+
+
+OWN = {name: getattr(tiles, name) for name in ("table", "nearest")}
+own_split_rows = split_k.split_rows  # these before fixtures replace them
+
+
+@pytest.fixture
+def shipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tables and the splits that users have."""
+    for name, function in OWN.items():
+        monkeypatch.setattr(tiles, name, function)
+    monkeypatch.setattr(split_k, "split_rows", own_split_rows)
