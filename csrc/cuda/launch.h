@@ -1,0 +1,41 @@
+// What the kernels' files offer to the seam and to programs without Python: checked nothing,
+// launched on the stream, never waited for. All return the first error of the CUDA runtime.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "params.h"
+
+namespace ghl::cuda {
+
+// logsumexp.cu: the statistics of each row of y, or its log-sum-exp.
+cudaError_t launch_statistics(const StatisticsParams&, cudaStream_t);
+
+// split_k.cu: the sum of the splits' parts, in their order.
+cudaError_t launch_sum_splits(const SumSplitsParams&, cudaStream_t);
+
+// merge.cu: the updates of all layers in one cooperative launch (in several for very many layers).
+cudaError_t launch_merge(const MergeLayer* layers, int32_t count, Decay, Gate, Normalize,
+                         cudaStream_t);
+
+// How a weight-gradient kernel cuts its work: a block has `rows` by `neurons` of y and g and `rows`
+// by `columns` of x in shared memory at once, `stages` times over.
+struct Tile {
+  int32_t rows, neurons, columns, threads, stages;
+  int32_t shared_bytes;
+};
+
+// dual_wgrad*.cu: mma.sync, for compute capability 8.0 and newer. Tiles are numbered from 0; what
+// is not compiled for a dtype, precision or kind of layer has 0 rows.
+constexpr int kDualWgradTiles = 3;
+Tile dual_wgrad_tile(int number, Dtype, Precision, bool pointwise);
+cudaError_t launch_dual_wgrad(const DualWgradParams&, int tile, cudaStream_t);
+
+// sm90_dual_wgrad.cu: TMA and wgmma, for compute capability 9.0 only; 16-bit numbers.
+constexpr int kSm90DualWgradTiles = 1;
+Tile sm90_dual_wgrad_tile(int number);
+// Why it cannot run a layer (alignment, strides, sizes), or null; asks nothing of the GPU.
+const char* sm90_dual_wgrad_unfit(const DualWgradParams&);
+cudaError_t launch_sm90_dual_wgrad(const DualWgradParams&, int tile, cudaStream_t);
+
+}  // namespace ghl::cuda
