@@ -20,8 +20,8 @@ from ghl.bench.clock import precision
 from ghl.bench.implementations import FORCED
 from ghl.bench.layers import Layer
 from ghl_kernels import composed
-from ghl_kernels.triton import tiles
-from ghl_kernels.triton.tiles import Entry, Tile
+from ghl_kernels import tiles
+from ghl_kernels.tiles import Entry, Tile
 
 LAYERS = (
     Layer("linear, whole rows", 1000, 72, 40, linear=True),

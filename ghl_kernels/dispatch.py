@@ -16,9 +16,12 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from ghl_kernels import library as libraries
+from ghl_kernels import tiles, trial
 from ghl_kernels.library import Library
-from ghl_kernels.problem import Problem
+from ghl_kernels.problem import Problem, dot_precision
 from ghl_kernels.rule import check_choice
+from ghl_kernels.tiles import BY_CUDA, BY_TRITON, Entry
 
 IMPLEMENTATIONS = {
     "native": "ghl_kernels.native",
@@ -26,8 +29,9 @@ IMPLEMENTATIONS = {
     "triton": "ghl_kernels.triton.fused",
     "triton_stored": "ghl_kernels.triton.stored",
     "library": "ghl_kernels.triton.library",
+    "cuda": "ghl_kernels.cuda.fused",
+    "cuda_sm90": "ghl_kernels.cuda.sm90",
 }
-BY_TRITON = ("triton", "triton_stored", "library")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +39,9 @@ class Backend:
     """An implementation's name, and why a call takes it.
 
     `native` C++ kernels; `composed` PyTorch's operators; `triton` u only in tiles; `triton_stored`
-    u written once and Triton's products; `library` u written once and cuBLAS's or cuDNN's.
+    u written once and Triton's products; `library` u written once and cuBLAS's or cuDNN's; `cuda`
+    kernels compiled ahead of time, u only in registers; `cuda_sm90` the same by Hopper's own
+    instructions.
     """
 
     name: str
@@ -84,18 +90,54 @@ def triton_unavailable(first: Tensor, problem: Problem | None) -> str | None:
     """Why the Triton kernels cannot run this call; None if they can."""
     if triton_missing():
         return triton_missing()
+    if first.device.type != "cuda" and not interpreted():
+        return f"Triton does not compile for {first.device.type}"
+    return beyond_kernels(first, problem)
+
+
+def beyond_kernels(first: Tensor, problem: Problem | None) -> str | None:
+    """What no kernel of ours for a GPU can do of this call; None if they can."""
     if first.device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(first.device)
         if major < 8:
             return f"the GPU has compute capability {major}.{minor}, the kernels need 8.0"
-    elif not interpreted():
-        return f"Triton does not compile for {first.device.type}"
     if first.dtype == torch.float64:
-        return "the Triton kernels have no float64"
+        return "the kernels for a GPU have no float64"
     if problem is not None:
         weights = problem.all_neurons * problem.columns
         if max(problem.rows, weights, problem.image) > LARGEST:
             return "rows, weights or the numbers of one image are more than 2**31 - 2**16"
+    return None
+
+
+def cuda_unavailable(name: str, first: Tensor, problem: Problem | None) -> str | None:
+    """Why the compiled CUDA kernels cannot run this call; None if they can."""
+    compiled = _libraries.get("cuda")
+    if compiled is None or not compiled.loaded:
+        return f"the CUDA library is {compiled.reason if compiled else 'unknown'}"
+    if first.device.type != "cuda":
+        return f"the CUDA kernels do not run on {first.device.type}"
+    beyond = beyond_kernels(first, problem)
+    if beyond:
+        return beyond
+    capability = torch.cuda.get_device_capability(first.device)
+    if name == "cuda_sm90":
+        return sm90_unavailable(compiled, capability, first, problem)
+    return libraries.unfit(compiled, capability)
+
+
+def sm90_unavailable(
+    compiled: Library, capability: tuple[int, int], first: Tensor, problem: Problem | None
+) -> str | None:
+    """Why the kernels of Hopper's own instructions cannot run this call; None if they can."""
+    architectures = libraries.architectures(compiled)
+    if "9.0a" not in architectures:
+        return f"the CUDA library was compiled for {' '.join(architectures)}, without 9.0a"
+    if capability != (9, 0):
+        major, minor = capability
+        return f"the GPU has compute capability {major}.{minor}, not 9.0"
+    if problem is not None and problem.dtype.itemsize != 2:
+        return f"its products are of 16-bit numbers, not {problem.dtype}"
     return None
 
 
@@ -109,6 +151,8 @@ def unavailable(name: str, first: Tensor, problem: Problem | None) -> str | None
     """Why an implementation cannot run a call; None if it can."""
     if name == "native":
         return native_unavailable(first.device)
+    if name in BY_CUDA:
+        return cuda_unavailable(name, first, problem)
     return triton_unavailable(first, problem) if name in BY_TRITON else None
 
 
@@ -123,7 +167,7 @@ def choose(operator: str, first: Tensor, problem: Problem | None = None) -> Back
             raise RuntimeError(f"{_forced} is forced for {operator}, but {reason}")
         return Backend(_forced, "forced")
     if first.device.type == "cuda":
-        return choose_on_gpu(first, problem)
+        return choose_on_gpu(operator, first, problem)
     reason = native_unavailable(first.device)
     if reason:
         return Backend("composed", reason)
@@ -132,47 +176,95 @@ def choose(operator: str, first: Tensor, problem: Problem | None = None) -> Back
     return Backend("native", f"compiled kernels for {first.device.type} are loaded")
 
 
-def choose_on_gpu(first: Tensor, problem: Problem | None) -> Backend:
-    reason = triton_unavailable(first, problem)
-    if reason:
-        return fall_back(reason)
-    trial = importlib.import_module("ghl_kernels.triton.trial")
-    if problem is None:
-        failure = trial.failure_of_merges(first.device)
-        if failure:
-            return fall_back(failure)
-        return Backend("triton", "kernels for every GPU from compute capability 8.0")
-    return tuned(problem, first.device)
+def choose_on_gpu(operator: str, first: Tensor, problem: Problem | None) -> Backend:
+    """The first of the preferred implementations whose trial does not fail."""
+    by_triton = triton_unavailable(first, problem)
+    by_cuda = cuda_unavailable("cuda", first, problem)
+    if by_triton and by_cuda:
+        both = by_triton if by_triton == by_cuda else f"{by_triton}; {by_cuda}"
+        return fall_back("composes PyTorch's operators", both)
+    here = () if by_triton else BY_TRITON
+    here += () if by_cuda else ("cuda",)
+    preferred = preferences(here, first, problem) if problem else of_sums(here, first)
+    failures: list[str] = []
+    for name, entry, reason in preferred:
+        module = IMPLEMENTATIONS[name]
+        if problem is None or entry is None:
+            failure = trial.failure_of_sums(first.device, module, operator)
+        else:
+            failure = trial.failure(problem, entry, first.device, module)
+        if failure is None and not failures:
+            return Backend(name, reason)
+        if failure is None:
+            fall_back(f"takes {name}", failures[0])
+            return Backend(name, failures[0])
+        failures.append(failure)
+    return fall_back("composes PyTorch's operators", failures[0])
 
 
-def fall_back(reason: str) -> Backend:
-    """PyTorch's operators, said once for each reason."""
+def fall_back(instead: str, reason: str) -> Backend:
+    """PyTorch's operators, or what is done instead, said once for each reason."""
     if reason not in _warned:
         _warned.add(reason)
-        warnings.warn(f"ghl_kernels composes PyTorch's operators: {reason}", stacklevel=2)
+        warnings.warn(f"ghl_kernels {instead}: {reason}", stacklevel=2)
     return Backend("composed", reason)
 
 
-def tuned(problem: Problem, device: torch.device) -> Backend:
-    """What the table of tiles has for a layer's sizes."""
-    tiles = importlib.import_module("ghl_kernels.triton.tiles")
-    split_k = importlib.import_module("ghl_kernels.triton.split_k")
-    if split_k.dot_precision(problem) == "ieee":
-        return Backend("library", "float32 without TF32 has no tensor-core product")
-    entry, table = tiles.choose(problem, device), tiles.table(device)
-    trial = importlib.import_module("ghl_kernels.triton.trial")
-    failure = trial.failure(problem, entry, device, IMPLEMENTATIONS[entry.strategy])
-    if failure:
-        return fall_back(failure)
+Preference = tuple[str, Entry | None, str]  # an implementation, its tile and why
+
+
+def of_sums(here: tuple[str, ...], first: Tensor) -> Iterator[Preference]:
+    """For merges and log-sum-exps: what was measured; else kernels that need no compiler now.
+
+    An optimizer's first step then waits for no compilation, and all layers are one launch.
+    """
+    measured = tiles.table(first.device).merges
+    if measured in here:
+        yield measured, None, "the fastest that was measured"
+    for name in ("cuda", "triton"):
+        if name in here and name != measured:
+            yield name, None, "kernels for every GPU from compute capability 8.0"
+
+
+def preferences(
+    here: tuple[str, ...], first: Tensor, problem: Problem
+) -> Iterator[Preference]:
+    """For a layer: what the table of tiles has for its sizes, and `cuda` behind it.
+
+    Without a measurement Triton's comes first; `cuda_sm90` is only ever taken by a measurement.
+    """
+    copied = ""
+    if problem.copied_bytes:
+        moved = problem.copied_bytes / 1e6
+        copied = f"; {moved:.1f} MB moved first to bring activations into channels_last"
+    table, taken = tiles.table(first.device), ""
+    measured = here if table.measured else tuple(name for name in here if name in BY_TRITON)
+    if table.measured and not cuda_unavailable("cuda_sm90", first, problem):
+        measured += ("cuda_sm90",)
+    if dot_precision(problem) == "ieee":
+        if "library" in here:
+            taken = "library"
+            reason = "float32 without TF32 has no tensor-core product"
+            yield taken, tiles.choose(problem, first.device), reason + copied
+    elif entry := tiles.find(problem, first.device, among=measured):
+        taken = entry.strategy
+        yield taken, entry, reason_of(entry, table) + copied
+    if "cuda" in here and taken != "cuda":
+        entry = compiled_entry(problem, first.device)
+        yield "cuda", entry, "compiled kernels, their tile by a rule of thumb" + copied
+
+
+def compiled_entry(problem: Problem, device: torch.device) -> Entry:
+    kernels = importlib.import_module("ghl_kernels.cuda.kernels")
+    return kernels.choose("cuda", problem, device)
+
+
+def reason_of(entry: Entry, table: tiles.Table) -> str:
     origin = "measured" if table.measured else "computed"
-    reason = (
+    return (
         f"nearest in table {table.name} ({origin}): {entry.kind}, {entry.rows} rows, "
         f"{entry.neurons} neurons of {entry.columns} weights"
     )
-    if problem.copied_bytes:
-        copied = problem.copied_bytes / 1e6
-        reason += f"; {copied:.1f} MB moved first to bring activations into channels_last"
-    return Backend(entry.strategy, reason)
 
 
 def implementation(operator: str, first: Tensor, problem: Problem | None = None) -> ModuleType:

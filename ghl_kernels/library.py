@@ -6,15 +6,22 @@ then composed of PyTorch's own, and `ghl doctor` prints the reason kept here.
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
+import functools
 import importlib.machinery
 import importlib.util
+import struct
 from pathlib import Path
 from types import ModuleType
 
 import torch
 
+from ghl_kernels.source_hash import source_hash
+
 DIRECTORY = Path(__file__).parent
+ABI = 2  # of csrc/seam.h: what Python and a library have to agree on
+REBUILD = "run `make install`, or install ghl-kernels again"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,23 +37,112 @@ class Library:
 
 
 def load(name: str) -> Library:
-    """Load lib{name}.so from beside this package into torch.ops."""
+    """Load lib{name}.so from beside this package into torch.ops, if it fits them both."""
     path = DIRECTORY / f"lib{name}.so"
     if not path.exists():
         return Library(path, "not built: no compiler, torch or nvcc was found when installing")
+    if name.endswith("_cuda") and torch.version.cuda is None:
+        return Library(path, f"not loaded: torch {torch.__version__} is built without CUDA")
+    broken = damage(path) or load_error(path)
+    if broken:
+        return Library(path, f"does not load into torch {torch.__version__}: {broken}; {REBUILD}")
+    return Library(path, foreign(path))
+
+
+def load_error(path: Path) -> str | None:
+    """What the loader says of a library; None if it is loaded."""
     try:
         torch.ops.load_library(path)
     except (OSError, RuntimeError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        return Library(path, f"does not load into torch {torch.__version__}: {first_line}")
-    return Library(path, None)
+        return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return None
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a library as a file; None if nothing is.
+
+    The loader maps a file as its head says: it would crash on one that was cut off later.
+    """
+    with path.open("rb") as file:
+        head = file.read(64)
+    if len(head) < 64 or head[:5] != b"\x7fELF\x02":
+        return "it is no library of this machine (invalid ELF header)"
+    (offset,), (size, number) = struct.unpack_from("<Q", head, 40), struct.unpack_from("<2H", head, 58)
+    if path.stat().st_size < offset + size * number:
+        return f"it was cut off after {path.stat().st_size} bytes"
+    return None
+
+
+def foreign(path: Path) -> str | None:
+    """Why a library that is loaded must not be called: it speaks to another Python part."""
+    abi = exported(path, "ghl_kernels_abi", ctypes.c_int)
+    if abi == ABI:
+        return None
+    return f"of another version (its seam is {abi}, this package's is {ABI}): {REBUILD}"
+
+
+def exported(path: Path, function: str, result: type) -> int | str | None:
+    """What a loaded library's function without arguments returns; None if it has no such one."""
+    try:
+        call = getattr(ctypes.CDLL(str(path)), function)
+    except (AttributeError, OSError):
+        return None
+    call.restype = result
+    value = call()
+    return value.decode() if isinstance(value, bytes) else value
+
+
+def stale(library: Library) -> bool:
+    """Whether a library was compiled from other sources than those beside this package."""
+    here = source_hash()
+    built = exported(library.path, "ghl_kernels_source_hash", ctypes.c_char_p)
+    return here is not None and here != built
+
+
+@functools.cache
+def architectures_of(path: Path) -> tuple[str, ...]:
+    text = exported(path, "ghl_kernels_cuda_architectures", ctypes.c_char_p)
+    return tuple(text.split()) if isinstance(text, str) else ()
+
+
+def architectures(library: Library) -> tuple[str, ...]:
+    """What the CUDA library was compiled for, in the words of TORCH_CUDA_ARCH_LIST."""
+    return architectures_of(library.path)
+
+
+def runs_on(architecture: str, capability: tuple[int, int]) -> bool:
+    """Whether code for an architecture, as 8.0, 9.0a or 10.0+PTX, runs on such a GPU.
+
+    Machine code runs on the same major and any later minor number, that of 9.0a on 9.0 alone, and
+    that of 10.0f on its family; PTX on every later GPU, unless it is of such an architecture.
+    """
+    version, _, ptx = architecture.partition("+")
+    special = version[-1] if version[-1] in "af" else ""
+    major, minor = (int(number) for number in version.rstrip("af").split("."))
+    if special == "a":
+        return capability == (major, minor)
+    if capability[0] == major and capability[1] >= minor:
+        return True
+    return ptx == "PTX" and not special and capability >= (major, minor)
+
+
+def unfit(library: Library, capability: tuple[int, int]) -> str | None:
+    """Why no code of the CUDA library runs on a GPU of that capability; None if some does."""
+    compiled = architectures(library)
+    if any(runs_on(architecture, capability) for architecture in compiled):
+        return None
+    version = ".".join(map(str, capability))
+    return (
+        f"the CUDA library was compiled for {' '.join(compiled)}, none of which runs on a GPU of "
+        f"compute capability {version}: build it with TORCH_CUDA_ARCH_LIST={version}"
+    )
 
 
 def introspection() -> ModuleType | None:
     """The pybind11 module of build information, if one for this Python lies beside this file."""
     name = "ghl_kernels._introspection"
     spec = importlib.machinery.PathFinder.find_spec(name, [str(DIRECTORY)])
-    if spec is None or spec.loader is None:
+    if spec is None or spec.loader is None or (spec.origin and damage(Path(spec.origin))):
         return None
     try:
         module = importlib.util.module_from_spec(spec)
@@ -54,3 +150,21 @@ def introspection() -> ModuleType | None:
     except ImportError:
         return None
     return module
+
+
+@dataclasses.dataclass(frozen=True)
+class Resources:
+    """What the assembler says of a kernel on an architecture: registers a thread, bytes of shared
+    memory known when compiling, bytes spilled to local memory."""
+
+    kernel: str
+    architecture: str
+    registers: int
+    shared_bytes: int
+    spilled_bytes: int
+
+
+def kernel_resources() -> tuple[Resources, ...]:
+    """Every CUDA kernel that was compiled; none without the introspection module or nvcc."""
+    module = introspection()
+    return tuple(Resources(*row) for row in getattr(module, "kernel_resources", ()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -99,3 +100,11 @@ class Problem:
     @property
     def depthwise(self) -> bool:
         return self.channels == 1 and self.groups > 1
+
+
+def dot_precision(problem: Problem) -> str:
+    """tf32 for float32 only where torch.backends allows it; 16-bit products do not ask."""
+    backends: Any = torch.backends
+    backend = backends.cuda.matmul if problem.linear else backends.cudnn.conv
+    allowed = problem.dtype != torch.float32 or backend.fp32_precision == "tf32"
+    return "tf32" if allowed else "ieee"

@@ -18,11 +18,13 @@ def source_hash() -> str | None:
 
 
 def gpu_source_hash() -> str:
-    """Hash of the kernels that a GPU runs: csrc, if it is here, and the Triton sources.
+    """Hash of the kernels that a GPU runs: csrc, if it is here, the Triton sources, and what calls
+    both.
 
     Not of the tables of tiles, which a measurement writes.
     """
-    paths = list((PACKAGE / "triton").rglob("*.py"))
+    paths = [PACKAGE / f"{name}.py" for name in ("merges", "pairs", "splits")]
+    paths += (p for part in ("triton", "cuda") for p in (PACKAGE / part).rglob("*.py"))
     if SOURCES.is_dir():
         paths += (p for p in SOURCES.rglob("*") if p.is_file())
     return hash_of(PACKAGE.parent, sorted(paths))

@@ -14,17 +14,17 @@ second operand.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ghl_kernels.problem import Problem
+from ghl_kernels.pairs import Geometry
+from ghl_kernels.problem import Problem, dot_precision
+from ghl_kernels.splits import Partials
 from ghl_kernels.triton.competition import exponent_scale, u_of_tile
 from ghl_kernels.triton.logsumexp import Statistics, statistics
-from ghl_kernels.triton.split_k import Partials, dot_precision, without_spills
-from ghl_kernels.triton.tiles import Tile, programs
+from ghl_kernels.triton.split_k import without_spills
+from ghl_kernels.tiles import Tile, programs
 
 
 @triton.jit
@@ -148,13 +148,6 @@ def conv_wgrad_kernel(
     if SUM_U:
         kept_u = inside_k & (tile % tiles_c == 0)
         tl.store(u_sums + split * neurons + first_neuron + k, u_sum, kept_u)
-
-
-class Geometry(NamedTuple):
-    """Stride, padding and dilation of a convolution, and the size of its output."""
-
-    pairs: tuple[list[int], list[int], list[int]]
-    out_size: tuple[int, int]
 
 
 def image_arguments(x: Tensor, y: Tensor, g: Tensor, geometry: Geometry, tau: float) -> tuple:

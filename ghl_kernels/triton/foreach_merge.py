@@ -15,9 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ghl_kernels import composed
-from ghl_kernels.composed import layer_by_layer
-from ghl_kernels.triton.merge import MOST_PROGRAMS, Layer, combine, measure, merge
+from ghl_kernels.merges import Layer, foreach_merge_of
+from ghl_kernels.triton.merge import MOST_PROGRAMS, combine, measure
 
 BLOCK_K, BLOCK_P = 8, 256
 FIELDS = tl.constexpr(len(Layer._fields) + 2)
@@ -125,26 +124,13 @@ def merge_alike(layers: Sequence[Layer], decay: str, gate: str, normalize: str) 
     )
 
 
-def foreach_merge(
-    G: Sequence[Tensor],
-    H0: Sequence[Tensor],
-    totals: Sequence[Tensor],
-    w: Sequence[Tensor],
-    decay: str,
-    gate: str,
-    normalize: str,
-) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """The operator: lists of updates, of the statistics of neurons and of layers."""
-    if any(t.dtype not in TYPES for t in (*G, *H0, *totals, *w)):
-        return composed.foreach_merge(G, H0, totals, w, decay, gate, normalize)
-    if any(t.numel() == 0 for t in w):
-        return layer_by_layer(merge, (G, H0, totals, w), decay, gate, normalize)
-    layers = [Layer.of(*one) for one in zip(G, H0, totals, w, strict=True)]
+def fill(layers: Sequence[Layer], decay: str, gate: str, normalize: str) -> None:
+    """Fill the results of layers, those of the same dtypes at once."""
     alike: dict[tuple, list[Layer]] = {}
     for layer in layers:
         alike.setdefault(tuple(t.dtype for t in layer[:4]), []).append(layer)
     for group in alike.values():
         merge_alike(group, decay, gate, normalize)
-    results = [layer.results(weight) for layer, weight in zip(layers, w, strict=True)]
-    update, neurons, statistics = ([result[i] for result in results] for i in range(3))
-    return update, neurons, statistics
+
+
+foreach_merge = foreach_merge_of(fill)

@@ -8,19 +8,13 @@ several neurons where their weights are few. Sums are in a fixed order.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from ghl_kernels import composed
-from ghl_kernels.layout import empty_rows, in_order_of, like_weight
+from ghl_kernels.merges import Layer, merge_of
 
 BLOCK_NUMBERS = 2048
 MOST_PROGRAMS = 1024  # of the second pass over one layer; each reads every neuron's maximum
-Triple = tuple[Tensor, Tensor, Tensor]
 
 
 @triton.jit
@@ -154,49 +148,14 @@ def blocks(columns: int) -> tuple[int, int]:
     return min(BLOCK_NUMBERS // block_p, 64), block_p
 
 
-class Layer(NamedTuple):
-    """One layer's tensors in the memory order of its weight, and the memory of its results."""
-
-    G: Tensor
-    H0: Tensor
-    totals: Tensor
-    w: Tensor
-    scratch: Tensor
-    neurons: Tensor
-    update: Tensor
-    layer: Tensor
-
-    @classmethod
-    def of(cls, G: Tensor, H0: Tensor, totals: Tensor, w: Tensor, overwrite: bool = False) -> Layer:
-        G, H0, rows = (in_order_of(w, t) for t in (G, H0, w))
-        options: dict[str, Any] = {"dtype": torch.float32, "device": w.device}
-        scratch, neurons = (torch.empty(n, w.shape[0], **options) for n in (2, 3))
-        update = H0 if overwrite and H0.dtype == G.dtype else empty_rows(w, G.dtype)
-        layer = torch.empty(3, **options)
-        return cls(G, H0, totals.contiguous(), rows, scratch, neurons, update, layer)
-
-    def results(self, w: Tensor) -> Triple:
-        return like_weight(self.update, w, self.update.dtype), self.neurons, self.layer
-
-
-def merge(
-    G: Tensor,
-    H0: Tensor,
-    totals: Tensor,
-    w: Tensor,
-    decay: str,
-    gate: str,
-    normalize: str,
-    overwrite: bool = False,
-) -> Triple:
-    """The operator, of one layer. `overwrite`: the update may take the memory of H0."""
-    neurons, columns = w.shape[0], w[0].numel()
-    if columns == 0:
-        return composed.merge(G, H0, totals, w, decay, gate, normalize)
+def fill(layer: Layer, decay: str, gate: str, normalize: str) -> None:
+    """Fill the results of one layer, whose weight has numbers."""
+    neurons, columns = layer.w.shape[0], layer.w[0].numel()
     block_k, block_p = blocks(columns)
-    layer = Layer.of(G, H0, totals, w, overwrite)
     programs = triton.cdiv(neurons, block_k)
     measure_kernel[(programs,)](*layer[:6], neurons, columns, decay, block_k, block_p)
     programs = min(programs * triton.cdiv(columns, block_p), MOST_PROGRAMS)
     combine_kernel[(programs,)](*layer, neurons, columns, decay, gate, normalize, block_k, block_p)
-    return layer.results(w)
+
+
+merge = merge_of(fill)

@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 
 from small_tiles import MANY_SPLITS, Form
 
-from ghl_kernels.triton import split_k, tiles
+from ghl_kernels import splits, tiles
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -75,7 +75,7 @@ def small_tiles(use: Callable[[Form], None]) -> None:
 
 
 OWN = {name: getattr(tiles, name) for name in ("table", "nearest")}
-own_split_rows = split_k.split_rows  # these before fixtures replace them
+own_split_rows = splits.split_rows  # these before fixtures replace them
 
 
 @pytest.fixture
@@ -83,4 +83,4 @@ def shipped(monkeypatch: pytest.MonkeyPatch) -> None:
     """The tables and the splits that users have."""
     for name, function in OWN.items():
         monkeypatch.setattr(tiles, name, function)
-    monkeypatch.setattr(split_k, "split_rows", own_split_rows)
+    monkeypatch.setattr(splits, "split_rows", own_split_rows)

@@ -12,8 +12,8 @@ import pytest
 import triton
 
 from ghl_kernels.problem import Problem
-from ghl_kernels.triton import split_k, tiles
-from ghl_kernels.triton.tiles import Entry, Table, Tile
+from ghl_kernels import splits, tiles
+from ghl_kernels.tiles import Entry, Table, Tile
 
 nearest = tiles.nearest.__wrapped__  # without a memory that outlives a test
 KINDS = ("pointwise", "conv", "packed", "depthwise")
@@ -58,7 +58,7 @@ class Form:
         return Table("small", None, tuple(entries))
 
     def split_rows(self, problem: Problem, tile: Tile, device: object) -> tuple[int, int]:
-        """`split_k.split_rows` without its limits."""
+        """`splits.split_rows` without its limits."""
         rows = triton.cdiv(triton.cdiv(problem.rows, self.splits), tile.block_m) * tile.block_m
         return triton.cdiv(problem.rows, rows), rows
 
@@ -68,7 +68,7 @@ class Form:
         monkeypatch.setattr(tiles, "table", lambda device: table)
         monkeypatch.setattr(tiles, "nearest", nearest)
         if self.splits is not None:
-            monkeypatch.setattr(split_k, "split_rows", self.split_rows)
+            monkeypatch.setattr(splits, "split_rows", self.split_rows)
 
 
 ONE_SPLIT = Form()

@@ -16,8 +16,8 @@ from torch import Tensor
 
 import ghl_kernels
 from ghl_kernels import Problem, Rule
-from ghl_kernels.triton import tiles
-from ghl_kernels.triton.tiles import Entry, Table
+from ghl_kernels import tiles
+from ghl_kernels.tiles import Entry, Table
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 SIXTEEN_BITS = [torch.bfloat16, torch.float16]

@@ -12,8 +12,8 @@ import small_tiles
 import torch
 
 from ghl_kernels import Problem
-from ghl_kernels.triton import tiles
-from ghl_kernels.triton.tiles import Entry, Table, Tile
+from ghl_kernels import tiles
+from ghl_kernels.tiles import Entry, Table, Tile
 
 TILE = Tile(16, 16, 16, 4, 2)
 CPU = torch.device("cpu")

@@ -8,7 +8,8 @@ import triton
 
 from ghl_kernels import Problem
 from ghl_kernels.dispatch import IMPLEMENTATIONS
-from ghl_kernels.triton import conv_wgrad, fused, tiles, trial
+from ghl_kernels import tiles, trial
+from ghl_kernels.triton import conv_wgrad, fused
 
 CPU = torch.device("cpu")
 FLOAT = torch.float32

@@ -1,4 +1,4 @@
-"""`ghl bench tune`: tries the candidates of `ghl_kernels.triton.tune` on the GPU at hand.
+"""`ghl bench tune`: tries the candidates of `ghl_kernels.tune` on the GPU at hand.
 
 Kernels are compiled beforehand by several processes, because compiling takes ten times as long as
 timing; a candidate that fails there is not tried here.
@@ -25,8 +25,8 @@ from ghl.bench.implementations import Tensors, ours_call
 from ghl.bench.layers import Layer, layers_of
 from ghl.bench.report import provenance
 from ghl_kernels import Problem
-from ghl_kernels.triton import tiles, tune
-from ghl_kernels.triton.tune import Attempt, Entry
+from ghl_kernels import tiles, tune
+from ghl_kernels.tune import Attempt, Entry
 
 COMPILE_BATCH = 16  # images: sizes and strides of the kernel's arguments stay as divisible by 16
 COMPILE_ROWS = 4096

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from ghl_kernels.problem import Problem
-from ghl_kernels.triton import tiles
-from ghl_kernels.triton.tiles import STRATEGIES, Entry, Tile
+from ghl_kernels import tiles
+from ghl_kernels.tiles import STRATEGIES, Entry, Tile
 
 SMALLEST_BLOCK = 64  # that any layer may take, however small
 SHARED_MEMORY = 227 * 1024  # of a Hopper multiprocessor; where there is less the launch says so

@@ -24,7 +24,9 @@ import torch
 from ghl_kernels.problem import Problem
 
 SHIPPED = Path(__file__).parent / "tables"
-STRATEGIES = ("triton", "triton_stored", "library")
+BY_TRITON = ("triton", "triton_stored", "library")
+BY_CUDA = ("cuda", "cuda_sm90")
+STRATEGIES = (*BY_TRITON, *BY_CUDA)
 FEW_CHANNELS = 16  # fewer do not fill a tile of one tap
 ALIGNED = 16  # a multiple of it is what Triton compiles wide loads for
 
@@ -35,9 +37,10 @@ _used = threading.local()
 class Tile:
     """One program's share and how it runs.
 
-    block_m rows a step, block_k neurons, block_c inputs (of one tap unless `packed`); `taps` of a
-    kernel's row at once; `descriptors`: by the tensor memory accelerator where the layout allows;
-    `programs`: how many per multiprocessor to split the rows for.
+    block_m rows a step, block_k neurons, block_c inputs (of one tap unless `packed`, as those of
+    `cuda` always are); `taps` of a kernel's row at once; `descriptors`: by the tensor memory
+    accelerator where the layout allows; `programs`: how many per multiprocessor to split the rows
+    for.
     """
 
     block_m: int
@@ -78,11 +81,13 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """name: the file's; measured: the GPU and versions it was tuned on, None if computed only."""
+    """name: the file's; measured: the GPU and versions it was tuned on, None if computed only.
+    merges: the implementation whose merge of many layers was the fastest, None if not measured."""
 
     name: str
     measured: dict[str, str] | None
     entries: tuple[Entry, ...]
+    merges: str | None = None
 
     @classmethod
     def read(cls, path: Path) -> Table:
@@ -90,7 +95,7 @@ class Table:
         try:
             content = json.loads(path.read_text())
             entries = tuple(Entry.of(entry) for entry in content["entries"])
-            return cls(path.stem, content["measured"], entries)
+            return cls(path.stem, content["measured"], entries, content.get("merges"))
         except (KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} is not a table of tiles of this version: {error}") from error
 
@@ -119,7 +124,7 @@ def column_tiles(problem: Problem, tile: Tile) -> int:
 
 def programs(problem: Problem, tile: Tile) -> int:
     """Programs that a split of the rows has."""
-    if problem.depthwise:
+    if problem.depthwise and not tile.packed:
         return -(-problem.all_neurons // tile.block_k) * column_tiles(problem, tile)
     return problem.groups * -(-problem.neurons // tile.block_k) * column_tiles(problem, tile)
 
@@ -167,21 +172,43 @@ def use(entry: Entry) -> Iterator[None]:
         _used.entry = before
 
 
+def used() -> Entry | None:
+    """What this thread is inside `use` of."""
+    return getattr(_used, "entry", None)
+
+
 def choose(problem: Problem, device: torch.device, strategy: str | None = None) -> Entry:
-    """The nearest entry, of one strategy if it is given, with a tile that fits the layer."""
-    used = getattr(_used, "entry", None)
-    return fitting(used, problem) if used else nearest(problem, device, strategy)
+    """The nearest entry of Triton's strategies, of one if it has any, with a tile that fits."""
+    entry = find(problem, device, strategy)
+    if entry is None:
+        name, bits = table(device).name, 8 * problem.dtype.itemsize
+        raise ValueError(f"table {name} has no {bits}-bit entry of {kind(problem)}")
+    return entry
+
+
+def find(
+    problem: Problem,
+    device: torch.device,
+    strategy: str | None = None,
+    among: tuple[str, ...] = BY_TRITON,
+) -> Entry | None:
+    """The nearest entry among these strategies, of one if it has any; None if there is none."""
+    entry = used()
+    return fitting(entry, problem) if entry else nearest(problem, device, strategy, among)
 
 
 @functools.lru_cache(maxsize=4096)
-def nearest(problem: Problem, device: torch.device, strategy: str | None) -> Entry:
-    bits = 8 * problem.dtype.itemsize
-    alike = [e for e in table(device).entries if e.kind == kind(problem) and e.bits == bits]
+def nearest(
+    problem: Problem, device: torch.device, strategy: str | None, among: tuple[str, ...]
+) -> Entry | None:
+    like = kind(problem), 8 * problem.dtype.itemsize
+    entries = table(device).entries
+    alike = [e for e in entries if (e.kind, e.bits) == like and e.strategy in among]
     if not alike:
-        raise ValueError(f"table {table(device).name} has no {bits}-bit entry of {kind(problem)}")
+        return None
     wanted = [e for e in alike if strategy in (None, e.strategy)] or alike
     entry = fitting(min(wanted, key=lambda entry: entry.distance(problem)), problem)
-    if strategy is None and loads_one_by_one(problem, entry.tile):
+    if strategy is None and "library" in among and loads_one_by_one(problem, entry.tile):
         return dataclasses.replace(entry, strategy="library")
     return entry
 

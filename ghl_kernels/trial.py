@@ -1,7 +1,7 @@
-"""Before a layer's sizes first take a Triton strategy on a GPU, it is tried on a small batch.
+"""Before a layer's sizes first take kernels of ours on a GPU, they are tried on a small batch.
 
-A kernel that does not compile there, does not launch, or disagrees with PyTorch's own operators is
-not used: the dispatcher composes the update instead and says why. One host synchronisation for each
+Kernels that do not compile there, do not launch, or disagree with PyTorch's own operators are not
+used: the dispatcher takes another implementation instead and says why. One host synchronisation for each
 layer and process, none while a graph is captured.
 """
 
@@ -16,11 +16,9 @@ from torch import Tensor
 
 from ghl_kernels import composed
 from ghl_kernels.checks import output_size
-from ghl_kernels.problem import Problem
-from ghl_kernels.triton import tiles
-from ghl_kernels.triton.foreach_merge import foreach_merge
-from ghl_kernels.triton.merge import merge
-from ghl_kernels.triton.tiles import Entry
+from ghl_kernels.problem import Problem, dot_precision
+from ghl_kernels import tiles
+from ghl_kernels.tiles import Entry
 
 BATCH, SIZE = 4, 16
 # Of the largest sum, where PyTorch's own operators lose a tenth of it: a trial finds a kernel that
@@ -85,7 +83,7 @@ def disagreement(problem: Problem, device: torch.device, implementation: str) ->
 
 @functools.lru_cache(maxsize=4096)
 def remembered(
-    problem: Problem, entry: Entry, device: torch.device, implementation: str
+    problem: Problem, entry: Entry, device: torch.device, implementation: str, precision: str
 ) -> str | None:
     with tiles.use(entry):
         return disagreement(problem, device, implementation)
@@ -97,35 +95,44 @@ def failure(
     """Why layers of these sizes must not take an implementation (a module) with this entry."""
     if torch.cuda.is_current_stream_capturing():
         return None
+    sizes, precision = dataclasses.replace(problem, rows=0), dot_precision(problem)
     try:
-        return remembered(dataclasses.replace(problem, rows=0), entry, device, implementation)
+        return remembered(sizes, entry, device, implementation, precision)
     except torch.OutOfMemoryError:  # not for ever: there may be memory the next time
         return f"a trial of {implementation} found too little memory"
 
 
-def disagreement_of_merges(device: torch.device) -> str | None:
-    """What is wrong with the merge of one layer or of many; None if nothing is."""
+def disagreement_of_sums(device: torch.device, implementation: str, operator: str) -> str | None:
+    """What is wrong with an implementation's logsumexp, or, for another operator, with its merge of
+    one layer or of many; None if nothing is."""
     generator = torch.Generator(device).manual_seed(0)
     G, H0, w = torch.randn(3, 65, 33, 3, 3, generator=generator, device=device)
     sums = G, H0, torch.rand(66, generator=generator, device=device), w
     choices = "oja", "hebb", "absmax"
     try:
-        lists = [[t, t] for t in sums]
-        many = foreach_merge(lists[0], lists[1], lists[2], lists[3], *choices)
-        found = merge(*sums, *choices), [result[1] for result in many]
-        wanted = composed.merge(*sums, *choices)
-        for result in found:
-            for a, b in zip(result, wanted, strict=True):
-                if not ((a - b).abs().max() <= 1e-4 * b.abs().max()).item():
-                    return "a trial of Triton's merge is off from PyTorch's operators"
+        tried = importlib.import_module(implementation)
+        if operator == "logsumexp":
+            pairs = [(tried.logsumexp(G, 0.5, 1), composed.logsumexp(G, 0.5, 1))]
+        else:
+            lists = [[t, t] for t in sums]
+            many = tried.foreach_merge(lists[0], lists[1], lists[2], lists[3], *choices)
+            wanted = composed.merge(*sums, *choices)
+            pairs = list(zip(tried.merge(*sums, *choices), wanted, strict=True))
+            pairs += zip([result[1] for result in many], wanted, strict=True)
+        if not all(((a - b).abs().max() <= 1e-4 * b.abs().max()).item() for a, b in pairs):
+            return f"a trial of {operator} by {implementation} is off from PyTorch's operators"
     except Exception as error:
-        return raised("Triton's merge", error)
+        return raised(f"{operator} by {implementation}", error)
     return None
 
 
-remembered_of_merges = functools.cache(disagreement_of_merges)
+remembered_of_sums = functools.cache(disagreement_of_sums)
 
 
-def failure_of_merges(device: torch.device) -> str | None:
-    """Why merges must not be Triton's on this device."""
-    return None if torch.cuda.is_current_stream_capturing() else remembered_of_merges(device)
+def failure_of_sums(device: torch.device, implementation: str, operator: str) -> str | None:
+    """Why an operator without activations must not be an implementation's (a module's) there."""
+    if torch.cuda.is_current_stream_capturing():
+        return None
+    return remembered_of_sums(
+        device, implementation, "logsumexp" if operator == "logsumexp" else "merge"
+    )

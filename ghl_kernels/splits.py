@@ -1,0 +1,91 @@
+"""Split-K: how the rows are divided, the workspace of partial sums, and where their sum goes.
+
+Each split of the rows fills its own part of a float32 workspace, and one kernel adds the parts in
+the order of the splits. There are no atomics: sign(G) would turn their order into the result.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ghl_kernels.layout import empty_rows, is_channels_last, like_weight
+from ghl_kernels.problem import Problem
+from ghl_kernels.tiles import Tile, programs
+
+FEWEST_BLOCKS = 4  # of rows that a split is worth
+
+
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors of a GPU; what the interpreter pretends to have on a CPU."""
+    if device.type != "cuda":
+        return 4
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def split_rows(problem: Problem, tile: Tile, device: torch.device) -> tuple[int, int]:
+    """Number of splits and rows of each, a multiple of the tile's rows; none is empty.
+
+    As many as fill the GPU once, if each has rows enough and the workspace stays below the
+    u that a composition of PyTorch's operators would store.
+    """
+    wanted = processors(device) * tile.programs // programs(problem, tile)
+    by_rows = problem.rows // (FEWEST_BLOCKS * tile.block_m)
+    stored = problem.rows * problem.all_neurons * problem.dtype.itemsize
+    by_memory = stored // (8 * problem.all_neurons * problem.columns)
+    splits = max(1, min(wanted, by_rows, by_memory))
+    rows = -(-problem.rows // splits)
+    rows = -(-rows // tile.block_m) * tile.block_m
+    return -(-problem.rows // rows), rows
+
+
+class Sums(NamedTuple):
+    """G, H0: (K, columns), columns in the memory order of the weight; sums of u (K) and, in a
+    result, the number of rows. Or parts of them, (splits, ...)."""
+
+    G: Tensor
+    H0: Tensor
+    totals: Tensor
+
+
+@dataclasses.dataclass
+class Partials:
+    """Where a weight-gradient kernel puts its sums: a part for each split, or the results."""
+
+    splits: int
+    rows_per_split: int
+    channels_last: bool
+    sum_u: bool
+    sums: Sums
+    results: Sums
+
+    @classmethod
+    def empty(cls, problem: Problem, tile: Tile, w: Tensor, sum_u: bool) -> Partials:
+        """Workspace for a weight like w; with one split the results are filled directly."""
+        splits, rows = split_rows(problem, tile, w.device)
+        G, H0 = empty_rows(w, torch.float32), empty_rows(w, torch.float32)
+        totals = torch.empty(w.shape[0] + 1, dtype=torch.float32, device=w.device)
+        totals[-1:].fill_(problem.rows)
+        if not sum_u:
+            totals[:-1].fill_(0)
+        results = sums = Sums(G, H0, totals)
+        if splits > 1:
+            sizes = G.numel(), H0.numel(), w.shape[0]
+            parts = (
+                torch.empty(splits * size, dtype=torch.float32, device=w.device) for size in sizes
+            )
+            sums = Sums(*parts)
+        return cls(splits, rows, is_channels_last(w), sum_u, sums, results)
+
+    def finish(
+        self, w: Tensor, sum_splits: Callable[[Partials], None]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """G, H0 and totals with the strides of w; `sum_splits` fills the results from the parts."""
+        if self.splits > 1:
+            sum_splits(self)
+        G, H0, totals = self.results
+        return like_weight(G, w, torch.float32), like_weight(H0, w, torch.float32), totals
