@@ -43,9 +43,9 @@ GHL_DEVICE uint32_t shared_address(const void* shared) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
 }
 
-// 16 bytes from global to shared memory, behind the thread's back; zeros where not `live`.
-GHL_DEVICE void copy_async(void* shared, const void* global, bool live) {
-  const int bytes = live ? 16 : 0;
+// 16 bytes from global to shared memory, behind the thread's back: the first `bytes` of them are
+// read, the others are zeros.
+GHL_DEVICE void copy_async(void* shared, const void* global, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
                "l"(global), "r"(bytes)
                : "memory");
