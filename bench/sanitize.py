@@ -19,8 +19,7 @@ from ghl.bench.check import Expected, wrong_sums
 from ghl.bench.clock import precision
 from ghl.bench.implementations import FORCED
 from ghl.bench.layers import Layer
-from ghl_kernels import composed
-from ghl_kernels import tiles
+from ghl_kernels import composed, tiles
 from ghl_kernels.tiles import Entry, Tile
 
 LAYERS = (

@@ -226,9 +226,7 @@ def of_sums(here: tuple[str, ...], first: Tensor) -> Iterator[Preference]:
             yield name, None, "kernels for every GPU from compute capability 8.0"
 
 
-def preferences(
-    here: tuple[str, ...], first: Tensor, problem: Problem
-) -> Iterator[Preference]:
+def preferences(here: tuple[str, ...], first: Tensor, problem: Problem) -> Iterator[Preference]:
     """For a layer: what the table of tiles has for its sizes, and `cuda` behind it.
 
     Without a measurement Triton's comes first; `cuda_sm90` is only ever taken by a measurement.

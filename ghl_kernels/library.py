@@ -67,7 +67,10 @@ def damage(path: Path) -> str | None:
         head = file.read(64)
     if len(head) < 64 or head[:5] != b"\x7fELF\x02":
         return "it is no library of this machine (invalid ELF header)"
-    (offset,), (size, number) = struct.unpack_from("<Q", head, 40), struct.unpack_from("<2H", head, 58)
+    (offset,), (size, number) = (
+        struct.unpack_from("<Q", head, 40),
+        struct.unpack_from("<2H", head, 58),
+    )
     if path.stat().st_size < offset + size * number:
         return f"it was cut off after {path.stat().st_size} bytes"
     return None

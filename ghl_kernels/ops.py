@@ -1,7 +1,7 @@
 """The one list of operators: schemas, checks, shapes and strides of results, autograd, autocast.
 
-Holds no arithmetic: `dispatch` picks the implementation. The `.native` overloads at the end of the
-list are what a compiled library implements; they write into outputs that `native` allocates.
+Holds no arithmetic: `dispatch` picks the implementation. The overloads at the end of the list are
+what compiled libraries implement; they write into outputs that `native` and `cuda` allocate.
 """
 
 from __future__ import annotations
@@ -42,6 +42,17 @@ SCHEMAS = (
     "bool channels_last) -> ()",
     "merge.native(Tensor G, Tensor H0, Tensor totals, Tensor w, Tensor(a!) update, "
     "Tensor(b!) neurons, Tensor(c!) layer, int decay, int gate, int normalize) -> ()",
+    "foreach_merge.native(Tensor[] G, Tensor[] H0, Tensor[] totals, Tensor[] w, "
+    "Tensor(a!)[] update, Tensor(b!)[] neurons, Tensor(c!)[] layer, Tensor(d!)[] scratch, "
+    "int decay, int gate, int normalize) -> ()",
+    "logsumexp.statistics(Tensor y, Tensor(a!) largest, Tensor(b!) inverse, Tensor(c!)? winner, "
+    "int competition, float tau) -> ()",
+    "pair.cuda(Tensor x, Tensor y, Tensor g, Tensor? largest, Tensor? inverse, Tensor? winner, "
+    "Tensor(a!) G, Tensor(b!) H0, Tensor(c!)? u_sums, int[] kernel_size, int[] stride, "
+    "int[] padding, int[] dilation, int[] out_size, int groups, int competition, float tau, "
+    "bool channels_last, bool tf32, int splits, int rows_per_split, int tile, bool sm90) -> ()",
+    "pair.sum_splits(Tensor G_parts, Tensor H0_parts, Tensor? u_parts, Tensor(a!) G, "
+    "Tensor(b!) H0, Tensor(c!)? u_sums, int splits) -> ()",
 )
 
 _library = torch.library.Library("ghl_kernels", "DEF")

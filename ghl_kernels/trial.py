@@ -1,8 +1,8 @@
 """Before a layer's sizes first take kernels of ours on a GPU, they are tried on a small batch.
 
 Kernels that do not compile there, do not launch, or disagree with PyTorch's own operators are not
-used: the dispatcher takes another implementation instead and says why. One host synchronisation for each
-layer and process, none while a graph is captured.
+used: the dispatcher takes another implementation instead and says why. One host synchronisation for
+each layer and process, none while a graph is captured.
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ import importlib
 import torch
 from torch import Tensor
 
-from ghl_kernels import composed
+from ghl_kernels import composed, tiles
 from ghl_kernels.checks import output_size
 from ghl_kernels.problem import Problem, dot_precision
-from ghl_kernels import tiles
 from ghl_kernels.tiles import Entry
 
 BATCH, SIZE = 4, 16

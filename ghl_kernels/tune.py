@@ -15,8 +15,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ghl_kernels.problem import Problem
 from ghl_kernels import tiles
+from ghl_kernels.problem import Problem
 from ghl_kernels.tiles import STRATEGIES, Entry, Tile
 
 SMALLEST_BLOCK = 64  # that any layer may take, however small

@@ -14,6 +14,7 @@
 #include <memory>
 #include <vector>
 
+#include "../seam.h"
 #include "kernels.h"
 #include "kernels_list.h"
 
@@ -166,7 +167,7 @@ STABLE_TORCH_LIBRARY_IMPL(ghl_kernels, CPU, m) {
   m.impl("merge.native", TORCH_BOX(&ghl::cpu::merge));
 }
 
-#define GHL_EXPORT extern "C" __attribute__((visibility("default")))
+GHL_DESCRIBE_LIBRARY
 
 GHL_EXPORT const char* ghl_kernels_instruction_set() {
   return ghl::cpu::kernels().instruction_set;

@@ -15,10 +15,10 @@ from torch import Tensor
 from ghl_kernels.pairs import Geometry
 from ghl_kernels.problem import Problem
 from ghl_kernels.splits import Partials
+from ghl_kernels.tiles import Tile, programs
 from ghl_kernels.triton.competition import u_of_tile
 from ghl_kernels.triton.conv_wgrad import divide, image_arguments
 from ghl_kernels.triton.logsumexp import Statistics, statistics
-from ghl_kernels.tiles import Tile, programs
 
 
 @triton.jit(do_not_specialize=["M"])  # a smaller last batch is no new kernel

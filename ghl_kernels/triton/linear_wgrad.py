@@ -21,10 +21,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ghl_kernels.problem import Problem, dot_precision
 from ghl_kernels.splits import Partials
+from ghl_kernels.tiles import Tile, programs
 from ghl_kernels.triton.competition import exponent_scale, u_of_tile
 from ghl_kernels.triton.logsumexp import Statistics, statistics
 from ghl_kernels.triton.split_k import without_spills
-from ghl_kernels.tiles import Tile, programs
 
 
 @triton.jit

@@ -14,8 +14,7 @@ from ghl.bench.implementations import call, names
 from ghl.bench.layers import Layer
 from ghl.bench.measure import Bench, Row, summarize
 from ghl.bench.report import cell, refusals, table
-from ghl_kernels import composed
-from ghl_kernels import tiles
+from ghl_kernels import composed, tiles
 from ghl_kernels.tiles import Entry, Tile
 
 CPU = torch.device("cpu")

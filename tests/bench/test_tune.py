@@ -18,10 +18,9 @@ from ghl.bench.clock import WallClock
 from ghl.bench.layers import Layer, layers_of
 from ghl.bench.tuning import Tuned, compile_all, compiled_alike, layers_to_tune, tune_layers
 from ghl.cli import WORKLOADS
-from ghl_kernels import Problem, dispatch
-from ghl_kernels import tiles, tune
-from ghl_kernels.triton import fused
+from ghl_kernels import Problem, dispatch, tiles, tune
 from ghl_kernels.tiles import Entry, Table, Tile
+from ghl_kernels.triton import fused
 from ghl_kernels.tune import Attempt
 
 SHIPPED = Table.read(tiles.SHIPPED / "sm90.json")

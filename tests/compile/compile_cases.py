@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from ghl_kernels import tiles
+from ghl_kernels.tiles import SHIPPED, Entry, Table, Tile
 from ghl_kernels.triton import fused, merge, store_u, stored
 from ghl_kernels.triton.foreach_merge import foreach_merge
-from ghl_kernels.tiles import SHIPPED, Entry, Table, Tile
 
 ARCHITECTURES = (80, 90, 100)
 DTYPES = {16: torch.bfloat16, 32: torch.float32}

@@ -11,8 +11,8 @@ import dataclasses
 import pytest
 import triton
 
-from ghl_kernels.problem import Problem
 from ghl_kernels import splits, tiles
+from ghl_kernels.problem import Problem
 from ghl_kernels.tiles import Entry, Table, Tile
 
 nearest = tiles.nearest.__wrapped__  # without a memory that outlives a test

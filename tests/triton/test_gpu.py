@@ -15,8 +15,7 @@ from cases import Conv, Layer, Linear, Tensors, assert_pair, largest, wide
 from torch import Tensor
 
 import ghl_kernels
-from ghl_kernels import Problem, Rule
-from ghl_kernels import tiles
+from ghl_kernels import Problem, Rule, tiles
 from ghl_kernels.tiles import Entry, Table
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")

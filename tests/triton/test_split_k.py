@@ -13,10 +13,9 @@ from hypothesis import strategies as st
 from small_tiles import Form
 
 from ghl_kernels import Problem, Rule
-from ghl_kernels import splits
-from ghl_kernels.triton import split_k
 from ghl_kernels.problem import dot_precision
 from ghl_kernels.tiles import Tile
+from ghl_kernels.triton import split_k
 
 LAYERS: dict[str, Layer] = {
     "linear": Linear(140, 17, 18),
@@ -25,7 +24,7 @@ LAYERS: dict[str, Layer] = {
     "depthwise": Conv(5, 4, (5, 6), 4, kernel=(2, 2), groups=4),
 }
 layers = pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
-own_choice = splits.split_rows  # before a fixture replaces it
+own_choice = dividing.split_rows  # before a fixture replaces it
 
 
 @layers
@@ -59,14 +58,14 @@ def test_the_kernels_own_choice_splits_and_is_right(
     layer: Layer, fused: None, use: Callable[[Form], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without the limits of a small layer; what is left is the number of processors."""
-    monkeypatch.setattr(splits, "FEWEST_BLOCKS", 1)
+    monkeypatch.setattr(dividing, "FEWEST_BLOCKS", 1)
     chosen = []
 
     def record(*arguments: object) -> tuple[int, int]:
         chosen.append(own_choice(*arguments))
         return chosen[-1]
 
-    monkeypatch.setattr(splits, "split_rows", record)
+    monkeypatch.setattr(dividing, "split_rows", record)
     use(Form(splits=None))
     assert_pair(layer, layer.tensors())
     assert chosen[0][0] > 1
@@ -86,7 +85,7 @@ def test_splits_cover_the_rows_and_none_is_empty(
     processors: int, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """Their workspace is never larger than the u that PyTorch's composition stores."""
-    monkeypatch.setattr(splits, "processors", lambda device: processors)
+    monkeypatch.setattr(dividing, "processors", lambda device: processors)
     problem = Problem(rows, neurons, channels, dtype, linear=True)
     tile = Tile(block_m, 64, 64, 4, 3, programs)
     splits, each = own_choice(problem, tile, torch.device("cpu"))

@@ -11,8 +11,7 @@ import pytest
 import small_tiles
 import torch
 
-from ghl_kernels import Problem
-from ghl_kernels import tiles
+from ghl_kernels import Problem, tiles
 from ghl_kernels.tiles import Entry, Table, Tile
 
 TILE = Tile(16, 16, 16, 4, 2)

@@ -6,9 +6,8 @@ import pytest
 import torch
 import triton
 
-from ghl_kernels import Problem
+from ghl_kernels import Problem, tiles, trial
 from ghl_kernels.dispatch import IMPLEMENTATIONS
-from ghl_kernels import tiles, trial
 from ghl_kernels.triton import conv_wgrad, fused
 
 CPU = torch.device("cpu")

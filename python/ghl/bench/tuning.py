@@ -24,8 +24,7 @@ from ghl.bench.clock import MODES, Clock, precision
 from ghl.bench.implementations import Tensors, ours_call
 from ghl.bench.layers import Layer, layers_of
 from ghl.bench.report import provenance
-from ghl_kernels import Problem
-from ghl_kernels import tiles, tune
+from ghl_kernels import Problem, tiles, tune
 from ghl_kernels.tune import Attempt, Entry
 
 COMPILE_BATCH = 16  # images: sizes and strides of the kernel's arguments stay as divisible by 16

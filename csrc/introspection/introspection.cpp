@@ -6,6 +6,7 @@
 
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 namespace {
 
@@ -17,6 +18,23 @@ void* symbol(const std::string& path, const char* name) {
   dlclose(library);
   if (!found) throw std::runtime_error(path + " has no symbol " + name);
   return found;
+}
+
+struct Resources {
+  const char *kernel, *architecture;
+  int registers, shared_bytes, spilled_bytes;
+};
+
+const std::vector<Resources> kKernels = {
+#include "kernel_resources.inc"
+};
+
+pybind11::list kernel_resources() {
+  pybind11::list rows;
+  for (const Resources& r : kKernels)
+    rows.append(pybind11::make_tuple(r.kernel, r.architecture, r.registers, r.shared_bytes,
+                                     r.spilled_bytes));
+  return rows;
 }
 
 std::string text(const std::string& path, const char* name) {
@@ -33,6 +51,8 @@ PYBIND11_MODULE(_introspection, m) {
   m.attr("torch_target_version") = GHL_TORCH_TARGET;
   m.attr("cuda_library") = bool(GHL_CUDA_LIBRARY);
   m.attr("source_hash") = GHL_SOURCE_HASH;
+  // (kernel, architecture, registers, bytes of static shared memory, bytes spilled) of each
+  m.attr("kernel_resources") = kernel_resources();
   m.def(
       "instruction_set",
       [](const std::string& path) { return text(path, "ghl_kernels_instruction_set"); },
@@ -45,8 +65,4 @@ PYBIND11_MODULE(_introspection, m) {
       },
       pybind11::arg("library"), pybind11::arg("name"),
       "Take the CPU kernels of that instruction set from now on: for tests and comparisons.");
-  m.def(
-      "cuda_architectures",
-      [](const std::string& path) { return text(path, "ghl_kernels_cuda_architectures"); },
-      pybind11::arg("library"), "The GPU architectures the CUDA library was compiled for.");
 }

@@ -1,0 +1,14 @@
+"""The implementation `cuda`: u lives only in registers, whatever the layer, by mma.sync."""
+
+from __future__ import annotations
+
+from ghl_kernels.composed import updates
+from ghl_kernels.cuda.kernels import foreach_merge, kernels, merge
+from ghl_kernels.native import logsumexp
+from ghl_kernels.pairs import pairs
+
+__all__ = ["conv2d_pair", "conv2d_update", "foreach_merge", "linear_pair", "linear_update"]
+__all__ += ["logsumexp", "merge"]
+
+linear_pair, conv2d_pair = pairs(kernels("cuda"))
+linear_update, conv2d_update = updates(linear_pair, conv2d_pair, merge)

@@ -1,0 +1,191 @@
+"""Calls of the compiled kernels, and which of their tiles a layer takes.
+
+Allocates what the kernels write, and hands it over; arguments are already checked.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ghl_kernels import dispatch, layout, tiles
+from ghl_kernels.merges import Layer, foreach_merge_of, merge_of
+from ghl_kernels.native import code
+from ghl_kernels.pairs import Geometry, Kernels, as_it_lies
+from ghl_kernels.problem import Problem, dot_precision
+from ghl_kernels.splits import Partials
+from ghl_kernels.tiles import Entry, Tile
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # in the order of csrc/cuda/params.h
+MOST_TILES = 16  # that are asked for; the numbers of tiles have no gaps
+SHARED_BYTES, REGISTERS = 163 * 1024, 65536  # of a multiprocessor of compute capability 8.0
+REGISTERS_BESIDE_SUMS = 72  # of a thread
+ROWS_OF_A_LINEAR_LAYER: tuple[list[int], ...] = ([1, 1], [1, 1], [0, 0], [1, 1], [1, 1])
+
+
+@functools.cache
+def compiled_tiles(
+    strategy: str, dtype: torch.dtype, tf32: bool, pointwise: bool
+) -> tuple[tuple[int, Tile], ...]:
+    """The tiles that the library has, with their numbers."""
+    library = dispatch.library("cuda")
+    if library is None or not library.loaded:
+        return ()
+    ask = ctypes.CDLL(str(library.path)).ghl_kernels_cuda_tile
+    ask.argtypes = [ctypes.c_int, ctypes.c_int, *[ctypes.c_bool] * 3, ctypes.c_void_p]
+    found = []
+    for number in range(MOST_TILES):
+        fields = (ctypes.c_int * 6)()
+        ask(number, DTYPES.index(dtype), tf32, pointwise, strategy == "cuda_sm90", fields)
+        rows, neurons, columns, threads, stages, shared_bytes = fields
+        if rows:
+            registers = 2 * neurons * columns + REGISTERS_BESIDE_SUMS * threads
+            blocks = max(1, min(REGISTERS // registers, SHARED_BYTES // shared_bytes))
+            tile = Tile(rows, neurons, columns, threads // 32, stages, blocks, packed=True)
+            found.append((number, tile))
+    return tuple(found)
+
+
+def tiles_for(strategy: str, problem: Problem) -> tuple[tuple[int, Tile], ...]:
+    """The compiled tiles that a layer may take, with their numbers."""
+    tf32 = dot_precision(problem) == "tf32"
+    return compiled_tiles(strategy, problem.dtype, tf32, problem.pointwise)
+
+
+def least_block(numbers: int) -> int:
+    """The smallest power of two, from 64 on, that holds them."""
+    return max(64, 1 << (numbers - 1).bit_length())
+
+
+def by_rule(problem: Problem, known: Sequence[tuple[int, Tile]]) -> Tile:
+    """The largest tile that is not mostly empty; of equal ones one that holds whole rows of y."""
+
+    def rank(tile: Tile) -> tuple[int, ...]:
+        neurons, columns = least_block(problem.neurons), least_block(problem.columns)
+        inside = tile.block_k <= neurons and tile.block_c <= columns
+        whole_rows = problem.groups == 1 and problem.neurons <= tile.block_k
+        size = tile.block_k * tile.block_c
+        side = min(tile.block_k, tile.block_c)
+        return (1, size, whole_rows, side) if inside else (0, -size, whole_rows, side)
+
+    return max((tile for _, tile in known), key=rank)
+
+
+def choose(strategy: str, problem: Problem, device: torch.device) -> Entry:
+    """The entry for a layer: in use, measured, or by a rule of thumb.
+
+    Raises RuntimeError where nothing is compiled for such a layer.
+    """
+    known = tiles_for(strategy, problem)
+    if not known:
+        raise RuntimeError(f"the CUDA library has no tile of {strategy} for {problem.dtype}")
+    entry = tiles.used() or tiles.nearest(problem, device, strategy, (strategy,))
+    if entry and any(same_shape(entry.tile, tile) for _, tile in known):
+        return dataclasses.replace(entry, strategy=strategy)
+    kind, bits = tiles.kind(problem), 8 * problem.dtype.itemsize
+    sizes = problem.rows, problem.neurons, problem.columns
+    return Entry(kind, bits, *sizes, strategy, by_rule(problem, known))
+
+
+def same_shape(one: Tile, other: Tile) -> bool:
+    """Whether they are the same tile of the library, split however."""
+    return dataclasses.replace(one, programs=other.programs) == other
+
+
+def number_of(tile: Tile, strategy: str, problem: Problem) -> int:
+    return next(n for n, known in tiles_for(strategy, problem) if same_shape(tile, known))
+
+
+Statistics = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+def statistics(y: Tensor, competition: str, tau: float) -> Statistics:
+    """The largest, the inverse and, where it is asked for, the winner of each row of y (M, K)."""
+    largest, inverse = (
+        torch.empty(y.shape[0], dtype=torch.float32, device=y.device) for _ in range(2)
+    )
+    winner = None if competition == "softmax" else torch.empty_like(largest, dtype=torch.int32)
+    torch.ops.ghl_kernels.logsumexp.statistics(
+        y[:, :, None, None], largest, inverse, winner, code("competition", competition), tau
+    )
+    return largest, inverse, winner
+
+
+def wgrad(
+    strategy: str,
+    images: Tensor,
+    geometry: Sequence[Sequence[int]],
+    y: Tensor,
+    g: Tensor,
+    partials: Partials,
+    problem: Problem,
+    competition: str,
+    tau: float,
+    tile: Tile,
+) -> None:
+    """Fill `partials` from images (N, C·groups, H, W) and the matrices y and g (M, K·groups).
+
+    geometry: kernel size, stride, padding, dilation, size of the output.
+    """
+    whole_rows = problem.groups == 1 and problem.neurons <= tile.block_k
+    of_rows: Statistics = None, None, None
+    if competition != "linear" and not whole_rows:
+        of_rows = statistics(y, competition, tau)
+    G, H0, u_sums = partials.sums
+    torch.ops.ghl_kernels.pair.cuda(
+        images, y, g, *of_rows, G, H0, u_sums if partials.sum_u else None, *geometry,
+        problem.groups, code("competition", competition), tau, partials.channels_last,
+        dot_precision(problem) == "tf32", partials.splits, partials.rows_per_split,
+        number_of(tile, strategy, problem), strategy == "cuda_sm90",
+    )  # fmt: skip
+
+
+def sum_splits(partials: Partials) -> None:
+    """Fill the results with the parts, added in the order of the splits."""
+    (*parts, u_parts), (*results, u_sums) = partials.sums, partials.results
+    torch.ops.ghl_kernels.pair.sum_splits(
+        *parts, u_parts if partials.sum_u else None,
+        *results, u_sums if partials.sum_u else None, partials.splits,
+    )  # fmt: skip
+
+
+def kernels(strategy: str) -> Kernels:
+    """The kernels of `cuda` or of `cuda_sm90`."""
+
+    def tile(problem: Problem, w: Tensor) -> Tile:
+        return choose(strategy, problem, w.device).tile
+
+    def of_rows(x: Tensor, y: Tensor, g: Tensor, *rest: object) -> None:
+        wgrad(strategy, x[:, :, None, None], ROWS_OF_A_LINEAR_LAYER, y, g, *rest)  # type: ignore[arg-type]
+
+    def of_images(
+        geometry: Geometry, x: Tensor, y: Tensor, g: Tensor, partials: Partials, problem: Problem,
+        competition: str, tau: float, tile: Tile,
+    ) -> None:  # fmt: skip
+        few = problem.channels < tiles.FEW_CHANNELS
+        images = x if few else layout.as_images(x)  # few are gathered number by number anyway
+        pairs = [problem.kernel_size, *geometry.pairs, geometry.out_size]
+        wgrad(strategy, images, pairs, y, g, partials, problem, competition, tau, tile)
+
+    return Kernels(tile, as_it_lies, of_rows, of_images, sum_splits)
+
+
+def fill_layers(layers: Sequence[Layer], decay: str, gate: str, normalize: str) -> None:
+    """Fill the results of layers of any of the dtypes in one launch."""
+    G, H0, totals, w, scratch, neurons, update, layer = (list(t) for t in zip(*layers, strict=True))
+    torch.ops.ghl_kernels.foreach_merge.native(
+        G, H0, totals, w, update, neurons, layer, scratch,
+        code("decay", decay), code("gate", gate), code("normalize", normalize),
+    )  # fmt: skip
+
+
+def fill_layer(layer: Layer, decay: str, gate: str, normalize: str) -> None:
+    fill_layers([layer], decay, gate, normalize)
+
+
+merge, foreach_merge = merge_of(fill_layer), foreach_merge_of(fill_layers)
