@@ -1,16 +1,27 @@
-// What every compiled library says of itself, so that Python can tell one that it must not call.
+// What every compiled library offers to Python beside its operators' implementations.
+//
+// Loading one registers nothing: Python asks for its version first. PyTorch would end the process
+// over an implementation of an operator that this Python does not have.
 #pragma once
+
+#include <torch/csrc/stable/library.h>
 
 #define GHL_EXPORT extern "C" __attribute__((visibility("default")))
 
-// The version of what crosses the seam: the `.native` and `.cuda` overloads of ghl_kernels/ops.py
-// and the exported functions. It grows with every change of them, in ghl_kernels/library.py too.
+// The version of what crosses the seam: the overloads for libraries in ghl_kernels/ops.py and the
+// exported functions. It grows with every change of them, in ghl_kernels/library.py too.
 #define GHL_ABI 2
 
-#define GHL_DESCRIBE_LIBRARY          \
-  GHL_EXPORT int ghl_kernels_abi() {  \
-    return GHL_ABI;                   \
-  }                                   \
-  GHL_EXPORT const char* ghl_kernels_source_hash() { \
-    return GHL_SOURCE_HASH;           \
+// `fill` registers the implementations for the dispatch key; called once.
+#define GHL_DESCRIBE_LIBRARY(key, fill)                                                            \
+  GHL_EXPORT int ghl_kernels_abi() {                                                               \
+    return GHL_ABI;                                                                                \
+  }                                                                                                \
+  GHL_EXPORT const char* ghl_kernels_source_hash() {                                               \
+    return GHL_SOURCE_HASH;                                                                        \
+  }                                                                                                \
+  GHL_EXPORT void ghl_kernels_register() {                                                         \
+    using namespace torch::stable::detail;                                                         \
+    static const StableTorchLibraryInit init(StableLibrary::Kind::IMPL, &fill, "ghl_kernels", key, \
+                                             __FILE__, __LINE__);                                  \
   }

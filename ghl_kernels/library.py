@@ -20,7 +20,7 @@ import torch
 from ghl_kernels.source_hash import source_hash
 
 DIRECTORY = Path(__file__).parent
-ABI = 2  # of csrc/seam.h: what Python and a library have to agree on
+ABI = 2  # as in csrc/seam.h: what Python and a library have to agree on
 REBUILD = "run `make install`, or install ghl-kernels again"
 
 
@@ -37,24 +37,27 @@ class Library:
 
 
 def load(name: str) -> Library:
-    """Load lib{name}.so from beside this package into torch.ops, if it fits them both."""
+    """Load lib{name}.so from beside this package, for torch.ops, if it fits them both."""
     path = DIRECTORY / f"lib{name}.so"
     if not path.exists():
         return Library(path, "not built: no compiler, torch or nvcc was found when installing")
     if name.endswith("_cuda") and torch.version.cuda is None:
         return Library(path, f"not loaded: torch {torch.__version__} is built without CUDA")
-    broken = damage(path) or load_error(path)
-    if broken:
-        return Library(path, f"does not load into torch {torch.__version__}: {broken}; {REBUILD}")
-    return Library(path, foreign(path))
+    broken = damage(path)
+    if broken is None:
+        try:
+            return Library(path, register(ctypes.CDLL(str(path))))
+        except OSError as error:
+            broken = (str(error).strip().splitlines() or ["for no reason that it tells"])[0]
+    return Library(path, f"does not load into torch {torch.__version__}: {broken}; {REBUILD}")
 
 
-def load_error(path: Path) -> str | None:
-    """What the loader says of a library; None if it is loaded."""
-    try:
-        torch.ops.load_library(path)
-    except (OSError, RuntimeError) as error:
-        return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def register(library: ctypes.CDLL) -> str | None:
+    """Have a library implement operators, if it is for this package; else why it is not called."""
+    abi = library.ghl_kernels_abi() if hasattr(library, "ghl_kernels_abi") else 1
+    if abi != ABI:
+        return f"of another version (its seam is {abi}, this package's is {ABI}): {REBUILD}"
+    library.ghl_kernels_register()
     return None
 
 
@@ -76,36 +79,25 @@ def damage(path: Path) -> str | None:
     return None
 
 
-def foreign(path: Path) -> str | None:
-    """Why a library that is loaded must not be called: it speaks to another Python part."""
-    abi = exported(path, "ghl_kernels_abi", ctypes.c_int)
-    if abi == ABI:
+def text(path: Path, function: str) -> str | None:
+    """What a loaded library's function returns, a text; None if it has no such function."""
+    library = ctypes.CDLL(str(path))
+    if not hasattr(library, function):
         return None
-    return f"of another version (its seam is {abi}, this package's is {ABI}): {REBUILD}"
-
-
-def exported(path: Path, function: str, result: type) -> int | str | None:
-    """What a loaded library's function without arguments returns; None if it has no such one."""
-    try:
-        call = getattr(ctypes.CDLL(str(path)), function)
-    except (AttributeError, OSError):
-        return None
-    call.restype = result
-    value = call()
-    return value.decode() if isinstance(value, bytes) else value
+    call = getattr(library, function)
+    call.restype = ctypes.c_char_p
+    return call().decode()
 
 
 def stale(library: Library) -> bool:
     """Whether a library was compiled from other sources than those beside this package."""
     here = source_hash()
-    built = exported(library.path, "ghl_kernels_source_hash", ctypes.c_char_p)
-    return here is not None and here != built
+    return here is not None and here != text(library.path, "ghl_kernels_source_hash")
 
 
 @functools.cache
 def architectures_of(path: Path) -> tuple[str, ...]:
-    text = exported(path, "ghl_kernels_cuda_architectures", ctypes.c_char_p)
-    return tuple(text.split()) if isinstance(text, str) else ()
+    return tuple((text(path, "ghl_kernels_cuda_architectures") or "").split())
 
 
 def architectures(library: Library) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ Which library was loaded, or why none, is in `ghl_kernels.library`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -24,13 +24,22 @@ def code(argument: str, value: str) -> int:
     return CHOICES[argument].index(value)
 
 
-def logsumexp(y: Tensor, tau: float, dim: int) -> Tensor:
-    dim %= y.dim()
-    rows = [*y.shape[:dim], *y.shape[dim + 1 :]]
-    lse = torch.empty(rows, dtype=sum_dtype(y.dtype), device=y.device)
-    outer, inner = y.shape[:dim].numel(), y.shape[dim + 1 :].numel()
-    torch.ops.ghl_kernels.logsumexp.native(y.reshape(outer, y.shape[dim], inner, 1), lse, tau)
-    return lse
+def logsumexp_by(overload: str) -> Callable[[Tensor, float, int], Tensor]:
+    """The operator logsumexp by a compiled overload of it."""
+
+    def logsumexp(y: Tensor, tau: float, dim: int) -> Tensor:
+        dim %= y.dim()
+        rows = [*y.shape[:dim], *y.shape[dim + 1 :]]
+        lse = torch.empty(rows, dtype=sum_dtype(y.dtype), device=y.device)
+        outer, inner = y.shape[:dim].numel(), y.shape[dim + 1 :].numel()
+        compiled = getattr(torch.ops.ghl_kernels.logsumexp, overload)
+        compiled(y.reshape(outer, y.shape[dim], inner, 1), lse, tau)
+        return lse
+
+    return logsumexp
+
+
+logsumexp = logsumexp_by("native")
 
 
 def linear_pair(

@@ -42,9 +42,10 @@ SCHEMAS = (
     "bool channels_last) -> ()",
     "merge.native(Tensor G, Tensor H0, Tensor totals, Tensor w, Tensor(a!) update, "
     "Tensor(b!) neurons, Tensor(c!) layer, int decay, int gate, int normalize) -> ()",
-    "foreach_merge.native(Tensor[] G, Tensor[] H0, Tensor[] totals, Tensor[] w, "
+    "foreach_merge.cuda(Tensor[] G, Tensor[] H0, Tensor[] totals, Tensor[] w, "
     "Tensor(a!)[] update, Tensor(b!)[] neurons, Tensor(c!)[] layer, Tensor(d!)[] scratch, "
     "int decay, int gate, int normalize) -> ()",
+    "logsumexp.cuda(Tensor y, Tensor(a!) lse, float tau) -> ()",
     "logsumexp.statistics(Tensor y, Tensor(a!) largest, Tensor(b!) inverse, Tensor(c!)? winner, "
     "int competition, float tau) -> ()",
     "pair.cuda(Tensor x, Tensor y, Tensor g, Tensor? largest, Tensor? inverse, Tensor? winner, "

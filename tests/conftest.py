@@ -21,7 +21,8 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
 
 import ghl_kernels
-from ghl_kernels import composed, dispatch, layout, native
+from ghl_kernels import composed, dispatch, layout, merges, native, splits
+from ghl_kernels.cuda import kernels
 
 settings.register_profile(
     "ghl",
@@ -32,7 +33,7 @@ settings.register_profile(
 )
 settings.load_profile("ghl")
 
-ALLOCATING = ("logsumexp", "split_k", "merge", "store_u")  # of ghl_kernels.triton
+ALLOCATING = ("logsumexp", "store_u")  # of ghl_kernels.triton
 
 
 def poison(t: torch.Tensor) -> torch.Tensor:
@@ -73,7 +74,7 @@ def poisoned_workspace() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
-    modules = [native, composed, layout]
+    modules = [native, composed, layout, merges, splits, kernels]
     if not dispatch.triton_missing():
         modules += [importlib.import_module(f"ghl_kernels.triton.{name}") for name in ALLOCATING]
     for module in modules:

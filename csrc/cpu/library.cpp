@@ -4,7 +4,6 @@
 // Shapes and dtypes were checked in Python; what is checked here is what a wrong call from
 // elsewhere would turn into a bad memory access.
 #include <sys/mman.h>
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
@@ -158,16 +157,16 @@ void merge(Tensor G, Tensor H0, Tensor totals, Tensor w, Tensor update, Tensor n
   kernels().merge(p, threads());
 }
 
+void implement(torch::stable::detail::StableLibrary& m) {
+  m.impl("pair.native", TORCH_BOX(&pair));
+  m.impl("logsumexp.native", TORCH_BOX(&logsumexp));
+  m.impl("merge.native", TORCH_BOX(&merge));
+}
+
 }  // namespace
 }  // namespace ghl::cpu
 
-STABLE_TORCH_LIBRARY_IMPL(ghl_kernels, CPU, m) {
-  m.impl("pair.native", TORCH_BOX(&ghl::cpu::pair));
-  m.impl("logsumexp.native", TORCH_BOX(&ghl::cpu::logsumexp));
-  m.impl("merge.native", TORCH_BOX(&ghl::cpu::merge));
-}
-
-GHL_DESCRIBE_LIBRARY
+GHL_DESCRIBE_LIBRARY("CPU", ghl::cpu::implement)
 
 GHL_EXPORT const char* ghl_kernels_instruction_set() {
   return ghl::cpu::kernels().instruction_set;

@@ -44,10 +44,6 @@ struct DualWgradArguments : DualWgradParams {
   bool wide_x, wide_y, wide_g;  // whether 16 bytes can be copied at once
 };
 
-inline bool is_pointwise(const DualWgradParams& p) {
-  return p.in_height * p.in_width * p.kernel_h * p.kernel_w == 1 && p.padding_h + p.padding_w == 0;
-}
-
 inline bool is_wide(const void* data, int32_t count, int64_t unit, std::initializer_list<int64_t> s,
                     int32_t vector) {
   bool wide = reinterpret_cast<uintptr_t>(data) % 16 == 0 && count % vector == 0 && unit == 1;
@@ -525,5 +521,19 @@ template <class T, Precision P, bool POINTWISE>
 struct CompiledShape<T, P, POINTWISE, 1> : DualWgradShape<T, P, POINTWISE, 128, 128, 8, 3> {};
 template <class T, Precision P>
 struct CompiledShape<T, P, true, 2> : DualWgradShape<T, P, true, 256, 64, 8, 3> {};
+
+// `f` of the compiled shape that a tile's number names; `none` where there is no such shape.
+template <class T, Precision PRECISION, class Result, class F>
+Result with_shape(int number, bool pointwise, Result none, F&& f) {
+  if (pointwise && number == 0) return f(CompiledShape<T, PRECISION, true, 0>{});
+  if (!pointwise && number == 0) return f(CompiledShape<T, PRECISION, false, 0>{});
+  if constexpr (PRECISION != Precision::tf32x3) {
+    if (pointwise && number == 1) return f(CompiledShape<T, PRECISION, true, 1>{});
+    if (!pointwise && number == 1) return f(CompiledShape<T, PRECISION, false, 1>{});
+  }
+  if constexpr (sizeof(T) == 2)
+    if (pointwise && number == 2) return f(CompiledShape<T, PRECISION, true, 2>{});
+  return none;
+}
 
 }  // namespace ghl::cuda

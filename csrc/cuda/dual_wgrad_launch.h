@@ -13,20 +13,6 @@ struct DualWgradLaunches {
   static cudaError_t launch(const DualWgradParams& p, int number, cudaStream_t stream);
 };
 
-// `f` of the compiled shape that a tile's number names; `none` where there is no such shape.
-template <class T, Precision PRECISION, class Result, class F>
-Result with_shape(int number, bool pointwise, Result none, F&& f) {
-  if (pointwise && number == 0) return f(CompiledShape<T, PRECISION, true, 0>{});
-  if (!pointwise && number == 0) return f(CompiledShape<T, PRECISION, false, 0>{});
-  if constexpr (PRECISION != Precision::tf32x3) {
-    if (pointwise && number == 1) return f(CompiledShape<T, PRECISION, true, 1>{});
-    if (!pointwise && number == 1) return f(CompiledShape<T, PRECISION, false, 1>{});
-  }
-  if constexpr (sizeof(T) == 2)
-    if (pointwise && number == 2) return f(CompiledShape<T, PRECISION, true, 2>{});
-  return none;
-}
-
 template <class T, Precision PRECISION>
 Tile DualWgradLaunches<T, PRECISION>::tile(int number, bool pointwise) {
   return with_shape<T, PRECISION>(number, pointwise, Tile{},

@@ -6,7 +6,6 @@
 // GPU.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
@@ -29,7 +28,8 @@ using Integers = std::vector<int64_t>;
 // The device of a call's tensors as the current one, and the stream that PyTorch has there.
 class Device {
  public:
-  explicit Device(const Tensor& first) : index_(first.get_device_index()), guard_(index_) {
+  explicit Device(const Tensor& first)
+      : on_gpu_(first.is_cuda()), index_(first.get_device_index()), guard_(index_) {
     void* stream = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));
     stream_ = static_cast<cudaStream_t>(stream);
@@ -39,7 +39,7 @@ class Device {
   cudaStream_t stream() const { return stream_; }
 
   void same(const Tensor& t) const {
-    STD_TORCH_CHECK(t.is_cuda() && t.get_device_index() == index_,
+    STD_TORCH_CHECK(t.is_cuda() == on_gpu_ && t.get_device_index() == index_,
                     "all tensors of a call must be on cuda:", index_);
   }
 
@@ -49,14 +49,15 @@ class Device {
     cudaGetLastError();
     if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction) {
       STD_TORCH_CHECK(false, "ghl_kernels: ", what, " on cuda:", index_,
-                      " has no kernel image: the library was compiled for ",
-                      GHL_CUDA_ARCHITECTURES, "; build it with TORCH_CUDA_ARCH_LIST of this GPU");
+                      " has no kernel image: the library was compiled for ", GHL_CUDA_ARCHITECTURES,
+                      "; build it with TORCH_CUDA_ARCH_LIST of this GPU");
     }
-    STD_TORCH_CHECK(false, "ghl_kernels: ", what, " on cuda:", index_, " failed: ",
-                    cudaGetErrorName(error), ", ", cudaGetErrorString(error));
+    STD_TORCH_CHECK(false, "ghl_kernels: ", what, " on cuda:", index_,
+                    " failed: ", cudaGetErrorName(error), ", ", cudaGetErrorString(error));
   }
 
  private:
+  bool on_gpu_;
   int32_t index_;
   torch::stable::accelerator::DeviceGuard guard_;
   cudaStream_t stream_ = nullptr;
@@ -116,8 +117,8 @@ Statistics statistics_of(const Device& device, const MaybeTensor& largest,
   s.inverse = floats(device, *inverse, rows);
   if (winner) s.winner = dense<int32_t>(device, *winner, ScalarType::Int, rows);
   STD_TORCH_CHECK(s.winner || competition == Competition::softmax, "winner is absent");
-  for (const void* array : {static_cast<void*>(s.largest), static_cast<void*>(s.inverse),
-                            static_cast<void*>(s.winner)})
+  for (const void* array :
+       {static_cast<void*>(s.largest), static_cast<void*>(s.inverse), static_cast<void*>(s.winner)})
     STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(array) % 16 == 0,
                     "statistics must begin at multiples of 16 bytes");
   return s;
@@ -217,8 +218,8 @@ void check_splits(const DualWgradParams& p, const Tile& tile) {
   STD_TORCH_CHECK(p.splits > 0 && p.rows_per_split > 0 && p.rows_per_split % tile.rows == 0,
                   "rows_per_split is ", p.rows_per_split, ", must be a multiple of ", tile.rows);
   const int64_t before_last = int64_t(p.splits - 1) * p.rows_per_split;
-  STD_TORCH_CHECK(before_last < p.rows && p.rows <= before_last + p.rows_per_split,
-                  p.splits, " splits of ", p.rows_per_split, " rows do not cover ", p.rows);
+  STD_TORCH_CHECK(before_last < p.rows && p.rows <= before_last + p.rows_per_split, p.splits,
+                  " splits of ", p.rows_per_split, " rows do not cover ", p.rows);
 }
 
 void pair(Tensor x, Tensor y, Tensor g, MaybeTensor largest, MaybeTensor inverse,
@@ -241,9 +242,7 @@ void pair(Tensor x, Tensor y, Tensor g, MaybeTensor largest, MaybeTensor inverse
   p.splits = narrow(splits);
   p.rows_per_split = narrow(rows_per_split);
   p.channels_last = channels_last;
-  const bool pointwise = p.in_height * int64_t(p.in_width) * p.kernel_h * p.kernel_w == 1 &&
-                         p.padding_h + p.padding_w == 0;
-  const Tile tile = tile_of(tile_number, p.dtype, p.precision, pointwise, sm90);
+  const Tile tile = tile_of(tile_number, p.dtype, p.precision, is_pointwise(p), sm90);
   check_splits(p, tile);
   const bool whole_rows = p.groups == 1 && p.neurons <= tile.neurons;
   STD_TORCH_CHECK(largest || whole_rows || p.competition == Competition::linear,
@@ -309,24 +308,27 @@ void foreach_merge(std::vector<Tensor> G, std::vector<Tensor> H0, std::vector<Te
   for (size_t i = 0; i < count; ++i)
     layers.push_back(merge_layer(device, G[i], H0[i], totals[i], w[i], update[i], neurons[i],
                                  layer[i], scratch[i]));
-  device.check(launch_merge(layers.data(), narrow(int64_t(count)), static_cast<Decay>(decay),
-                            static_cast<Gate>(gate), static_cast<Normalize>(normalize),
-                            device.stream()),
-               "the merge");
+  device.check(
+      launch_merge(layers.data(), narrow(int64_t(count)), static_cast<Decay>(decay),
+                   static_cast<Gate>(gate), static_cast<Normalize>(normalize), device.stream()),
+      "the merge");
+}
+
+void implement(torch::stable::detail::StableLibrary& m) {
+  m.impl("logsumexp.cuda", TORCH_BOX(&logsumexp));
+  m.impl("logsumexp.statistics", TORCH_BOX(&statistics));
+  m.impl("pair.cuda", TORCH_BOX(&pair));
+  m.impl("pair.sum_splits", TORCH_BOX(&sum_splits));
+  m.impl("foreach_merge.cuda", TORCH_BOX(&foreach_merge));
 }
 
 }  // namespace
 }  // namespace ghl::cuda
 
-STABLE_TORCH_LIBRARY_IMPL(ghl_kernels, CUDA, m) {
-  m.impl("logsumexp.native", TORCH_BOX(&ghl::cuda::logsumexp));
-  m.impl("logsumexp.statistics", TORCH_BOX(&ghl::cuda::statistics));
-  m.impl("pair.cuda", TORCH_BOX(&ghl::cuda::pair));
-  m.impl("pair.sum_splits", TORCH_BOX(&ghl::cuda::sum_splits));
-  m.impl("foreach_merge.native", TORCH_BOX(&ghl::cuda::foreach_merge));
-}
-
-GHL_DESCRIBE_LIBRARY
+#ifndef GHL_DISPATCH_KEY
+#define GHL_DISPATCH_KEY "CUDA"  // tests run the seam on the host
+#endif
+GHL_DESCRIBE_LIBRARY(GHL_DISPATCH_KEY, ghl::cuda::implement)
 
 GHL_EXPORT const char* ghl_kernels_cuda_architectures() {
   return GHL_CUDA_ARCHITECTURES;

@@ -75,6 +75,11 @@ struct Tile {
   int32_t shared_bytes;
 };
 
+// Whether a row of x is the channels of one position, and nothing else.
+inline bool is_pointwise(const DualWgradParams& p) {
+  return p.in_height * p.in_width * p.kernel_h * p.kernel_w == 1 && p.padding_h + p.padding_w == 0;
+}
+
 struct SumSplitsParams {
   const float *G_parts, *H0_parts, *u_parts;  // u_parts null: no sums of u
   float *G, *H0, *u_sums;

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ghl_kernels import dispatch, layout, tiles
 from ghl_kernels.merges import Layer, foreach_merge_of, merge_of
-from ghl_kernels.native import code
+from ghl_kernels.native import code, logsumexp_by
 from ghl_kernels.pairs import Geometry, Kernels, as_it_lies
 from ghl_kernels.problem import Problem, dot_precision
 from ghl_kernels.splits import Partials
@@ -178,7 +178,7 @@ def kernels(strategy: str) -> Kernels:
 def fill_layers(layers: Sequence[Layer], decay: str, gate: str, normalize: str) -> None:
     """Fill the results of layers of any of the dtypes in one launch."""
     G, H0, totals, w, scratch, neurons, update, layer = (list(t) for t in zip(*layers, strict=True))
-    torch.ops.ghl_kernels.foreach_merge.native(
+    torch.ops.ghl_kernels.foreach_merge.cuda(
         G, H0, totals, w, update, neurons, layer, scratch,
         code("decay", decay), code("gate", gate), code("normalize", normalize),
     )  # fmt: skip
@@ -188,4 +188,5 @@ def fill_layer(layer: Layer, decay: str, gate: str, normalize: str) -> None:
     fill_layers([layer], decay, gate, normalize)
 
 
+logsumexp = logsumexp_by("cuda")
 merge, foreach_merge = merge_of(fill_layer), foreach_merge_of(fill_layers)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from ghl_kernels.composed import updates
-from ghl_kernels.cuda.kernels import foreach_merge, kernels, merge
-from ghl_kernels.native import logsumexp
+from ghl_kernels.cuda.kernels import foreach_merge, kernels, logsumexp, merge
 from ghl_kernels.pairs import pairs
 
 __all__ = ["conv2d_pair", "conv2d_update", "foreach_merge", "linear_pair", "linear_update"]

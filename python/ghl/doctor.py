@@ -15,7 +15,6 @@ import torch
 import ghl_kernels
 from ghl_kernels import dispatch, library
 from ghl_kernels.library import Library
-from ghl_kernels.source_hash import source_hash
 
 PACKAGES = ("ghl-kernels", "torch", "torchvision", "triton", "numpy", "scikit-learn", "matplotlib")
 FLOATS = {"cpu": torch.float32, "cuda": torch.bfloat16}
@@ -55,17 +54,17 @@ def installed() -> Iterator[str]:
 def compiled() -> Iterator[str]:
     module = library.introspection()
     if module is None:
+        others = sorted(path.name for path in library.DIRECTORY.glob("_introspection*.so"))
         yield (
-            "nothing: no C++ compiler (or no cmake, ninja or torch) was found when installing; "
-            "everything works in plain PyTorch, only slower"
+            f"{', '.join(others)} is not of this Python, or damaged: {library.REBUILD}"
+            if others
+            else "nothing: no C++ compiler (or no cmake, ninja or torch) was found when "
+            "installing; everything works in plain PyTorch, only slower"
         )
-        return
-    yield f"by {module.compiler} against the headers of torch {module.torch_headers}"
-    yield f"for every torch from {module.torch_target_version} on, by its stable ABI"
-    yield f"flags {module.flags}"
-    here = source_hash()
-    if here not in (None, module.source_hash):
-        yield "from other sources than those beside it: run `make install` again"
+    else:
+        yield f"by {module.compiler} against the headers of torch {module.torch_headers}"
+        yield f"for every torch from {module.torch_target_version} on, by its stable ABI"
+        yield f"flags {module.flags}"
     for device in ("cpu", "cuda"):
         yield f"{device} library: {library_line(device, module)}"
 
@@ -74,20 +73,38 @@ def library_line(device: str, module: Any) -> str:
     found: Library | None = dispatch.library(device)
     if found is None or not found.loaded:
         return found.reason or "" if found else "none"
-    if device == "cpu":
-        detail = f"{module.instruction_set(str(found.path))} kernels run here"
-    else:
-        detail = f"architectures {module.cuda_architectures(str(found.path))}"
-    return f"loaded from {found.path}; {detail}"
+    details = [f"loaded from {found.path}"]
+    if device == "cuda":
+        details += [f"architectures {' '.join(library.architectures(found))}", *resources()]
+    elif module is not None:
+        details.append(f"{module.instruction_set(str(found.path))} kernels run here")
+    if library.stale(found):
+        details.append(f"from other sources than those beside it: {library.REBUILD}")
+    return "; ".join(details)
+
+
+def resources() -> Iterator[str]:
+    """What the assembler said of the CUDA kernels, in a line."""
+    kernels = library.kernel_resources()
+    if kernels:
+        names, spilled = {k.kernel for k in kernels}, sum(k.spilled_bytes for k in kernels)
+        yield (
+            f"{len(names)} kernels, at most {max(k.registers for k in kernels)} registers, "
+            + (f"{spilled} bytes spilled" if spilled else "none spilled")
+        )
 
 
 def devices() -> Iterator[str]:
     yield f"cpu: {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
     if not torch.cuda.is_available():
         yield "cuda: no GPU found"
+    found = dispatch.library("cuda")
     for index in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(index)
-        yield f"cuda:{index}: {torch.cuda.get_device_name(index)}, sm_{major}{minor}"
+        line = f"cuda:{index}: {torch.cuda.get_device_name(index)}, sm_{major}{minor}"
+        if found and found.loaded:
+            line += f"; {library.unfit(found, (major, minor)) or 'the CUDA library fits'}"
+        yield line
 
 
 def layers() -> Iterator[str]:

@@ -43,7 +43,7 @@ def test_every_layer_has_candidates_that_suit_it(workload: str, mode: str) -> No
     for layer in layers_of(workload):
         found = tuning.problem_of(layer, mode)
         tried = tune.candidates(found)
-        assert {e.strategy for e in tried} == set(tiles.STRATEGIES), layer
+        assert {e.strategy for e in tried} == set(tiles.BY_TRITON), layer
         assert sum(e.strategy == "library" for e in tried) == 1
         assert all(found.kernel_size[1] % e.tile.taps == 0 for e in tried)
         assert all(e.distance(found) == 0 for e in tried)
@@ -83,14 +83,14 @@ def test_a_candidate_that_fails_is_dropped_and_told() -> None:
             raise RuntimeError("wrong: H0 is off\nand more")
         return {"triton_stored": 2.0, "library": 1.0}[e.strategy]
 
-    tried = [entry(s) for s in tiles.STRATEGIES]
+    tried = [entry(s) for s in tiles.BY_TRITON]
     attempts = tune.attempt_all(tried, measure, float("inf"))
     assert attempts[0].dropped == "RuntimeError: wrong: H0 is off"
     assert [a.entry.strategy for a in tune.best(attempts)] == ["library", "triton_stored"]
 
 
 def test_after_the_deadline_only_the_first_is_tried() -> None:
-    tried = [entry(s) for s in tiles.STRATEGIES]
+    tried = [entry(s) for s in tiles.BY_TRITON]
     assert len(tune.attempt_all(tried, lambda e: 1.0, time.monotonic() - 1)) == 1
 
 
@@ -224,7 +224,7 @@ def test_the_whole_tuner_on_a_small_layer(
     assert attempts[("triton", 1)] is None
     assert "wrong: G is off" in (attempts[("triton", 0)] or "")
     table = Table.read(path)
-    assert {e.strategy for e in table.entries[:3]} == set(tiles.STRATEGIES)
+    assert {e.strategy for e in table.entries[:3]} == set(tiles.BY_TRITON)
     assert table.entries[3:] == HALF.entries
     assert set(table.measured or {}) == {"gpu", "driver", "torch", "triton", "commit", "date"}
     assert "2 dropped" in capsys.readouterr().out

@@ -133,7 +133,8 @@ def hopper(compiled: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "_warned", set())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(trial, "failure", lambda *arguments: None)
-    monkeypatch.setattr(trial, "failure_of_merges", lambda device: None)
+    monkeypatch.setattr(trial, "failure_of_sums", lambda *arguments: None)
+    monkeypatch.setattr(dispatch, "_libraries", {})  # of CUDA: tests/cuda/test_choice.py
     table = tiles.Table.read(tiles.SHIPPED / "sm90.json")
     monkeypatch.setattr(tiles, "table", lambda device: table)
     monkeypatch.setattr(tiles, "nearest", tiles.nearest.__wrapped__)
@@ -178,7 +179,7 @@ def test_a_failed_trial_is_composed_and_said_once(
     with pytest.warns(UserWarning, match="composes PyTorch's operators: a trial raised"):
         backend = ghl_kernels.backend("conv2d_pair", on_gpu(), problem())
     assert backend == Backend("composed", "a trial raised")
-    monkeypatch.setattr("ghl_kernels.trial.failure_of_merges", lambda device: "a merge did")
+    monkeypatch.setattr("ghl_kernels.trial.failure_of_sums", lambda *arguments: "a merge did")
     with pytest.warns(UserWarning, match="composes PyTorch's operators: a merge did"):
         assert ghl_kernels.backend("merge", on_gpu()) == Backend("composed", "a merge did")
 

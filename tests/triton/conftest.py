@@ -49,7 +49,7 @@ def exact_float32() -> Iterator[None]:
         p.fp32_precision = precision
 
 
-@pytest.fixture(params=tiles.STRATEGIES)
+@pytest.fixture(params=tiles.BY_TRITON)
 def implementation(request: pytest.FixtureRequest, forced: Callable) -> Iterator[str]:
     with forced(request.param):
         yield request.param

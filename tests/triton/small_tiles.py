@@ -53,7 +53,7 @@ class Form:
             Entry(kind, bits, 64, 16, 16, strategy, self.tile(kind))
             for kind in KINDS
             for bits in (16, 32)
-            for strategy in tiles.STRATEGIES
+            for strategy in tiles.BY_TRITON
         )
         return Table("small", None, tuple(entries))
 

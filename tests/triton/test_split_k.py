@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from small_tiles import Form
 
 from ghl_kernels import Problem, Rule
+from ghl_kernels import splits as dividing
 from ghl_kernels.problem import dot_precision
 from ghl_kernels.tiles import Tile
 from ghl_kernels.triton import split_k

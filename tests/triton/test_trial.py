@@ -29,11 +29,12 @@ def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trial, "SIZE", 5)
 
 
-@pytest.mark.parametrize("strategy", tiles.STRATEGIES)
+@pytest.mark.parametrize("strategy", tiles.BY_TRITON)
 @pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS)
 def test_what_is_right_is_taken(problem: Problem, strategy: str) -> None:
     assert trial.disagreement(problem, CPU, IMPLEMENTATIONS[strategy]) is None
-    assert trial.disagreement_of_merges(CPU) is None
+    for operator in ("merge", "logsumexp"):
+        assert trial.disagreement_of_sums(CPU, IMPLEMENTATIONS[strategy], operator) is None
 
 
 def test_the_batch_has_the_layers_layout() -> None:
@@ -61,12 +62,12 @@ def test_what_does_not_run_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None
         raise triton.CompilationError("no such instruction\nand much more")
 
     monkeypatch.setattr(fused, "conv_wgrad", fail)
-    monkeypatch.setattr(trial, "merge", fail)
+    monkeypatch.setattr(fused, "merge", fail)
     found = trial.disagreement(PROBLEMS["conv"], CPU, IMPLEMENTATIONS["triton"])
     assert found is not None and found.startswith("a trial of ghl_kernels.triton.fused raised")
     assert "\n" not in found
-    found = trial.disagreement_of_merges(CPU)
-    assert found is not None and found.startswith("a trial of Triton's merge raised")
+    found = trial.disagreement_of_sums(CPU, IMPLEMENTATIONS["triton"], "merge")
+    assert found is not None and found.startswith("a trial of merge by ghl_kernels.triton.fused ra")
 
 
 def test_a_lack_of_memory_is_not_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,4 +89,4 @@ def test_nothing_is_tried_in_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = PROBLEMS["linear"]
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert trial.failure(problem, tiles.choose(problem, CPU), CPU, "no such module") is None
-    assert trial.failure_of_merges(CPU) is None
+    assert trial.failure_of_sums(CPU, "no such module", "merge") is None
