@@ -17,7 +17,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 # Each asserts that it has trained, and on updates rather than on gradients.
 EXAMPLES = plain lightning_module huggingface_trainer timm_loop
 
-.PHONY: install quickstart test test-integrations compile-check lint format bench bench-gpu clean
+.PHONY: install quickstart test test-csrc test-integrations compile-check lint format bench bench-gpu clean
 
 install: $(VENV)/installed
 
@@ -33,8 +33,15 @@ quickstart: install
 	$(TRAIN) --out runs/quickstart-$$(date +%Y%m%d-%H%M%S)
 
 # Files on as many processes as there are cores; a test takes one thread.
-test: install lint
+test: install lint test-csrc
 	$(BIN)/python -m pytest -n auto --dist loadfile
+
+# The CUDA kernels on the host, under sanitizers; neither Python nor torch takes part.
+test-csrc: export PATH := $(abspath $(BIN)):$(PATH)
+test-csrc: install
+	cmake -S . -B build/csrc -G Ninja
+	cmake --build build/csrc --target ghl_tests --parallel 2
+	ctest --test-dir build/csrc --output-on-failure --parallel 2
 
 # Every kernel and tile with the Triton of torch 2.11, in a directory of its own.
 compile-check: install $(TRITON_3_6)/triton
@@ -51,13 +58,13 @@ test-integrations: install
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+	$(BIN)/clang-format --dry-run --Werror $$(find csrc tests/csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 	$(BIN)/mypy
 
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+	$(BIN)/clang-format -i $$(find csrc tests/csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
 # Wants a quiet machine; writes bench/results/<machine>.json.
 bench: export OMP_WAIT_POLICY = ACTIVE

@@ -1,7 +1,8 @@
-"""Runs every Triton kernel on small layers and compares with PyTorch's operators.
+"""Runs every kernel for a GPU on small layers and compares with PyTorch's operators.
 
 What compute-sanitizer watches: `compute-sanitizer --tool memcheck python -m bench.sanitize`. Few
-rows and odd sizes, so that every kernel has a last tile that is not full.
+rows and odd sizes, so that every kernel has a last tile that is not full. `cuda_sm90`, which was
+never run, is only tried when it is named: it might not end.
 """
 
 from __future__ import annotations
@@ -17,9 +18,8 @@ from torch import Tensor
 import ghl_kernels
 from ghl.bench.check import Expected, wrong_sums
 from ghl.bench.clock import precision
-from ghl.bench.implementations import FORCED
 from ghl.bench.layers import Layer
-from ghl_kernels import composed, tiles
+from ghl_kernels import composed, dispatch, tiles
 from ghl_kernels.tiles import Entry, Tile
 
 LAYERS = (
@@ -68,7 +68,9 @@ def tile_for(kind: str, device: torch.device) -> AbstractContextManager[None]:
     return tiles.use(Entry(kind, 32, 1, 1, 1, "triton", tile))
 
 
-def pairs(device: torch.device, mode: str) -> Iterator[tuple[str, str | None]]:
+def pairs(
+    device: torch.device, mode: str, names: tuple[str, ...]
+) -> Iterator[tuple[str, str | None]]:
     """What was run, and what is wrong with it, of the kernels that sum over a batch."""
     dtype = torch.bfloat16 if mode == "bfloat16" else torch.float32
     layers = LAYERS if device.type == "cuda" else ON_A_CPU
@@ -81,7 +83,7 @@ def pairs(device: torch.device, mode: str) -> Iterator[tuple[str, str | None]]:
                 x, y, g, w = tensors
                 tensors = x, torch.rand(y.shape, device=device).argsort(1).to(dtype) / 4, g, w
             expected = truth(layer, tensors, competition)
-            for name in FORCED:
+            for name in names:
                 with ghl_kernels.force(name), precision("tf32"), tile_for(kind, device):
                     G, H0, _ = getattr(torch.ops.ghl_kernels, operator)(
                         *tensors, *geometry, competition, layer.tau
@@ -90,8 +92,8 @@ def pairs(device: torch.device, mode: str) -> Iterator[tuple[str, str | None]]:
                 yield f"{layer.name}, {competition}, {name}", wrong
 
 
-def merges(device: torch.device) -> Iterator[tuple[str, str | None]]:
-    """The same of merge, foreach_merge and logsumexp."""
+def merges(device: torch.device, name: str) -> Iterator[tuple[str, str | None]]:
+    """The same of an implementation's merge, foreach_merge and logsumexp."""
     torch.manual_seed(0)
     layers = []
     for neurons, columns in ((40, 72), (3, 2500), (130, 9)):
@@ -100,33 +102,48 @@ def merges(device: torch.device) -> Iterator[tuple[str, str | None]]:
     lists = [list(one) for one in zip(*layers, strict=True)]
     for choices in (("oja", "sign", "absmax"), ("instar", "hebb", "mean")):
         exact = [composed.merge(*layer, *choices)[0] for layer in layers]
-        with ghl_kernels.force("triton"):
+        with ghl_kernels.force(name):
             single = [torch.ops.ghl_kernels.merge(*layer, *choices)[0] for layer in layers]
             together = torch.ops.ghl_kernels.foreach_merge(*lists, *choices)[0]
-        for name, found in (("merge", single), ("foreach_merge", together)):
+        for operator, found in (("merge", single), ("foreach_merge", together)):
             far = max(
                 (a - b).abs().amax().item() / b.abs().amax().item()
                 for a, b in zip(found, exact, strict=True)
             )
-            yield f"{name}, {choices}", None if far < 1e-4 else f"off by {far:.1e}"
+            yield f"{operator}, {choices}, {name}", None if far < 1e-4 else f"off by {far:.1e}"
     y = torch.randn(5, 5000, device=device)
-    with ghl_kernels.force("triton"):
-        far = (torch.ops.ghl_kernels.logsumexp(y, 0.5, 1) - composed.logsumexp(y, 0.5, 1)).abs()
-    yield "logsumexp", None if far.amax().item() < 1e-4 else f"off by {far.amax().item():.1e}"
+    with ghl_kernels.force(name):
+        lse = torch.ops.ghl_kernels.logsumexp(y, 0.5, 1)
+    far = (lse - composed.logsumexp(y, 0.5, 1)).abs().amax().item()
+    yield f"logsumexp, {name}", None if far < 1e-4 else f"off by {far:.1e}"
+
+
+def results(device: torch.device, names: tuple[str, ...]) -> Iterator[tuple[str, str | None]]:
+    yield from pairs(device, MODES[device.type], names)
+    for name in names:
+        if name in ("triton", "cuda"):  # the others' are one of these
+            yield from merges(device, name)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda", choices=MODES)
-    device = torch.device(parser.parse_args().device)
+    parser.add_argument("--implementations", nargs="+", choices=tiles.STRATEGIES)
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    some = torch.empty(0, dtype=torch.bfloat16, device=device)
+    asked = args.implementations or [n for n in tiles.STRATEGIES if n != "cuda_sm90"]
+    missing = {name: dispatch.unavailable(name, some, None) for name in asked}
     checked, bad = 0, 0
+    for name, reason in missing.items():
+        if reason:
+            print(f"{name} is left out: {reason}")
     with torch.no_grad():
-        for results in (pairs(device, MODES[device.type]), merges(device)):
-            for what, wrong in results:
-                checked += 1
-                if wrong:
-                    bad += 1
-                    print(f"{what}: {wrong}")
+        for what, wrong in results(device, tuple(n for n in asked if not missing[n])):
+            checked += 1
+            if wrong:
+                bad += 1
+                print(f"{what}: {wrong}")
     if device.type == "cuda":
         torch.cuda.synchronize()
     print(f"{checked} results checked, {bad} wrong")

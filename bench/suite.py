@@ -26,7 +26,8 @@ SECONDS = 570  # of the ten minutes that one command may take
 SCHEMA = 1
 LEAVING = 15  # seconds in which a stage that minds its time starts and ends
 TAIL = 6  # lines of a failed stage that are worth the screen
-SANITIZERS = "memcheck", "racecheck", "initcheck"
+SANITIZERS = "memcheck", "racecheck", "synccheck", "initcheck"
+SECONDS_OF_HOPPER = 30  # of a sanitizer on kernels that might not end
 PROVENANCE = (
     "import json, torch; from ghl.bench.report import provenance; "
     "print(json.dumps(provenance(torch.device('cuda' if torch.cuda.is_available() else 'cpu'))))"
@@ -137,7 +138,7 @@ def stages(work: Path, out: Path, dry: bool) -> list[Stage]:
     """All stages in their order; `dry` ones do on a CPU and in seconds what they can."""
     python = sys.executable
     many = ["-n", "12"] if has("xdist") and not dry else []
-    tests = ["tests/triton", "tests/kernels", "tests/layers"]
+    tests = ["tests/triton", "tests/cuda", "tests/kernels", "tests/layers"]
     pytest = [python, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", *many]
     pip = [python, "-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps", "-e", "."]
     bench = [python, "-m", "ghl.cli", "bench"]
@@ -157,10 +158,12 @@ def stages(work: Path, out: Path, dry: bool) -> list[Stage]:
     no_gpu = "a dry run" if dry else None
     no_step = None if (ROOT / "bench" / "train_step.py").exists() else "no bench/train_step.py"
     kernels = (python, "-W", "ignore", "-m", "bench.sanitize", "--device", device)
+    of_hopper = (*kernels, "--implementations", "cuda_sm90")
     return [
         Stage("install", tuple(pip), 150, 30),
         Stage("tests", (*pytest, *tests), 150, 40),
         Stage("kernels", kernels, 75, 20, environment=interpret),
+        Stage("kernels_sm90", of_hopper, 40, 10, skipped=no_gpu),
         Stage("sanitize", (python, "-m", "bench.suite", "--sanitize", str(work)), 90, 30,
               skipped=no_gpu or missing),
         Stage("tune", tuple(tune), 130, 60, skipped=no_gpu, environment=tables),
@@ -172,30 +175,27 @@ def stages(work: Path, out: Path, dry: bool) -> list[Stage]:
 
 
 def kernel_names() -> set[str]:
-    sources = (ROOT / "ghl_kernels" / "triton").glob("*.py")
-    return {n for path in sources for n in re.findall(r"def (\w+_kernel)\(", path.read_text())}
+    sources = [
+        *(ROOT / "ghl_kernels" / "triton").glob("*.py"),
+        *(ROOT / "csrc" / "cuda").glob("*.h"),
+    ]
+    return {n for path in sources for n in re.findall(r"\b(\w+_kernel)\(", path.read_text())}
 
 
 def sanitize(work: Path) -> int:
-    """Run all of compute-sanitizer's tools side by side; 1 if one blames a kernel of ours.
-
-    Each allocation is one of CUDA's, or a read beyond a tensor would hit its neighbour unseen.
-    """
-    sanitizer = tool("compute-sanitizer")
-    assert sanitizer, "the stage is skipped without it"
-    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    running = {}
-    for name in SANITIZERS:
-        log = work / f"{name}.log"
-        command = [sanitizer, "--tool", name, "--error-exitcode", "9", "--log-file", str(log)]
-        command += [sys.executable, "-m", "bench.sanitize"]
-        running[name] = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT
-        )
+    """Run all of compute-sanitizer's tools side by side; 1 if one blames a kernel of ours."""
+    start = time.monotonic()
+    running = {name: watched(work, name, name) for name in SANITIZERS}
+    hopper = ["--implementations", "cuda_sm90"]
+    apart = {f"{n}, cuda_sm90": watched(work, n, f"{n}-sm90", hopper) for n in SANITIZERS}
     blamed = 0
-    for name, process in running.items():
-        status = process.wait()
-        log = work / f"{name}.log"
+    for name, (process, log) in (running | apart).items():
+        try:
+            patience = start + SECONDS_OF_HOPPER - time.monotonic() if name in apart else None
+            status: int | None = process.wait(None if patience is None else max(patience, 0.1))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            status = None
         text = log.read_text(errors="replace") if log.exists() else ""
         print(text[:4000])
         verdict, bad = judge(status, text)
@@ -204,9 +204,31 @@ def sanitize(work: Path) -> int:
     return 1 if blamed else 0
 
 
-def judge(status: int, log: str) -> tuple[str, bool]:
+def watched(
+    work: Path, tool_name: str, log_name: str, options: Sequence[str] = ()
+) -> tuple[subprocess.Popen[bytes], Path]:
+    """`bench.sanitize` under a tool, and where that writes what it sees.
+
+    Each allocation is one of CUDA's, or a read beyond a tensor would hit its neighbour unseen.
+    """
+    sanitizer = tool("compute-sanitizer")
+    assert sanitizer, "the stage is skipped without it"
+    log = work / f"{log_name}.log"
+    command = [sanitizer, "--tool", tool_name, "--error-exitcode", "9", "--log-file", str(log)]
+    command += [sys.executable, "-m", "bench.sanitize", *options]
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL,
+        stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    return process, log
+
+
+def judge(status: int | None, log: str) -> tuple[str, bool]:
     """What a sanitizer's exit status and log mean, and whether kernels of ours are to blame."""
     ours = sorted(name for name in kernel_names() if name in log)
+    if status is None:
+        return "no end in time", True
     if "Device not supported" in log:
         return "the tool does not support this machine", False
     if status == 0:

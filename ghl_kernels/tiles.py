@@ -27,6 +27,7 @@ SHIPPED = Path(__file__).parent / "tables"
 BY_TRITON = ("triton", "triton_stored", "library")
 BY_CUDA = ("cuda", "cuda_sm90")
 STRATEGIES = (*BY_TRITON, *BY_CUDA)
+SMALLEST_BLOCK = 64  # that any layer may take, however small
 FEW_CHANNELS = 16  # fewer do not fill a tile of one tap
 ALIGNED = 16  # a multiple of it is what Triton compiles wide loads for
 
@@ -113,6 +114,11 @@ def kind(problem: Problem) -> str:
     if problem.pointwise:
         return "pointwise"
     return "packed" if problem.channels < FEW_CHANNELS else "conv"
+
+
+def least_block(numbers: int) -> int:
+    """The smallest power of two, from SMALLEST_BLOCK on, that holds them."""
+    return max(SMALLEST_BLOCK, 1 << (numbers - 1).bit_length())
 
 
 def column_tiles(problem: Problem, tile: Tile) -> int:

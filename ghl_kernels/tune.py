@@ -17,9 +17,8 @@ from typing import Any
 
 from ghl_kernels import tiles
 from ghl_kernels.problem import Problem
-from ghl_kernels.tiles import STRATEGIES, Entry, Tile
+from ghl_kernels.tiles import BY_TRITON, Entry, Tile, least_block
 
-SMALLEST_BLOCK = 64  # that any layer may take, however small
 SHARED_MEMORY = 227 * 1024  # of a Hopper multiprocessor; where there is less the launch says so
 
 # block_m, block_k, block_c, warps, stages, programs of every multiprocessor, and the options
@@ -112,11 +111,6 @@ def entry_of(problem: Problem, strategy: str, tile: Tile) -> Entry:
     )  # fmt: skip
 
 
-def block(numbers: int) -> int:
-    """The smallest block that holds them."""
-    return max(SMALLEST_BLOCK, 1 << (numbers - 1).bit_length())
-
-
 def shared_memory(tile: Tile, itemsize: int) -> int:
     """Bytes of the tiles of x, y and g in flight; the compiler's own are not counted."""
     of_row = tile.block_c * tile.taps + 2 * tile.block_k
@@ -130,32 +124,48 @@ def useful(problem: Problem, tile: Tile) -> bool:
     across = problem.columns if tile.packed else problem.channels
     return (
         problem.kernel_size[1] % tile.taps == 0
-        and tile.block_k <= block(problem.neurons)
-        and tile.block_c <= block(across)
+        and tile.block_k <= least_block(problem.neurons)
+        and tile.block_c <= least_block(across)
         and shared_memory(tile, problem.dtype.itemsize) <= SHARED_MEMORY
     )
 
 
 def candidates(
-    problem: Problem, present: Entry | None = None, known: Sequence[Entry] = ()
+    problem: Problem,
+    present: Entry | None = None,
+    known: Sequence[Entry] = (),
+    compiled: Sequence[tuple[str, Tile]] = (),
+    by_triton: Sequence[str] = BY_TRITON,
 ) -> list[Entry]:
     """What a layer may take, `present` first: what it takes now must be in the comparison.
 
-    known: entries of a table, whose tiles of the layer's kind are tried as well.
+    known: entries of a table, whose tiles of the layer's kind are tried as well. compiled: the
+    strategies and tiles of compiled kernels. by_triton: those of Triton's strategies that run.
     """
-    kind = tiles.kind(problem)
-    listed = [Tile(*shape, **options) for shape, options in TILES[kind, bits(problem)]]
-    listed += [e.tile for e in known if (e.kind, e.bits) == (kind, bits(problem))]
-    tiles_of_kind = [tile for tile in dict.fromkeys(listed) if useful(problem, tile)]
-    if not tiles_of_kind and present:
-        tiles_of_kind = [present.tile]
     entries = [entry_of(problem, present.strategy, present.tile)] if present else []
-    if tiles_of_kind:
-        entries.append(entry_of(problem, "library", tiles_of_kind[0]))
-    for tile in tiles_of_kind:
-        entries += [entry_of(problem, s, tile) for s in STRATEGIES if s != "library"]
+    entries += of_triton(problem, present, known, by_triton)
+    entries += [entry_of(problem, strategy, tile) for strategy, tile in compiled]
     by_library = [e for e in entries if e.strategy == "library"][:1]  # its tile is not used
     return list(dict.fromkeys(e for e in entries if e.strategy != "library" or e in by_library))
+
+
+def of_triton(
+    problem: Problem, present: Entry | None, known: Sequence[Entry], strategies: Sequence[str]
+) -> list[Entry]:
+    """The candidates of Triton's strategies."""
+    kind = tiles.kind(problem)
+    listed = [Tile(*shape, **options) for shape, options in TILES[kind, bits(problem)]]
+    alike = [e for e in known if (e.kind, e.bits) == (kind, bits(problem))]
+    listed += [e.tile for e in alike if e.strategy in BY_TRITON]
+    of_kind = [tile for tile in dict.fromkeys(listed) if useful(problem, tile)]
+    if not of_kind and present and present.strategy in BY_TRITON:
+        of_kind = [present.tile]
+    entries = []
+    if "library" in strategies:
+        entries += [entry_of(problem, "library", tile) for tile in of_kind[:1]]
+    for tile in of_kind:
+        entries += [entry_of(problem, s, tile) for s in strategies if s != "library"]
+    return entries
 
 
 def attempt_all(
@@ -206,10 +216,18 @@ def as_json(entry: Entry) -> str:
     return json.dumps(fields)
 
 
-def write(path: Path, entries: Sequence[Entry], measured: dict[str, str]) -> None:
-    """Write a table whole or not at all, so that a reader never meets half of one."""
+def write(
+    path: Path, entries: Sequence[Entry], measured: dict[str, str], merges: str | None = None
+) -> None:
+    """Write a table whole or not at all, so that a reader never meets half of one.
+
+    merges: the implementation whose merge of many layers is the fastest.
+    """
     lines = ",\n    ".join(as_json(entry) for entry in entries)
-    text = f'{{\n  "measured": {json.dumps(measured)},\n  "entries": [\n    {lines}\n  ]\n}}\n'
+    text = (
+        f'{{\n  "measured": {json.dumps(measured)},\n  "merges": {json.dumps(merges)},\n'
+        f'  "entries": [\n    {lines}\n  ]\n}}\n'
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
     try:

@@ -57,23 +57,29 @@ def tiles_for(strategy: str, problem: Problem) -> tuple[tuple[int, Tile], ...]:
     return compiled_tiles(strategy, problem.dtype, tf32, problem.pointwise)
 
 
-def least_block(numbers: int) -> int:
-    """The smallest power of two, from 64 on, that holds them."""
-    return max(64, 1 << (numbers - 1).bit_length())
+def suits(problem: Problem, tile: Tile) -> bool:
+    """Whether a tile is not mostly empty."""
+    neurons, columns = (tiles.least_block(n) for n in (problem.neurons, problem.columns))
+    return tile.block_k <= neurons and tile.block_c <= columns
 
 
 def by_rule(problem: Problem, known: Sequence[tuple[int, Tile]]) -> Tile:
     """The largest tile that is not mostly empty; of equal ones one that holds whole rows of y."""
 
     def rank(tile: Tile) -> tuple[int, ...]:
-        neurons, columns = least_block(problem.neurons), least_block(problem.columns)
-        inside = tile.block_k <= neurons and tile.block_c <= columns
-        whole_rows = problem.groups == 1 and problem.neurons <= tile.block_k
         size = tile.block_k * tile.block_c
-        side = min(tile.block_k, tile.block_c)
-        return (1, size, whole_rows, side) if inside else (0, -size, whole_rows, side)
+        whole_rows = problem.groups == 1 and problem.neurons <= tile.block_k
+        inside = suits(problem, tile)
+        return inside, size if inside else -size, whole_rows, min(tile.block_k, tile.block_c)
 
     return max((tile for _, tile in known), key=rank)
+
+
+def candidates(strategy: str, problem: Problem) -> list[Tile]:
+    """What a tuner tries for a layer: the tiles that suit it, and each with twice the splits."""
+    known = [tile for _, tile in tiles_for(strategy, problem)]
+    suitable = [tile for tile in known if suits(problem, tile)] or known
+    return [dataclasses.replace(t, programs=n * t.programs) for t in suitable for n in (1, 2)]
 
 
 def choose(strategy: str, problem: Problem, device: torch.device) -> Entry:

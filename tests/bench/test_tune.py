@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -68,6 +69,17 @@ def test_the_tiles_of_a_table_are_tried_as_well() -> None:
     assert other.tile not in tried
 
 
+def test_compiled_tiles_are_tried_beside_tritons_and_alone() -> None:
+    tile = Tile(32, 64, 64, 4, 4, packed=True)
+    present, compiled = entry("cuda"), [("cuda", tile), ("cuda_sm90", tile)]
+    tried = tune.candidates(problem(), present, [entry("cuda_sm90")], compiled)
+    assert [e.strategy for e in tried[-2:]] == ["cuda", "cuda_sm90"]
+    assert {e.strategy for e in tried} == set(tiles.STRATEGIES)
+    assert all(e.tile == tile for e in tried[1:] if e.strategy in tiles.BY_CUDA)
+    alone = tune.candidates(problem(), present, [], compiled, by_triton=())
+    assert [e.strategy for e in alone] == ["cuda", "cuda", "cuda_sm90"]
+
+
 def test_tiles_larger_than_the_layer_or_the_memory_are_left_out() -> None:
     found = problem(neurons=64, channels=64)
     assert tune.useful(found, SMALL)
@@ -100,9 +112,9 @@ def test_the_fastest_comes_first_and_is_what_a_layer_takes(
     attempts = [Attempt(entry("triton"), 3.0), Attempt(entry("library"), 1.0),
                 Attempt(entry("triton_stored"), 2.0)]  # fmt: skip
     path = tmp_path / "new" / "a-gpu.json"
-    tune.write(path, [a.entry for a in tune.best(attempts)], MEASURED)
+    tune.write(path, [a.entry for a in tune.best(attempts)], MEASURED, merges="cuda")
     table = Table.read(path)
-    assert table.measured == MEASURED
+    assert table.measured == MEASURED and table.merges == "cuda"
     monkeypatch.setattr(tiles, "table", lambda device: table)
     monkeypatch.setattr(tiles, "nearest", tiles.nearest.__wrapped__)
     cpu = torch.device("cpu")
@@ -194,6 +206,18 @@ def test_a_crash_costs_only_its_own_candidate(monkeypatch: pytest.MonkeyPatch) -
     }
 
 
+def hangs(job: tuning.Job) -> str | None:
+    time.sleep(60 if job[2].strategy == "cuda_sm90" else 0)
+    return None
+
+
+def test_a_compiled_kernel_that_never_ends_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does it keep the others from being tried."""
+    monkeypatch.setattr(tuning, "START", "fork")
+    jobs = [(*LAYERS[0], entry(strategy)) for strategy in ("cuda_sm90", "cuda", "triton")]
+    assert compile_all(jobs, 3, hangs) == {compiled_alike(*jobs[0]): "no answer in time"}
+
+
 def test_the_whole_tuner_on_a_small_layer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -207,7 +231,8 @@ def test_the_whole_tuner_on_a_small_layer(
     monkeypatch.setattr(tuning, "compile_all", lambda jobs, seconds: {})
     monkeypatch.setattr(tiles, "table", functools.cache(lambda device: HALF))
     present = Entry("pointwise", 32, 1, 1, 1, "library", Tile(*good[0]))
-    monkeypatch.setattr(tuning.tiles, "choose", choose_or(present))
+    monkeypatch.setattr(tuning.tiles, "find", find_or(present))
+    monkeypatch.setattr(tuning, "fastest_merges", lambda clock: "triton")
     linear_wgrad = fused.linear_wgrad
 
     def wrong_for_bad(*arguments: object) -> None:
@@ -230,12 +255,11 @@ def test_the_whole_tuner_on_a_small_layer(
     assert "2 dropped" in capsys.readouterr().out
 
 
-def choose_or(present: Entry) -> Callable[..., Entry]:
-    """`tiles.choose` as it is inside `tiles.use`; else `present`, for a CPU has no table."""
-    choose = tiles.choose
+def find_or(present: Entry) -> Callable[..., Entry | None]:
+    """`tiles.find` as it is inside `tiles.use`; else `present`, for a CPU has no table."""
+    find = tiles.find
 
-    def chosen(problem: Problem, device: torch.device, strategy: str | None = None) -> Entry:
-        used = getattr(tiles._used, "entry", None)
-        return choose(problem, device, strategy) if used else present
+    def found(problem: Problem, device: torch.device, *rest: Any, **named: Any) -> Entry | None:
+        return find(problem, device, *rest, **named) if tiles.used() else present
 
-    return chosen
+    return found

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))  # cases, and che
 
 pytest.importorskip("triton")
 
-from small_tiles import MANY_SPLITS, Form
+from small_tiles import COMPILED, MANY_SPLITS, Form
 
 from ghl_kernels import splits, tiles
 
@@ -49,16 +49,16 @@ def exact_float32() -> Iterator[None]:
         p.fp32_precision = precision
 
 
-@pytest.fixture(params=tiles.BY_TRITON)
+@pytest.fixture(params=(*tiles.BY_TRITON, *COMPILED))
 def implementation(request: pytest.FixtureRequest, forced: Callable) -> Iterator[str]:
     with forced(request.param):
         yield request.param
 
 
-@pytest.fixture
-def fused(forced: Callable) -> Iterator[None]:
-    """Forces the implementation whose u lives only in tiles."""
-    with forced("triton"):
+@pytest.fixture(params=("triton", *COMPILED))
+def fused(request: pytest.FixtureRequest, forced: Callable) -> Iterator[None]:
+    """Forces the implementations whose u lives only in tiles, or in registers."""
+    with forced(request.param):
         yield
 
 

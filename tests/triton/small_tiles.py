@@ -9,9 +9,10 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+import torch
 import triton
 
-from ghl_kernels import splits, tiles
+from ghl_kernels import dispatch, splits, tiles
 from ghl_kernels.problem import Problem
 from ghl_kernels.tiles import Entry, Table, Tile
 
@@ -70,6 +71,15 @@ class Form:
         if self.splits is not None:
             monkeypatch.setattr(splits, "split_rows", self.split_rows)
 
+
+def compiled() -> tuple[str, ...]:
+    """The implementation compiled ahead of time, where there is a GPU that its library fits."""
+    if not torch.cuda.is_available():
+        return ()
+    return () if dispatch.unavailable("cuda", torch.empty(0, device="cuda"), None) else ("cuda",)
+
+
+COMPILED = compiled()
 
 ONE_SPLIT = Form()
 MANY_SPLITS = Form(splits=3)

@@ -12,6 +12,7 @@ import pytest
 import small_tiles
 import torch
 from cases import Conv, Layer, Linear, Tensors, assert_pair, largest, wide
+from small_tiles import COMPILED
 from torch import Tensor
 
 import ghl_kernels
@@ -167,7 +168,7 @@ def test_more_than_two_billion_numbers(name: str, shipped: None, forced: Callabl
     x, y, g, w = (random_half(t) for t in shapes_of(layer))
     assert max(x.numel(), y.numel()) > 2**31
     x[-(x.shape[0] // 100) :] *= 10
-    for implementation in BY_TRITON:
+    for implementation in (*BY_TRITON, *COMPILED):
         with forced(implementation):
             assert_pair_in_parts(layer, (x, y, g, w), parts=64)
     del x, y, g

@@ -56,7 +56,7 @@ def test_a_step_gives_the_same_bits_twice(fused: None) -> None:
 def test_the_same_bits_every_time(
     layer: Layer, dtype: torch.dtype, shipped: None, implementation: str
 ) -> None:
-    """Of the Triton kernels; cuDNN chooses its algorithms."""
+    """Of our kernels; cuDNN chooses its algorithms."""
     tensors = layer.tensors(dtype)
     if implementation == "library":
         layer.pair(tensors, RULE)
@@ -235,7 +235,7 @@ def test_the_workspace_is_never_more_than_the_composition_needs(
         composed = peak_of(lambda: layer.pair(tensors, RULE))
     peak = peak_of(lambda: layer.pair(tensors, RULE))
     assert peak <= composed + results
-    us = {"triton": 1, "triton_stored": 2}.get(implementation)
+    us = {"triton": 1, "cuda": 1, "triton_stored": 2}.get(implementation)
     if us:
         rows = y.numel() // y.shape[1]
         assert peak <= us * y.numel() * y.element_size() + 12 * rows + results

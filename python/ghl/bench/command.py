@@ -13,11 +13,13 @@ from typing import Any
 import torch
 
 from ghl.bench import clock as clocks
-from ghl.bench import report
+from ghl.bench import report, streams, tuning
 from ghl.bench.implementations import OURS
 from ghl.bench.layers import layers_of
 from ghl.bench.measure import DEFINITIONS, Bench, Row, measure, summarize
 from ghl_kernels import dispatch
+
+SECONDS_TO_BAR = 40  # in which a kernel that was never run has to show that it ends
 
 
 def device_of(name: str) -> torch.device:
@@ -46,7 +48,7 @@ def layers(args: argparse.Namespace) -> int:
         ceilings = clocks.ceilings(clock)
         result: dict[str, Any] = {
             **report.provenance(device),
-            "definitions": DEFINITIONS,
+            "definitions": DEFINITIONS | streams.DEFINITIONS,
             "ceilings": {
                 "copy_bytes_per_second": ceilings.bytes_per_second,
                 "matmul_flops_per_second": ceilings.flops_per_second,
@@ -54,8 +56,11 @@ def layers(args: argparse.Namespace) -> int:
             },
         }
 
+        bandwidth = streams.shares(clock, ceilings) if device.type == "cuda" else {}
+
         def write(rows: list[Row], unfinished: list[str]) -> None:
-            content = {**result, "summary": summarize(rows, unfinished), "unfinished": unfinished}
+            summary = {**summarize(rows, unfinished), "share_of_copy_bandwidth": bandwidth}
+            content = {**result, "summary": summary, "unfinished": unfinished}
             if args.out:
                 report.write_json(args.out, {**content, "layers": rows})
 
@@ -63,10 +68,13 @@ def layers(args: argparse.Namespace) -> int:
             began = list(dict.fromkeys(row["workload"] for row in rows))
             write(rows, began[-1:] + [w for w in args.workloads if w not in began])
 
-        bench = Bench(clock, ceilings, start + args.seconds)
+        barred = tuning.barred(args.workloads, device, SECONDS_TO_BAR)
+        bench = Bench(clock, ceilings, start + args.seconds, barred)
         rows, unfinished = measure(bench, args.workloads, done)
     write(rows, unfinished)
     print_report(rows, ceilings, unfinished)
+    for name, share in bandwidth.items():
+        print(f"share of the copy bandwidth, {name}: {share}")
     return 1 if wrong(rows) else 0
 
 
@@ -88,11 +96,10 @@ def print_report(rows: list[Row], ceilings: clocks.Ceilings, unfinished: list[st
 def tune(args: argparse.Namespace) -> int:
     """Run `ghl bench tune`."""
     device = device_of("cuda")
-    missing = dispatch.triton_missing()
-    if missing:
-        raise ValueError(f"there is nothing to tune: {missing}")
-    from ghl.bench import tuning
-
+    some = torch.empty(0, device=device)
+    by_triton, by_cuda = (dispatch.unavailable(name, some, None) for name in ("triton", "cuda"))
+    if by_triton and by_cuda:
+        raise ValueError(f"there is nothing to tune: {by_triton}; {by_cuda}")
     for workload in args.workloads:
         layers_of(workload)
     torch.backends.cudnn.benchmark = True

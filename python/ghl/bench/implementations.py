@@ -17,9 +17,9 @@ from torch import Tensor
 import ghl_kernels
 from ghl.bench import formulas
 from ghl.bench.layers import Layer
-from ghl_kernels import dispatch
+from ghl_kernels import dispatch, tiles
 
-FORCED = dispatch.BY_TRITON
+FORCED = tiles.STRATEGIES
 OURS = ("ghl", *FORCED)
 BY_LIBRARY = ("natural", "natural.compiled", "trick", "trick.matmul", "library")
 Tensors = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -42,13 +42,19 @@ def compiled_epilogue() -> Callable[..., Tensor]:
 
 def names(layer: Layer, mode: str, device: torch.device) -> list[str]:
     """What a layer is measured by; `authors` is the published layer, in float32 as published."""
-    ours = OURS if device.type == "cuda" or dispatch.interpreted() else OURS[:1]
+    ours = OURS if device.type == "cuda" else ("ghl", *of_a_cpu())
     if mode != "bfloat16":
         return [*ours, "natural", "trick", *(["authors"] if layer.groups == 1 else [])]
     dense = not layer.linear and layer.groups == 1
     pointwise = layer.kernel_size == layer.stride == (1, 1) and layer.padding == (0, 0)
     matmul = ["trick.matmul"] if dense and pointwise else []
     return [*ours, "natural", "natural.compiled", "trick", *matmul]
+
+
+def of_a_cpu() -> tuple[str, ...]:
+    """Those of ours for a GPU that a CPU runs: Triton's, under its interpreter."""
+    interprets = not dispatch.triton_missing() and dispatch.interpreted()
+    return tiles.BY_TRITON if interprets else ()
 
 
 @contextmanager

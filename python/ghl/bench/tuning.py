@@ -1,7 +1,8 @@
 """`ghl bench tune`: tries the candidates of `ghl_kernels.tune` on the GPU at hand.
 
-Kernels are compiled beforehand by several processes, because compiling takes ten times as long as
-timing; a candidate that fails there is not tried here.
+Triton's kernels are compiled beforehand by several processes, because that takes ten times as long
+as timing; kernels compiled ahead of time run there once. A candidate that fails there, or of the
+latter one that gives no answer, is not tried here.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from ghl.bench.clock import MODES, Clock, precision
 from ghl.bench.implementations import Tensors, ours_call
 from ghl.bench.layers import Layer, layers_of
 from ghl.bench.report import provenance
-from ghl_kernels import Problem, tiles, tune
+from ghl_kernels import Problem, dispatch, tiles, tune
+from ghl_kernels.cuda import kernels
 from ghl_kernels.tune import Attempt, Entry
 
 COMPILE_BATCH = 16  # images: sizes and strides of the kernel's arguments stay as divisible by 16
@@ -174,8 +176,10 @@ def compile_all(
     deadline = time.monotonic() + seconds
     alike = {compiled_alike(*job): job for job in jobs if job[2].strategy != "library"}
     todo, failed = list(alike.values()), {}
+    of_hopper = [job for job in todo if job[2].strategy == "cuda_sm90"]  # one may never end
+    todo = [job for job in todo if job not in of_hopper]
     number = max(1, min(MOST_PROCESSES, (os.cpu_count() or 2) - 2, len(todo)))
-    parts = [todo[i::number] for i in range(number)]
+    parts = [todo[i::number] for i in range(number)] + [of_hopper]
     workers = {w.results: w for w in (Worker.start(p, compile_one) for p in parts if p)}
     try:
         while workers and (left := deadline - time.monotonic()) > 0:
@@ -192,7 +196,28 @@ def compile_all(
     finally:
         for worker in workers.values():
             worker.process.kill()
+            unanswered = (job for job in worker.jobs if job[2].strategy in tiles.BY_CUDA)
+            failed.update((compiled_alike(*job), "no answer in time") for job in unanswered)
     return failed
+
+
+def barred(
+    workloads: Iterable[str], device: torch.device, seconds: float
+) -> dict[tuple[Layer, str, str], str]:
+    """Why cuda_sm90 must not run layers here: it failed in a process of its own, or never ended."""
+    some = torch.empty(0, dtype=torch.bfloat16, device=device)
+    if device.type != "cuda" or dispatch.unavailable("cuda_sm90", some, None):
+        return {}
+    jobs = []
+    for layer in dict.fromkeys(layer for workload in workloads for layer in layers_of(workload)):
+        problem = problem_of(layer, "bfloat16")
+        jobs.append((layer, "bfloat16", kernels.choose("cuda_sm90", problem, device)))
+    failed = compile_all(jobs, seconds)
+    return {
+        (layer, "cuda_sm90", mode): failed[compiled_alike(layer, mode, entry)]
+        for layer, mode, entry in jobs
+        if compiled_alike(layer, mode, entry) in failed
+    }
 
 
 class Measure:
@@ -261,6 +286,36 @@ def tune_layers(
     return tuned
 
 
+def fastest_merges(clock: Clock) -> str | None:
+    """The implementation whose merge of all layers of a ResNet-50 is the fastest; None if none
+    runs. Each is timed as an optimizer's step calls it, with its launches."""
+    layers = [sums_of(layer, clock.device) for layer in layers_of("resnet50_b1")]
+    lists = [list(one) for one in zip(*layers, strict=True)]
+    times: dict[str, float] = {}
+    for name in ("triton", "cuda"):
+        if dispatch.unavailable(name, lists[0][0], None):
+            continue
+        with ghl_kernels.force(name):
+
+            def merge() -> object:
+                return torch.ops.ghl_kernels.foreach_merge(*lists, "oja", "sign", "absmax")
+
+            try:
+                clock.warm_up(merge)
+                times[name] = clock.eager(merge).p50
+            except RuntimeError as error:
+                print(f"merges by {name}: {error}".splitlines()[0][:200])
+    clock.release()
+    return min(times, key=lambda name: times[name]) if times else None
+
+
+def sums_of(layer: Layer, device: torch.device) -> tuple[torch.Tensor, ...]:
+    """G, H0, totals and a weight of these sizes, in float32."""
+    shape = layer.out_channels, layer.columns
+    G, H0, w = torch.randn(3, *shape, device=device)
+    return G, H0, torch.ones(layer.out_channels + 1, device=device), w
+
+
 def measured_on(device: torch.device) -> dict[str, str]:
     """What a table's figures depend on."""
     where = provenance(device)
@@ -296,9 +351,17 @@ def tune_gpu(
     path = out or tiles.user_tables() / f"{tiles.gpu_name(device)}.json"
     start, base = time.monotonic(), tiles.table(device)
     measured, layers = measured_on(device), layers_to_tune(workloads)
+    merges = fastest_merges(clock)
+    some = torch.empty(0, device=device)
 
     def candidates(problem: Problem) -> list[Entry]:
-        return tune.candidates(problem, tiles.choose(problem, device), base.entries)
+        runs = [s for s in tiles.STRATEGIES if not dispatch.unavailable(s, some, problem)]
+        compiled = [
+            (s, tile) for s in tiles.BY_CUDA if s in runs for tile in kernels.candidates(s, problem)
+        ]
+        by_triton = [s for s in tiles.BY_TRITON if s in runs]
+        present = tiles.find(problem, device, among=tuple(runs))
+        return tune.candidates(problem, present, base.entries, compiled, by_triton)
 
     def attempt(
         layer: Layer, mode: str, entries: Sequence[Entry], until: float
@@ -310,7 +373,7 @@ def tune_gpu(
 
     def done(tuned: Sequence[Tuned]) -> None:
         print(tuned[-1].line(), flush=True)
-        tune.write(path, tune.merged(base.entries, choices(tuned)), measured)
+        tune.write(path, tune.merged(base.entries, choices(tuned)), measured, merges)
 
     jobs = []
     for layer, mode in layers:
