@@ -46,13 +46,13 @@ SCHEMAS = (
     "Tensor(a!)[] update, Tensor(b!)[] neurons, Tensor(c!)[] layer, Tensor(d!)[] scratch, "
     "int decay, int gate, int normalize) -> ()",
     "logsumexp.cuda(Tensor y, Tensor(a!) lse, float tau) -> ()",
-    "logsumexp.statistics(Tensor y, Tensor(a!) largest, Tensor(b!) inverse, Tensor(c!)? winner, "
+    "statistics.cuda(Tensor y, Tensor(a!) largest, Tensor(b!) inverse, Tensor(c!)? winner, "
     "int competition, float tau) -> ()",
     "pair.cuda(Tensor x, Tensor y, Tensor g, Tensor? largest, Tensor? inverse, Tensor? winner, "
     "Tensor(a!) G, Tensor(b!) H0, Tensor(c!)? u_sums, int[] kernel_size, int[] stride, "
     "int[] padding, int[] dilation, int[] out_size, int groups, int competition, float tau, "
     "bool channels_last, bool tf32, int splits, int rows_per_split, int tile, bool sm90) -> ()",
-    "pair.sum_splits(Tensor G_parts, Tensor H0_parts, Tensor? u_parts, Tensor(a!) G, "
+    "sum_splits.cuda(Tensor G_parts, Tensor H0_parts, Tensor? u_parts, Tensor(a!) G, "
     "Tensor(b!) H0, Tensor(c!)? u_sums, int splits) -> ()",
 )
 

@@ -316,9 +316,9 @@ void foreach_merge(std::vector<Tensor> G, std::vector<Tensor> H0, std::vector<Te
 
 void implement(torch::stable::detail::StableLibrary& m) {
   m.impl("logsumexp.cuda", TORCH_BOX(&logsumexp));
-  m.impl("logsumexp.statistics", TORCH_BOX(&statistics));
+  m.impl("statistics.cuda", TORCH_BOX(&statistics));
   m.impl("pair.cuda", TORCH_BOX(&pair));
-  m.impl("pair.sum_splits", TORCH_BOX(&sum_splits));
+  m.impl("sum_splits.cuda", TORCH_BOX(&sum_splits));
   m.impl("foreach_merge.cuda", TORCH_BOX(&foreach_merge));
 }
 

@@ -116,7 +116,7 @@ def statistics(y: Tensor, competition: str, tau: float) -> Statistics:
         torch.empty(y.shape[0], dtype=torch.float32, device=y.device) for _ in range(2)
     )
     winner = None if competition == "softmax" else torch.empty_like(largest, dtype=torch.int32)
-    torch.ops.ghl_kernels.logsumexp.statistics(
+    torch.ops.ghl_kernels.statistics.cuda(
         y[:, :, None, None], largest, inverse, winner, code("competition", competition), tau
     )
     return largest, inverse, winner
@@ -154,7 +154,7 @@ def wgrad(
 def sum_splits(partials: Partials) -> None:
     """Fill the results with the parts, added in the order of the splits."""
     (*parts, u_parts), (*results, u_sums) = partials.sums, partials.results
-    torch.ops.ghl_kernels.pair.sum_splits(
+    torch.ops.ghl_kernels.sum_splits.cuda(
         *parts, u_parts if partials.sum_u else None,
         *results, u_sums if partials.sum_u else None, partials.splits,
     )  # fmt: skip
