@@ -70,22 +70,21 @@ inline DualWgradArguments dual_wgrad_arguments(const DualWgradParams& p, int32_t
 }
 
 // Shapes of the work of a block and of its warps.
-template <class T, Precision PRECISION_, bool POINTWISE_, int NEURONS_, int COLUMNS_, int WARPS_K,
-          int WARPS_C, int STAGES_>
+template <class T, Precision PRECISION_, bool POINTWISE_, int NEURONS_, int COLUMNS_, int WARPS,
+          int STAGES_>
 struct DualWgradShape {
   using Number = T;
   static constexpr Precision PRECISION = PRECISION_;
   static constexpr bool POINTWISE = POINTWISE_;
   static constexpr int ROWS = 64 / sizeof(T), NEURONS = NEURONS_, COLUMNS = COLUMNS_;
-  static constexpr int STAGES = STAGES_, THREADS = 32 * WARPS_K * WARPS_C;
+  static constexpr int STAGES = STAGES_, THREADS = 32 * WARPS;
   static constexpr int VECTOR = 16 / sizeof(T);  // numbers of a 16-byte chunk
   static constexpr int DEPTH = 32 / sizeof(T);   // rows that one mma sums over
-  static constexpr int WARP_NEURONS = NEURONS / WARPS_K, WARP_COLUMNS = COLUMNS / WARPS_C;
-  static constexpr int TILES_K = WARP_NEURONS / 16, TILES_C = WARP_COLUMNS / 8;
-  static constexpr int WARPS_ACROSS = WARPS_C;
+  static constexpr int WARP_NEURONS = NEURONS / WARPS;
+  static constexpr int TILES_K = WARP_NEURONS / 16, TILES_C = COLUMNS / 8;  // mma's of a warp
   static constexpr int STAGE_NUMBERS = ROWS * (COLUMNS + 2 * NEURONS);
   static constexpr int THREADS_PER_ROW = THREADS / ROWS;
-  static_assert(TILES_C % 2 == 0 && THREADS_PER_ROW <= 32);
+  static_assert(WARP_NEURONS % 16 == 0 && TILES_C % 2 == 0 && THREADS_PER_ROW <= 32);
 
   static constexpr Tile tile();
 };
@@ -104,8 +103,8 @@ struct DualWgradShared {
   Column columns[Shape::COLUMNS];
 };
 
-template <class T, Precision P, bool POINTWISE, int K, int C, int WARPS_K, int WARPS_C, int STAGES>
-constexpr Tile DualWgradShape<T, P, POINTWISE, K, C, WARPS_K, WARPS_C, STAGES>::tile() {
+template <class T, Precision P, bool POINTWISE, int K, int C, int WARPS, int STAGES>
+constexpr Tile DualWgradShape<T, P, POINTWISE, K, C, WARPS, STAGES>::tile() {
   return {ROWS, K, C, THREADS, STAGES, int32_t(sizeof(DualWgradShared<DualWgradShape>))};
 }
 
@@ -134,8 +133,7 @@ struct DualWgrad {
   const int group = blockIdx.z;
   const int first_neuron = blockIdx.x / p.column_tiles * Shape::NEURONS;
   const int first_column = blockIdx.x % p.column_tiles * Shape::COLUMNS;
-  const int warp_neuron = warp / Shape::WARPS_ACROSS * Shape::WARP_NEURONS;
-  const int warp_column = warp % Shape::WARPS_ACROSS * Shape::WARP_COLUMNS;
+  const int warp_neuron = warp * Shape::WARP_NEURONS;
 
   float G[Shape::TILES_K][Shape::TILES_C][4] = {};
   float H0[Shape::TILES_K][Shape::TILES_C][4] = {};
@@ -151,7 +149,7 @@ struct DualWgrad {
   GHL_DEVICE bool makes_statistics() const {
     return !p.statistics.largest && p.competition != Competition::linear;
   }
-  GHL_DEVICE bool sums_u() const { return p.u_sums && first_column == 0 && warp_column == 0; }
+  GHL_DEVICE bool sums_u() const { return p.u_sums && first_column == 0; }
 
   GHL_DEVICE void run() {
     find_columns();
@@ -322,23 +320,32 @@ struct DualWgrad {
     }
   }
 
+  // A warp has neurons of its own, so that every u is made once in a block, and all columns.
   GHL_DEVICE void multiply(int stage) {
+    GHL_UNROLL
     for (int row = 0; row < Shape::ROWS; row += DEPTH) {
-      uint32_t x[Shape::TILES_C][2];
-      load_second_operands(x, x_tile(stage), row);
+      uint32_t g[Shape::TILES_K][4], u[Shape::TILES_K][4];
+      RowStatistics rows;
+      if (p.competition != Competition::linear) rows = statistics_of_fragment(stage, row);
       GHL_UNROLL
       for (int i = 0; i < Shape::TILES_K; ++i) {
-        uint32_t g[4];
-        load_first_operand(g, g_tile(stage), row, warp_neuron + 16 * i);
-        products(G[i], g, x);
+        load_first_operand(g[i], g_tile(stage), row, warp_neuron + 16 * i);
+        load_first_operand(u[i], y_tile(stage), row, warp_neuron + 16 * i);
+        if (p.competition == Competition::softmax)
+          make_u<true>(u[i], rows, i);
+        else if (p.competition != Competition::linear)
+          make_u<false>(u[i], rows, i);
+        if (sums_u()) add_u(u[i], i);
       }
       GHL_UNROLL
-      for (int i = 0; i < Shape::TILES_K; ++i) {
-        uint32_t u[4];
-        load_first_operand(u, y_tile(stage), row, warp_neuron + 16 * i);
-        if (p.competition != Competition::linear) make_u(u, stage, row, i);
-        if (sums_u()) add_u(u, i);
-        products(H0[i], u, x);
+      for (int j = 0; j < Shape::TILES_C; j += 2) {
+        uint32_t x[2][2];
+        load_second_operands(x, x_tile(stage), row, 8 * j);
+        GHL_UNROLL
+        for (int i = 0; i < Shape::TILES_K; ++i) {
+          products(G[i][j], G[i][j + 1], g[i], x);
+          products(H0[i][j], H0[i][j + 1], u[i], x);
+        }
       }
     }
   }
@@ -357,49 +364,62 @@ struct DualWgrad {
     }
   }
 
-  // DEPTH rows by the warp's columns of x as second operands, one for 8 columns.
-  GHL_DEVICE void load_second_operands(uint32_t (&b)[Shape::TILES_C][2], T* tile, int row) {
+  // DEPTH rows by 16 columns of x as the second operands of two mma's.
+  GHL_DEVICE void load_second_operands(uint32_t (&b)[2][2], T* tile, int row, int column) {
     if constexpr (sizeof(T) == 2) {
-      GHL_UNROLL
-      for (int j = 0; j < Shape::TILES_C; j += 2) {
-        const int matrix = lane / 8;
-        uint32_t both[4];
-        load_matrices_transposed(both, at<T, Shape::COLUMNS>(tile, row + matrix % 2 * 8 + lane % 8,
-                                                             warp_column + 8 * j + matrix / 2 * 8));
-        b[j][0] = both[0], b[j][1] = both[1], b[j + 1][0] = both[2], b[j + 1][1] = both[3];
-      }
+      const int matrix = lane / 8;
+      uint32_t both[4];
+      load_matrices_transposed(both, at<T, Shape::COLUMNS>(tile, row + matrix % 2 * 8 + lane % 8,
+                                                           column + matrix / 2 * 8));
+      b[0][0] = both[0], b[0][1] = both[1], b[1][0] = both[2], b[1][1] = both[3];
     } else {
       GHL_UNROLL
-      for (int j = 0; j < Shape::TILES_C; ++j) GHL_UNROLL
-      for (int i = 0; i < 2; ++i)
-        b[j][i] = float_to_bits(
-            *at<T, Shape::COLUMNS>(tile, row + lane % 4 + i * 4, warp_column + 8 * j + lane / 4));
+      for (int i = 0; i < 4; ++i)
+        b[i / 2][i % 2] = float_to_bits(*at<T, Shape::COLUMNS>(tile, row + lane % 4 + i % 2 * 4,
+                                                               column + i / 2 * 8 + lane / 4));
     }
   }
 
-  // A fragment of y becomes one of u: every register is one row's (16 bit: two rows') number of one
-  // neuron.
-  GHL_DEVICE void make_u(uint32_t (&fragment)[4], int stage, int row, int tile_k) {
+  // The statistics of the rows whose numbers a lane has in a fragment of y.
+  struct RowStatistics {
+    float largest[DEPTH / 4], inverse[DEPTH / 4];
+    int32_t winner[DEPTH / 4];
+  };
+  GHL_DEVICE RowStatistics statistics_of_fragment(int stage, int row) const {
+    RowStatistics rows;
+    GHL_UNROLL
+    for (int i = 0; i < DEPTH / 4; ++i) {
+      const int m = row + (sizeof(T) == 2 ? lane % 4 * 2 + i / 2 * 8 + i % 2 : lane % 4 + i * 4);
+      rows.largest[i] = shared.largest[stage][m];
+      rows.inverse[i] = shared.inverse[stage][m];
+      if (p.competition != Competition::softmax) rows.winner[i] = shared.winner[stage][m];
+    }
+    return rows;
+  }
+
+  // A fragment of y becomes one of u: a register is one neuron's number of one row, or of two.
+  // SOFTMAX: the competition is known to be that, so that no number asks.
+  template <bool SOFTMAX>
+  GHL_DEVICE void make_u(uint32_t (&fragment)[4], const RowStatistics& rows, int tile_k) const {
     const int neuron = group * p.neurons + first_neuron + warp_neuron + 16 * tile_k + lane / 4;
     GHL_UNROLL
     for (int i = 0; i < 4; ++i) {
+      const int row = i / 2 * (DEPTH / 8);
       if constexpr (sizeof(T) == 2) {
-        const int m = row + lane % 4 * 2 + i / 2 * 8;
         const float2 y = unpack(fragment[i], T{});
-        fragment[i] = pack(u_of(y.x, stage, m, neuron + i % 2 * 8),
-                           u_of(y.y, stage, m + 1, neuron + i % 2 * 8), T{});
+        fragment[i] = pack(u_of<SOFTMAX>(y.x, rows, row, neuron + i % 2 * 8),
+                           u_of<SOFTMAX>(y.y, rows, row + 1, neuron + i % 2 * 8), T{});
       } else {
-        const int m = row + lane % 4 + i / 2 * 4;
         const float y = bits_to_float(fragment[i]);
-        fragment[i] = float_to_bits(u_of(y, stage, m, neuron + i % 2 * 8));
+        fragment[i] = float_to_bits(u_of<SOFTMAX>(y, rows, row, neuron + i % 2 * 8));
       }
     }
   }
-  GHL_DEVICE float u_of(float y, int stage, int m, int neuron) {
-    const bool needs_winner = p.competition != Competition::softmax;
-    const bool wins = needs_winner && shared.winner[stage][m] == neuron;
-    return compete(y, shared.largest[stage][m], shared.inverse[stage][m], wins, p.scale,
-                   p.competition);
+  template <bool SOFTMAX>
+  GHL_DEVICE float u_of(float y, const RowStatistics& rows, int i, int neuron) const {
+    const bool wins = !SOFTMAX && rows.winner[i] == neuron;
+    const Competition competition = SOFTMAX ? Competition::softmax : p.competition;
+    return compete(y, rows.largest[i], rows.inverse[i], wins, p.scale, competition);
   }
 
   GHL_DEVICE void add_u(const uint32_t (&u)[4], int tile_k) {
@@ -414,25 +434,27 @@ struct DualWgrad {
     }
   }
 
-  GHL_DEVICE static void products(float (&sums)[Shape::TILES_C][4], const uint32_t (&a)[4],
-                                  const uint32_t (&b)[Shape::TILES_C][2]) {
+  GHL_DEVICE static void products(float (&first)[4], float (&second)[4], const uint32_t (&a)[4],
+                                  const uint32_t (&b)[2][2]) {
     if constexpr (sizeof(T) == 2) {
-      GHL_UNROLL
-      for (int j = 0; j < Shape::TILES_C; ++j) multiply_add(sums[j], a, b[j], T{});
+      multiply_add(first, a, b[0], T{});
+      multiply_add(second, a, b[1], T{});
     } else {
       uint32_t high_a[4], low_a[4];
       split(high_a, low_a, a);
-      GHL_UNROLL
-      for (int j = 0; j < Shape::TILES_C; ++j) {
-        uint32_t high_b[2], low_b[2];
-        split(high_b, low_b, b[j]);
-        if constexpr (Shape::PRECISION == Precision::tf32x3) {
-          multiply_add(sums[j], low_a, high_b, T{});
-          multiply_add(sums[j], high_a, low_b, T{});
-        }
-        multiply_add(sums[j], high_a, high_b, T{});
-      }
+      product_of_floats(first, high_a, low_a, b[0]);
+      product_of_floats(second, high_a, low_a, b[1]);
     }
+  }
+  GHL_DEVICE static void product_of_floats(float (&sums)[4], const uint32_t (&high_a)[4],
+                                           const uint32_t (&low_a)[4], const uint32_t (&b)[2]) {
+    uint32_t high_b[2], low_b[2];
+    split(high_b, low_b, b);
+    if constexpr (Shape::PRECISION == Precision::tf32x3) {
+      multiply_add(sums, low_a, high_b, T{});
+      multiply_add(sums, high_a, low_b, T{});
+    }
+    multiply_add(sums, high_a, high_b, T{});
   }
 
   // float32 as a TF32 and what that leaves, which together hold all its bits; an infinity or NaN
@@ -460,7 +482,7 @@ struct DualWgrad {
         if (neuron >= p.neurons) continue;
         GHL_UNROLL
         for (int j = 0; j < 2 * Shape::TILES_C; ++j) {
-          const int column = first_column + warp_column + j / 2 * 8 + lane % 4 * 2 + j % 2;
+          const int column = first_column + j / 2 * 8 + lane % 4 * 2 + j % 2;
           if (column >= p.columns) continue;
           const int64_t to = row * p.columns + in_weight(column);
           p.G[to] = G[i][j / 2][2 * half + j % 2];
@@ -498,10 +520,10 @@ inline dim3 dual_wgrad_grid(const DualWgradArguments& a, const Tile& tile) {
 template <class T, Precision PRECISION, bool POINTWISE, int TILE>
 struct CompiledShape;
 template <class T, Precision P, bool POINTWISE>
-struct CompiledShape<T, P, POINTWISE, 0> : DualWgradShape<T, P, POINTWISE, 64, 64, 2, 2, 4> {};
+struct CompiledShape<T, P, POINTWISE, 0> : DualWgradShape<T, P, POINTWISE, 64, 64, 4, 4> {};
 template <class T, Precision P, bool POINTWISE>
-struct CompiledShape<T, P, POINTWISE, 1> : DualWgradShape<T, P, POINTWISE, 128, 128, 2, 4, 3> {};
+struct CompiledShape<T, P, POINTWISE, 1> : DualWgradShape<T, P, POINTWISE, 128, 128, 8, 3> {};
 template <class T, Precision P>
-struct CompiledShape<T, P, true, 2> : DualWgradShape<T, P, true, 256, 64, 4, 2, 3> {};
+struct CompiledShape<T, P, true, 2> : DualWgradShape<T, P, true, 256, 64, 8, 3> {};
 
 }  // namespace ghl::cuda
