@@ -237,12 +237,13 @@ GHL_DEVICE void combine(const MergeLayer& layer, int64_t begin, int64_t end, Dec
         to_floats(weight, w[j], layer.w_dtype);
         const float divisor = divisor_of(layer, normalize);
         const uint32_t column = first_column + first + j * step;
-        const float* s = layer.scratch + first_neuron + column / columns;
+        const float* decays = layer.scratch + first_neuron + column / columns;
+        float s = *decays;
         uint32_t left = columns - column % columns;  // weights of this neuron from here on
         GHL_UNROLL
         for (int i = 0; i < WIDTH; ++i, --left) {
-          if (left == 0) ++s, left = columns;
-          h[i] = decayed(h[i], weight[i], *s, decay);
+          if (left == 0) s = *++decays, left = columns;
+          h[i] = decayed(h[i], weight[i], s, decay);
           if (normalize != Normalize::none) h[i] /= divisor;  // rounded to nearest
         }
       }
@@ -270,13 +271,13 @@ GHL_KERNEL void GHL_LAUNCH_BOUNDS(kMergeThreads, 3)
   const int threads = blockDim.x;
   deal_out(
       table, false, [&](const MergeLayer& layer) { return measure_tasks(layer, threads); },
-      [&](const MergeLayer& layer, int64_t task) { measure_task(layer, task, table.decay); });
+      [&](const MergeLayer& layer, int32_t task) { measure_task(layer, task, table.decay); });
   synchronize_grid();
   for (int32_t i = blockIdx.x; i < table.count; i += gridDim.x) summarize(table.layers[i]);
   synchronize_grid();
   deal_out(
       table, true, [&](const MergeLayer& layer) { return combine_tasks(layer, threads); },
-      [&](const MergeLayer& layer, int64_t task) {
+      [&](const MergeLayer& layer, int32_t task) {
         combine_task(layer, task, table.decay, table.gate, table.normalize);
       });
 }

@@ -1,10 +1,8 @@
 // One value of many threads', in an order that depends on nothing but their number.
 //
-// Values are structs of 32-bit numbers. `combine` may be called with its arguments in either order;
-// where the result must be the same on all threads, it must not depend on that order.
+// `combine` may be called with its arguments in either order; where the result must be the same on
+// all threads, it must not depend on that order.
 #pragma once
-
-#include <cstring>
 
 #include "device.h"
 
@@ -12,22 +10,10 @@ namespace ghl::cuda {
 
 constexpr int kWarp = 32;
 
-template <class T>
-GHL_DEVICE T of_other_lane(T value, int mask) {
-  static_assert(sizeof(T) % 4 == 0);
-  uint32_t words[sizeof(T) / 4];
-  memcpy(words, &value, sizeof(T));
-  GHL_UNROLL
-  for (uint32_t& word : words) word = shuffle_xor(word, mask);
-  memcpy(&value, words, sizeof(T));
-  return value;
-}
-
 // Over neighbouring lanes, a power of two of them, whose result each of them gets.
 template <class T, class Combine>
 GHL_DEVICE T reduce_lanes(T value, int lanes, Combine combine) {
-  for (int mask = lanes / 2; mask > 0; mask /= 2)
-    value = combine(value, of_other_lane(value, mask));
+  for (int mask = lanes / 2; mask > 0; mask /= 2) value = combine(value, shuffle_xor(value, mask));
   return value;
 }
 
