@@ -93,60 +93,79 @@ struct DualWgrad {
   GHL_DEVICE void copy() {
     const int x_boxes = min(Shape::COLUMN_BOXES, a.geometry.column_boxes - first_box);
     const int y_boxes = min(Shape::NEURON_BOXES, (p.neurons - first_neuron + kBox - 1) / kBox);
-    const int32_t column = blockIdx.z * p.neurons + first_neuron;
+    const int32_t neuron = blockIdx.z * p.neurons + first_neuron;
+    int32_t channel[Shape::COLUMN_BOXES];
+    uint16_t off_h[Shape::COLUMN_BOXES], off_w[Shape::COLUMN_BOXES];
+    GHL_UNROLL
+    for (int i = 0; i < Shape::COLUMN_BOXES; ++i) {
+      const ColumnBox box = a.geometry.box(first_box + i);
+      channel[i] = blockIdx.z * p.channels + box.channel;
+      off_h[i] = box.off_h(p), off_w[i] = box.off_w(p);
+    }
     prefetch_map(&a.x);
     prefetch_map(&a.y);
     prefetch_map(&a.g);
     Ring ring;
+    Walk walk(p, first_row);
     for (int block = 0; block < blocks; ++block) {
       const int stage = ring.stage, row = first_row + block * kRows;
       uint64_t* full = &shared.full[stage];
       barrier_wait(&shared.empty[stage], ring.parity ^ 1);
       barrier_expect(full, (x_boxes + 2 * y_boxes) * kBoxBytes);
-      for (int i = 0; i < y_boxes; ++i) load_box(shared.g(stage, i), &a.g, full, column + i * kBox, row);
-      copy_x(stage, x_boxes, row);
-      for (int i = 0; i < y_boxes; ++i) load_box(shared.y(stage, i), &a.y, full, column + i * kBox, row);
-      ring.advance();
-    }
-  }
-
-  GHL_DEVICE void copy_x(int stage, int boxes, int32_t row) {
-    uint64_t* full = &shared.full[stage];
-    const int32_t first_channel = blockIdx.z * p.channels;
-    const Pixel pixel = a.x_is_matrix ? Pixel{} : first_pixel(p, row);
-    for (int i = 0; i < boxes; ++i) {
-      const ColumnBox box = a.geometry.box(first_box + i);
-      const int32_t channel = first_channel + box.channel;
-      if (a.x_is_matrix) {
-        load_box(shared.x(stage, i), &a.x, full, channel, row);
-      } else {
-        load_patches(shared.x(stage, i), &a.x, full, channel, pixel.w, pixel.h, pixel.n,
-                     box.tap % p.kernel_w * p.dilation_w, box.tap / p.kernel_w * p.dilation_h);
+      const int32_t h = walk.pixel_h(p), w = walk.pixel_w(p);
+      GHL_UNROLL
+      for (int i = 0; i < Shape::COLUMN_BOXES; ++i) {
+        if (i >= x_boxes) break;
+        if (a.x_is_matrix)
+          load_box(shared.x(stage, i), &a.x, full, channel[i], row);
+        else
+          load_patches(shared.x(stage, i), &a.x, full, channel[i], w, h, walk.n, off_w[i], off_h[i]);
       }
+      GHL_UNROLL
+      for (int i = 0; i < Shape::NEURON_BOXES; ++i) {
+        if (i >= y_boxes) break;
+        load_box(shared.g(stage, i), &a.g, full, neuron + i * kBox, row);
+        load_box(shared.y(stage, i), &a.y, full, neuron + i * kBox, row);
+      }
+      ring.advance();
+      walk.advance(p);
     }
   }
 
-  // The statistics of a row of every block: of the tile's own y, or those given, fetched before
-  // they are needed. Rows beyond the last get 0 as their inverse, and so u = 0.
+  struct Described {
+    RowStatistics statistics;
+    int32_t winner;
+  };
+
+  // The statistics of a row as they were given; 0 as the inverse, and so u = 0, beyond the last row.
+  GHL_DEVICE Described given(int block, int row) const {
+    const int64_t at = int64_t(first_row) + block * kRows + row;
+    if (!p.statistics.largest || block >= blocks || at >= p.rows) return {{0.0f, 0.0f}, -1};
+    return {{p.statistics.largest[at], p.statistics.inverse[at]},
+            kHasWinner ? p.statistics.winner[at] : -1};
+  }
+
+  // Finds or fetches the statistics of a row of every block, and puts them beside the block.
   GHL_DEVICE void describe(int row) {
+    constexpr int kAtOnce = 2;  // blocks that are fetched together: a fetch may outlast a block
     Ring ring;
-    for (int block = 0; block < blocks; ++block) {
-      const int64_t at = int64_t(first_row) + block * kRows + row;
-      const bool inside = at < p.rows, given = p.statistics.largest != nullptr;
-      RowStatistics statistics{0.0f, 0.0f};
-      int32_t winner = -1;
-      if (given && inside) {
-        statistics = {p.statistics.largest[at], p.statistics.inverse[at]};
-        if (kHasWinner) winner = p.statistics.winner[at];
+    for (int first = 0; first < blocks; first += kAtOnce) {
+      Described described[kAtOnce];
+      GHL_UNROLL
+      for (int i = 0; i < kAtOnce; ++i) described[i] = given(first + i, row);
+      GHL_UNROLL
+      for (int i = 0; i < kAtOnce; ++i) {
+        if (first + i >= blocks) break;
+        Described& d = described[i];
+        barrier_wait(&shared.full[ring.stage], ring.parity);
+        if (!p.statistics.largest && first_row + (first + i) * kRows + row < p.rows)
+          d.statistics = find_statistics<T, COMPETITION>(shared.y(ring.stage, 0), row, p.neurons,
+                                                         p.scale, d.winner);
+        shared.statistics[ring.stage][row / 2].row[row % 2] = d.statistics;
+        if (kHasWinner) shared.winner[ring.stage][row / 2].row[row % 2] = d.winner;
+        barrier_arrive(&shared.known[ring.stage]);
+        ring.advance();
       }
-      barrier_wait(&shared.full[ring.stage], ring.parity);
-      if (!given && inside)
-        statistics = find_statistics<T, COMPETITION>(shared.y(ring.stage, 0), row, p.neurons, p.scale,
-                                                     winner);
-      shared.statistics[ring.stage][row / 2].row[row % 2] = statistics;
-      if (kHasWinner) shared.winner[ring.stage][row / 2].row[row % 2] = winner;
-      barrier_arrive(&shared.known[ring.stage]);
-      ring.advance();
     }
   }
 
@@ -219,10 +238,17 @@ struct DualWgrad {
     return int64_t(blockIdx.y) * p.groups * p.neurons + int64_t(blockIdx.z) * p.neurons;
   }
 
-  // Neighbouring columns are one 8-byte store where the weight has them side by side and aligned.
   GHL_DEVICE void store(float* to, const float (&sums)[64], int neuron_box, int column_box) {
-    const int32_t taps = a.geometry.taps, step = channel_step(p, taps);
-    const bool pairs = step == 1 && p.channels % 2 == 0;
+    // neighbouring columns lie side by side in the weight, and at multiples of 8 bytes
+    if (channel_step(p, a.geometry.taps) == 1 && p.channels % 2 == 0)
+      store_sums<true>(to, sums, neuron_box, column_box);
+    else
+      store_sums<false>(to, sums, neuron_box, column_box);
+  }
+
+  template <bool PAIRS>
+  GHL_DEVICE void store_sums(float* to, const float (&sums)[64], int neuron_box, int column_box) {
+    const int32_t taps = a.geometry.taps, step = PAIRS ? 1 : channel_step(p, taps);
     GHL_UNROLL
     for (int half = 0; half < 2; ++half) {
       const int number = first_box + column_box + half;
@@ -238,7 +264,7 @@ struct DualWgrad {
         for (int i = 0; i < 8; ++i) {
           const int sum = half * 32 + i * 4 + upper * 2, c = column_of_sum(thread, i * 4);
           const int32_t left = p.channels - box.channel - c;
-          if (pairs) {
+          if (PAIRS) {
             if (left > 0) *reinterpret_cast<float2*>(row + c) = {sums[sum], sums[sum + 1]};
           } else {
             if (left > 0) row[c * step] = sums[sum];

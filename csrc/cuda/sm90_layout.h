@@ -96,9 +96,17 @@ GHL_HOST_DEVICE int column_of_sum(int thread, int i) {
   return i / 4 * 8 + thread % 4 * 2 + i % 2;
 }
 
-// 64 columns of a tile: one tap, up to 64 channels.
+// 64 columns of a tile: one tap, up to 64 channels of the group.
 struct ColumnBox {
-  int32_t tap, channel;  // channel of the group
+  int32_t tap, channel;
+
+  // By how many pixels the tap lies off the first.
+  GHL_HOST_DEVICE uint16_t off_h(const DualWgradParams& p) const {
+    return uint16_t(tap / p.kernel_w * p.dilation_h);
+  }
+  GHL_HOST_DEVICE uint16_t off_w(const DualWgradParams& p) const {
+    return uint16_t(tap % p.kernel_w * p.dilation_w);
+  }
 };
 
 struct Geometry {
@@ -127,16 +135,29 @@ GHL_HOST_DEVICE int32_t channel_step(const DualWgradParams& p, int32_t taps) {
   return p.channels_last ? 1 : taps;
 }
 
-// Output position `row` as the first pixel of its patch, before the tap's offset.
-struct Pixel {
-  int32_t n, h, w;
+// The first pixels of patches, before a tap's offset, of every 64th output position.
+struct Walk {
+  int32_t n, h, w;                 // image, output line, output column
+  int32_t step_n, step_h, step_w;  // what 64 positions are; carries are at most one
+
+  GHL_HOST_DEVICE Walk(const DualWgradParams& p, int32_t row) {
+    w = row % p.out_width, h = row / p.out_width % p.out_height;
+    n = row / p.out_width / p.out_height;
+    step_w = kRows % p.out_width, step_h = kRows / p.out_width % p.out_height;
+    step_n = kRows / p.out_width / p.out_height;
+  }
+  GHL_HOST_DEVICE void advance(const DualWgradParams& p) {
+    w += step_w, h += step_h, n += step_n;
+    if (w >= p.out_width) w -= p.out_width, ++h;
+    if (h >= p.out_height) h -= p.out_height, ++n;
+  }
+  GHL_HOST_DEVICE int32_t pixel_h(const DualWgradParams& p) const {
+    return h * p.stride_h - p.padding_h;
+  }
+  GHL_HOST_DEVICE int32_t pixel_w(const DualWgradParams& p) const {
+    return w * p.stride_w - p.padding_w;
+  }
 };
-GHL_HOST_DEVICE Pixel first_pixel(const DualWgradParams& p, int32_t row) {
-  const uint32_t line = uint32_t(row) / uint32_t(p.out_width);
-  const uint32_t image = line / uint32_t(p.out_height);
-  return {int32_t(image), int32_t(line - image * p.out_height) * p.stride_h - p.padding_h,
-          int32_t(row - line * p.out_width) * p.stride_w - p.padding_w};
-}
 
 // Rows of a split: empty where there are more splits than rows.
 GHL_HOST_DEVICE int32_t blocks_of_split(const DualWgradParams& p, int32_t split) {
