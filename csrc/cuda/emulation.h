@@ -9,6 +9,7 @@
 
 #include <pthread.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -76,7 +77,7 @@ struct Block {
 struct Copy {
   void* to;
   const void* from;
-  bool live;
+  int bytes;
 };
 
 struct Thread {
@@ -116,6 +117,9 @@ inline void __syncwarp() {
 
 namespace ghl::cuda {
 
+using std::max;
+using std::min;
+
 struct bfloat16 {
   uint16_t bits;
 };
@@ -127,8 +131,8 @@ inline char* shared_memory() {
   return emulation::current->block->shared.get();
 }
 
-inline void copy_async(void* shared, const void* global, bool live) {
-  emulation::current->groups.back().push_back({shared, global, live});
+inline void copy_async(void* shared, const void* global, int bytes) {
+  emulation::current->groups.back().push_back({shared, global, bytes});
 }
 
 inline void copy_async_commit() {
@@ -140,10 +144,8 @@ void copy_async_wait() {
   auto& groups = emulation::current->groups;
   while (groups.size() > PENDING + 1) {
     for (const auto& copy : groups.front()) {
-      if (copy.live)
-        std::memcpy(copy.to, copy.from, 16);
-      else
-        std::memset(copy.to, 0, 16);
+      std::memcpy(copy.to, copy.from, copy.bytes);
+      std::memset(static_cast<char*>(copy.to) + copy.bytes, 0, 16 - copy.bytes);
     }
     groups.pop_front();
   }

@@ -18,13 +18,6 @@ cudaError_t launch_sum_splits(const SumSplitsParams&, cudaStream_t);
 cudaError_t launch_merge(const MergeLayer* layers, int32_t count, Decay, Gate, Normalize,
                          cudaStream_t);
 
-// How a weight-gradient kernel cuts its work: a block has `rows` by `neurons` of y and g and `rows`
-// by `columns` of x in shared memory at once, `stages` times over.
-struct Tile {
-  int32_t rows, neurons, columns, threads, stages;
-  int32_t shared_bytes;
-};
-
 // dual_wgrad*.cu: mma.sync, for compute capability 8.0 and newer. Tiles are numbered from 0; what
 // is not compiled for a dtype, precision or kind of layer has 0 rows.
 constexpr int kDualWgradTiles = 3;

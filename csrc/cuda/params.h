@@ -4,6 +4,7 @@
 // through; addresses are 64-bit all the same.
 #pragma once
 
+#include <climits>
 #include <cstdint>
 
 #include "../rule.h"
@@ -29,7 +30,7 @@ struct Images {
 
 // Of each row of y: the largest number, 1 / sum(exp((y - largest) / tau)), the first largest
 // neuron. `inverse` is NaN where the largest is not finite; `winner` is only for `hard` and
-// `softhebb`.
+// `softhebb`. Each array begins at a multiple of 16 bytes.
 struct Statistics {
   float *largest, *inverse;
   int32_t* winner;
@@ -65,6 +66,13 @@ struct DualWgradParams {
   int32_t splits;
   int32_t rows_per_split;  // a multiple of the tile's rows
   bool channels_last;  // a row of the weight is (kernel_h, kernel_w, channels), else (.., kh, kw)
+};
+
+// How a weight-gradient kernel cuts its work: a block has `rows` by `neurons` of y and g and `rows`
+// by `columns` of x in shared memory at once, `stages` times over.
+struct Tile {
+  int32_t rows, neurons, columns, threads, stages;
+  int32_t shared_bytes;
 };
 
 struct SumSplitsParams {
