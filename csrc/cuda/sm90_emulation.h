@@ -90,10 +90,14 @@ float number(uint64_t operand, int k, int i, T) {
 template <class T>
 void product(float (&d)[64], const std::function<float(int, int)>& a, uint64_t b, T type) {
   const int thread = threadIdx.x % 128, lane = thread % 32;
+  float rows[2][16];
+  for (int upper = 0; upper < 2; ++upper) {
+    for (int k = 0; k < 16; ++k) rows[upper][k] = a(thread / 32 * 16 + lane / 4 + upper * 8, k);
+  }
   for (int i = 0; i < 64; ++i) {
-    const int row = lane / 4 + (i & 2) * 4, column = i / 4 * 8 + lane % 4 * 2 + (i & 1);
+    const int upper = i / 2 % 2, column = i / 4 * 8 + lane % 4 * 2 + i % 2;
     double sum = d[i];
-    for (int k = 0; k < 16; ++k) sum += double(a(thread / 32 * 16 + row, k)) * number(b, k, column, type);
+    for (int k = 0; k < 16; ++k) sum += double(rows[upper][k]) * number(b, k, column, type);
     d[i] = float(sum);
   }
 }
