@@ -24,9 +24,9 @@ constexpr int kDualWgradTiles = 3;
 Tile dual_wgrad_tile(int number, Dtype, Precision, bool pointwise);
 cudaError_t launch_dual_wgrad(const DualWgradParams&, int tile, cudaStream_t);
 
-// sm90_dual_wgrad.cu: TMA and wgmma, for compute capability 9.0 only; 16-bit numbers. Tile 0 has 128
-// neurons by 128 columns, tile 1, for few neurons, 64 by 256. A tile's columns are boxes of one tap
-// and up to 64 channels: `blocks` says how many blocks of threads a split takes.
+// sm90_dual_wgrad.cu: TMA and wgmma, for compute capability 9.0 only; 16-bit numbers. Tile 0 has
+// 128 neurons by 128 columns, tile 1, for few neurons, 64 by 256. A tile's columns are boxes of one
+// tap and up to 64 channels: `blocks` says how many blocks of threads a split takes.
 constexpr int kSm90DualWgradTiles = 2;
 Tile sm90_dual_wgrad_tile(int number);
 int32_t sm90_dual_wgrad_blocks(const DualWgradParams&, int tile);

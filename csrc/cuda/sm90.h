@@ -38,10 +38,10 @@ GHL_DEVICE void barrier_arrive(uint64_t* barrier) {
 }
 // Arrives, and announces bytes that the copy engine will report.
 GHL_DEVICE void barrier_expect(uint64_t* barrier, uint32_t bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
-                   shared_address(barrier)),
-               "r"(bytes)
-               : "memory");
+  asm volatile(
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+      "r"(bytes)
+      : "memory");
 }
 GHL_DEVICE void barrier_wait(uint64_t* barrier, uint32_t parity) {
   asm volatile(
@@ -107,22 +107,22 @@ GHL_DEVICE void hold(uint32_t (&registers)[N]) {
   for (int i = 0; i < N; ++i) asm volatile("" : "+r"(registers[i])::"memory");
 }
 
-#define GHL_SUMS_8(d, i)                                                                       \
+#define GHL_SUMS_8(d, i)                                                                      \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
       "+f"(d[i + 6]), "+f"(d[i + 7])
-#define GHL_SUMS_64(d)                                                                    \
-  GHL_SUMS_8(d, 0), GHL_SUMS_8(d, 8), GHL_SUMS_8(d, 16), GHL_SUMS_8(d, 24),               \
-      GHL_SUMS_8(d, 32), GHL_SUMS_8(d, 40), GHL_SUMS_8(d, 48), GHL_SUMS_8(d, 56)
-#define GHL_SUMS_NAMES                                                                       \
-  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "   \
-  "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, "    \
-  "%36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, "    \
+#define GHL_SUMS_64(d)                                                                         \
+  GHL_SUMS_8(d, 0), GHL_SUMS_8(d, 8), GHL_SUMS_8(d, 16), GHL_SUMS_8(d, 24), GHL_SUMS_8(d, 32), \
+      GHL_SUMS_8(d, 40), GHL_SUMS_8(d, 48), GHL_SUMS_8(d, 56)
+#define GHL_SUMS_NAMES                                                                     \
+  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, " \
+  "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, "  \
+  "%36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, "  \
   "%53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}"
 
 // d += a b for a 64×16 and b 16×128, both behind descriptors and both transposed: their rows of the
 // sum lie one after another, neurons and columns side by side. The trailing immediates are scale-d,
 // sign of a and of b, transposition of a and of b.
-#define GHL_MULTIPLY_SHARED(TYPE)                                                             \
+#define GHL_MULTIPLY_SHARED(TYPE)                                                              \
   asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE " " GHL_SUMS_NAMES \
                ", %64, %65, 1, 1, 1, 1, 1;"                                                    \
                : GHL_SUMS_64(d)                                                                \
@@ -161,6 +161,18 @@ GHL_DEVICE void give_registers() {
 template <int N>
 GHL_DEVICE void take_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
+}
+
+// The larger of two pairs of 16-bit numbers each; a number rather than NaN.
+GHL_DEVICE uint32_t larger(uint32_t a, uint32_t b, bfloat16) {
+  uint32_t pair;
+  asm("max.bf16x2 %0, %1, %2;" : "=r"(pair) : "r"(a), "r"(b));
+  return pair;
+}
+GHL_DEVICE uint32_t larger(uint32_t a, uint32_t b, float16) {
+  uint32_t pair;
+  asm("max.f16x2 %0, %1, %2;" : "=r"(pair) : "r"(a), "r"(b));
+  return pair;
 }
 
 // x, which all lanes of the warp agree on, in a form that the compiler knows they do.

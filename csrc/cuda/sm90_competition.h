@@ -1,7 +1,9 @@
-// u and the statistics that it needs, from swizzled boxes of y: device code that runs on a host too.
+// u and the statistics that it needs, from swizzled boxes of y: device code that runs on a host
+// too.
 #pragma once
 
 #include "competition.h"
+#include "sm90.h"
 #include "sm90_layout.h"
 
 namespace ghl::cuda::sm90 {
@@ -14,14 +16,14 @@ GHL_DEVICE RowStatistics find_statistics(const char* y, int row, int32_t neurons
   const auto chunk_of = [&](int chunk) {
     return *reinterpret_cast<const uint4*>(y + chunk / 8 * kBoxBytes + swizzled(row, chunk % 8));
   };
-  float largest = -INFINITY;
+  uint32_t pair = pack(-INFINITY, -INFINITY, T{});
   for (int chunk = 0; chunk < neurons / 8; ++chunk) {
     const uint4 numbers = chunk_of(chunk);
-    for (uint32_t pair : {numbers.x, numbers.y, numbers.z, numbers.w}) {
-      const float2 both = unpack(pair, T{});
-      largest = fmaxf(largest, fmaxf(both.x, both.y));
-    }
+    pair = larger(pair, larger(numbers.x, numbers.y, T{}), T{});
+    pair = larger(pair, larger(numbers.z, numbers.w, T{}), T{});
   }
+  const float2 halves = unpack(pair, T{});
+  const float largest = fmaxf(halves.x, halves.y);
   const float top = finite_or_zero(largest);
   float total = COMPETITION == Competition::hard ? 1.0f : 0.0f;
   winner = INT32_MAX;
@@ -61,7 +63,8 @@ GHL_DEVICE void make_u(uint32_t (&fragment)[4], const RowPair* statistics, const
       const float2 y = unpack(numbers, T{});
       numbers = pack(
           compete(y.x, of.row[0].largest, of.row[0].inverse, first.row[0] == k, scale, COMPETITION),
-          compete(y.y, of.row[1].largest, of.row[1].inverse, first.row[1] == k, scale, COMPETITION), T{});
+          compete(y.y, of.row[1].largest, of.row[1].inverse, first.row[1] == k, scale, COMPETITION),
+          T{});
     }
   }
 }

@@ -1,9 +1,8 @@
 // The launcher of sm90_dual_wgrad.h: tensor maps, and the kernel for a dtype, tile and competition.
-#include "sm90_dual_wgrad.h"
-
 #include <atomic>
 
 #include "launch.h"
+#include "sm90_dual_wgrad.h"
 #include "sm90_maps.h"
 
 namespace ghl::cuda {
@@ -27,14 +26,15 @@ CUtensorMapDataType type_of(Dtype dtype) {
 }
 
 cudaError_t encode(TensorMap& map, const MapOfMatrix& of, Dtype dtype) {
-  static const auto tiled = driver_function<decltype(&cuTensorMapEncodeTiled)>("cuTensorMapEncodeTiled");
+  static const auto tiled =
+      driver_function<decltype(&cuTensorMapEncodeTiled)>("cuTensorMapEncodeTiled");
   if (!tiled) return cudaErrorNotSupported;
   const cuuint64_t sizes[2] = {of.sizes[0], of.sizes[1]}, strides[1] = {of.strides[0]};
   const cuuint32_t box[2] = {kBox, kRows}, steps[2] = {1, 1};
-  const CUresult result = tiled(
-      &map, type_of(dtype), 2, const_cast<void*>(of.data), sizes, strides, box, steps,
-      CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult result =
+      tiled(&map, type_of(dtype), 2, const_cast<void*>(of.data), sizes, strides, box, steps,
+            CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+            CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
@@ -45,10 +45,10 @@ cudaError_t encode(TensorMap& map, const MapOfImages& of, Dtype dtype) {
   cuuint64_t sizes[4], strides[3];
   for (int i = 0; i < 4; ++i) sizes[i] = of.sizes[i];
   for (int i = 0; i < 3; ++i) strides[i] = of.strides[i];
-  const CUresult result =
-      im2col(&map, type_of(dtype), 4, const_cast<void*>(of.data), sizes, strides, of.lower, of.upper,
-             kBox, kRows, of.steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult result = im2col(
+      &map, type_of(dtype), 4, const_cast<void*>(of.data), sizes, strides, of.lower, of.upper, kBox,
+      kRows, of.steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
@@ -101,8 +101,8 @@ cudaError_t launch_shape(const DualWgradParams& p, cudaStream_t stream) {
   a.p = p;
   a.geometry = geometry(p, Shape::NEURONS, Shape::COLUMNS);
   a.x_is_matrix = row_stride_of_x(p) != 0;
-  cudaError_t error = a.x_is_matrix ? encode(a.x, map_of_rows(p), p.dtype)
-                                    : encode(a.x, map_of_images(p), p.dtype);
+  cudaError_t error =
+      a.x_is_matrix ? encode(a.x, map_of_rows(p), p.dtype) : encode(a.x, map_of_images(p), p.dtype);
   if (error == cudaSuccess) error = encode(a.y, map_of_signal(p.y, p), p.dtype);
   if (error == cudaSuccess) error = encode(a.g, map_of_signal(p.g, p), p.dtype);
   if (error != cudaSuccess) return error;
@@ -119,7 +119,8 @@ constexpr Tile tile_of() {
 }  // namespace sm90
 
 Tile sm90_dual_wgrad_tile(int number) {
-  return number == 0 ? sm90::tile_of<sm90::Shape<128, 128>>() : sm90::tile_of<sm90::Shape<64, 256>>();
+  return number == 0 ? sm90::tile_of<sm90::Shape<128, 128>>()
+                     : sm90::tile_of<sm90::Shape<64, 256>>();
 }
 
 int32_t sm90_dual_wgrad_blocks(const DualWgradParams& p, int tile) {

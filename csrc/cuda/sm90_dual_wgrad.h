@@ -119,7 +119,8 @@ struct DualWgrad {
         if (a.x_is_matrix)
           load_box(shared.x(stage, i), &a.x, full, channel[i], row);
         else
-          load_patches(shared.x(stage, i), &a.x, full, channel[i], w, h, walk.n, off_w[i], off_h[i]);
+          load_patches(shared.x(stage, i), &a.x, full, channel[i], w, h, walk.n, off_w[i],
+                       off_h[i]);
       }
       GHL_UNROLL
       for (int i = 0; i < Shape::NEURON_BOXES; ++i) {
@@ -137,7 +138,8 @@ struct DualWgrad {
     int32_t winner;
   };
 
-  // The statistics of a row as they were given; 0 as the inverse, and so u = 0, beyond the last row.
+  // The statistics of a row as they were given; 0 as the inverse, and so u = 0, beyond the last
+  // row.
   GHL_DEVICE Described given(int block, int row) const {
     const int64_t at = int64_t(first_row) + block * kRows + row;
     if (!p.statistics.largest || block >= blocks || at >= p.rows) return {{0.0f, 0.0f}, -1};

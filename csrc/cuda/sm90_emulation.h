@@ -153,7 +153,8 @@ inline void load_patches(void* box, const TensorMap* map, uint64_t* barrier, int
                          int32_t w, int32_t h, int32_t n, uint16_t tap_w, uint16_t tap_h) {
   const int32_t last_w = int32_t(map->sizes[1]) - 1 + map->upper[0];
   const int32_t last_h = int32_t(map->sizes[2]) - 1 + map->upper[1];
-  if (w < map->lower[0] || w > last_w || h < map->lower[1] || h > last_h || tap_w > 255 || tap_h > 255)
+  if (w < map->lower[0] || w > last_w || h < map->lower[1] || h > last_h || tap_w > 255 ||
+      tap_h > 255)
     emulated::fail("a first pixel outside the bounding box, or too far a tap");
   for (int r = 0; r < 64; ++r) {
     const int64_t at_w = w + tap_w, at_h = h + tap_h;
@@ -203,6 +204,12 @@ void multiply(float (&d)[64], const uint32_t (&a)[4], uint64_t b, T type) {
     emulated::product(
         d, [&](int row, int k) { return emulation::of_a(lanes, row % 16, k, type); }, b, type);
   });
+}
+
+template <class T>
+uint32_t larger(uint32_t a, uint32_t b, T type) {
+  const float2 x = unpack(a, type), y = unpack(b, type);
+  return pack(std::fmax(x.x, y.x), std::fmax(x.y, y.y), type);
 }
 
 template <int N>

@@ -84,7 +84,8 @@ inline const char* signal_unfit(const DualWgradParams& p) {
   for (const Matrix& signal : {p.y, p.g}) {
     if (signal.column != 1 || !aligned(signal.data) ||
         !fits_map(map_of_signal(signal, p).strides[0]))
-      return "y and g must have neurons side by side, and rows at multiples of 16 bytes that do not "
+      return "y and g must have neurons side by side, and rows at multiples of 16 bytes that do "
+             "not "
              "coincide";
   }
   return nullptr;
