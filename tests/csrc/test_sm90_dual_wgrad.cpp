@@ -1,9 +1,14 @@
-// sm90_dual_wgrad.h against a loop in double precision, run on the host by sm90_emulation.h.
+// sm90_dual_wgrad.h against a loop in double precision, run on the host by sm90_emulation.h; or on
+// a GPU, see sm90_on_gpu.cu.
+//
+// Arguments: the numbers of the layers to test, all by default.
 #include <random>
+#include <string>
 
 #include "../../csrc/cuda/sm90_dual_wgrad.h"
 #include "../../csrc/cuda/sm90_maps.h"
 #include "check.h"
+#include "sm90_on_gpu.h"
 
 namespace ghl::cuda::sm90 {
 namespace {
@@ -64,20 +69,31 @@ class Case {
     const int64_t weights = int64_t(l.all_neurons()) * l.columns();
     G_.assign(l.splits * weights, NAN), H0_ = G_;
     u_sums_.assign(l.splits * l.all_neurons(), NAN);
-    DualWgradArguments a{};
-    a.p = params();
-    if (const char* why = unfit(a.p)) emulated::fail(why);
-    a.geometry = geometry(a.p, Shape::NEURONS, Shape::COLUMNS);
-    a.x_is_matrix = row_stride_of_x(a.p) != 0;
-    a.x = a.x_is_matrix ? map_of(map_of_rows(a.p)) : map_of(map_of_images(a.p));
-    a.y = map_of(map_of_signal(a.p.y, a.p)), a.g = map_of(map_of_signal(a.p.g, a.p));
-    const dim3 grid{unsigned(a.geometry.neuron_tiles * a.geometry.column_tiles), unsigned(l.splits),
-                    unsigned(l.groups)};
-    emulation::launch(grid, kThreads, sizeof(typename Shape::Shared), [&] { launch<Shape>(a); });
+    const DualWgradParams p = params();
+    if (const char* why = unfit(p)) emulated::fail(why);
+#ifdef GHL_ON_GPU
+    const char* error = run_sm90_on_gpu(p, x_.size() * 16, y_.size() * 16, Shape::NEURONS == 64);
+    if (error) emulated::fail(error);
+#else
+    emulate<Shape>(p);
+#endif
     compare();
   }
 
  private:
+  template <class Shape>
+  void emulate(const DualWgradParams& p) {
+    DualWgradArguments a{};
+    a.p = p;
+    a.geometry = geometry(p, Shape::NEURONS, Shape::COLUMNS);
+    a.x_is_matrix = row_stride_of_x(p) != 0;
+    a.x = a.x_is_matrix ? map_of(map_of_rows(p)) : map_of(map_of_images(p));
+    a.y = map_of(map_of_signal(p.y, p)), a.g = map_of(map_of_signal(p.g, p));
+    const dim3 grid{unsigned(a.geometry.neuron_tiles * a.geometry.column_tiles), unsigned(l.splits),
+                    unsigned(l.groups)};
+    emulation::launch(grid, kThreads, sizeof(typename Shape::Shared), [&] { launch<Shape>(a); });
+  }
+
   template <class Shape>
   void launch(const DualWgradArguments& a) {
     switch (l.competition) {
@@ -329,7 +345,7 @@ const Layer wide[] = {
      .stride = {2, 2},
      .spare = 8},
     {.name = "3x2, strides, dilation",
-     .batch = 2,
+     .batch = 3,
      .groups = 1,
      .neurons = 72,
      .channels = 72,
@@ -352,17 +368,26 @@ const Layer wide[] = {
 };
 
 template <class T>
-void test() {
-  for (const Layer& layer : narrow) Case<T>(layer).template run<Shape<64, 256>>();
-  for (const Layer& layer : wide) Case<T>(layer).template run<Shape<128, 128>>();
+void test(int count, char** numbers) {
+  int number = 0;
+  const auto asked = [&](const Layer& layer) {
+    const std::string name = std::to_string(number++);
+    const bool yes = count < 2 || std::find(numbers + 1, numbers + count, name) != numbers + count;
+    if (yes) std::printf("%s: %s\n", name.c_str(), layer.name), std::fflush(stdout);
+    return yes;
+  };
+  for (const Layer& layer : narrow)
+    if (asked(layer)) Case<T>(layer).template run<Shape<64, 256>>();
+  for (const Layer& layer : wide)
+    if (asked(layer)) Case<T>(layer).template run<Shape<128, 128>>();
 }
 
 }  // namespace
 }  // namespace ghl::cuda::sm90
 
-int main() {
+int main(int count, char** numbers) {
   using namespace ghl::cuda;
-  sm90::test<bfloat16>();
-  sm90::test<float16>();
+  sm90::test<bfloat16>(count, numbers);
+  sm90::test<float16>(count, numbers);
   return check::result();
 }
