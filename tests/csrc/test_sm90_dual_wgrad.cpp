@@ -367,12 +367,14 @@ const Layer wide[] = {
      .competition = softhebb},
 };
 
+// The layers that are asked for; of the second dtype, every fourth.
 template <class T>
-void test(int count, char** numbers) {
+void test(int count, char** numbers, int every) {
   int number = 0;
   const auto asked = [&](const Layer& layer) {
     const std::string name = std::to_string(number++);
-    const bool yes = count < 2 || std::find(numbers + 1, numbers + count, name) != numbers + count;
+    const bool yes = count < 2 ? number % every == 0
+                               : std::find(numbers + 1, numbers + count, name) != numbers + count;
     if (yes) std::printf("%s: %s\n", name.c_str(), layer.name), std::fflush(stdout);
     return yes;
   };
@@ -387,7 +389,7 @@ void test(int count, char** numbers) {
 
 int main(int count, char** numbers) {
   using namespace ghl::cuda;
-  sm90::test<bfloat16>(count, numbers);
-  sm90::test<float16>(count, numbers);
+  sm90::test<bfloat16>(count, numbers, 1);
+  sm90::test<float16>(count, numbers, 4);
   return check::result();
 }
