@@ -82,7 +82,8 @@ def check(code: list[str]) -> str:
         assert not registers(code[i]) & sums, f"a sum is touched: {code[i]}"
         if not wait < i < fence:
             assert not written(code[i]) & operands, f"u is overwritten: {code[i]}"
-    for line in code[last + 1 : code.index("WARPGROUP.DEPBAR.LE gsb0, 0x0", last)]:
+    end = next(i for i in range(last, len(code)) if "DEPBAR.LE gsb0, 0x0" in code[i])
+    for line in code[last + 1 : end]:
         assert not registers(line) & sums, f"a sum is touched after the loop: {line}"
         assert not written(line) & operands, f"u is overwritten after the loop: {line}"
     assert not any(re.search(r"\b(LDL|STL)\b", line) for line in code), "local memory"
