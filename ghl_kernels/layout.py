@@ -87,3 +87,17 @@ def copied_bytes(x: Tensor, *signals: Tensor) -> int:
     copied = [] if channels_innermost(x) else [x]
     copied += [t for t in signals if view_as_matrix(t) is None]
     return sum(2 * t.numel() * t.element_size() for t in copied)
+
+
+def in_chunks(t: Tensor) -> Tensor:
+    """t with its last dimension side by side, and all others at multiples of 16 bytes that do not
+    coincide: as the tensor memory accelerator reads. A copy if it must be."""
+    numbers = 16 // t.element_size()
+    apart = all(
+        s > 0 and s % numbers == 0 for s, n in zip(t.stride(), t.shape[:-1], strict=False) if n > 1
+    )
+    if t.stride(-1) == 1 and t.data_ptr() % 16 == 0 and apart:
+        return t
+    width = -(-t.shape[-1] // numbers) * numbers
+    room = torch.empty(*t.shape[:-1], width, dtype=t.dtype, device=t.device)
+    return room[..., : t.shape[-1]].copy_(t)

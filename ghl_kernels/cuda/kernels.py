@@ -139,6 +139,10 @@ def wgrad(
     geometry: kernel size, stride, padding, dilation, size of the output.
     """
     whole_rows = problem.groups == 1 and problem.neurons <= tile.block_k
+    if strategy == "cuda_sm90":
+        y, g = layout.in_chunks(y), layout.in_chunks(g)
+        images = layout.in_chunks(images.movedim(1, -1)).movedim(-1, 1)
+        whole_rows = whole_rows and problem.neurons % 8 == 0
     of_rows: Statistics = None, None, None
     if competition != "linear" and not whole_rows:
         of_rows = statistics(y, competition, tau)

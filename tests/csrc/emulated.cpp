@@ -10,6 +10,11 @@
 #include "../../csrc/cuda/merge.h"
 #include "../../csrc/cuda/split_k.h"
 
+// Of CUDA's headers, which cannot be here beside the emulation, what launch.h needs.
+enum cudaError { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
+using cudaError_t = cudaError;
+using cudaStream_t = struct CUstream_st*;
+
 namespace ghl::cuda {
 namespace {
 
