@@ -183,7 +183,7 @@ def choose_on_gpu(operator: str, first: Tensor, problem: Problem | None) -> Back
     if by_triton and by_cuda:
         both = by_triton if by_triton == by_cuda else f"{by_triton}; {by_cuda}"
         return fall_back("composes PyTorch's operators", both)
-    here = () if by_triton else BY_TRITON
+    here: tuple[str, ...] = () if by_triton else BY_TRITON
     here += () if by_cuda else ("cuda",)
     preferred = preferences(here, first, problem) if problem else of_sums(here, first)
     failures: list[str] = []

@@ -125,3 +125,15 @@ def implementation(request: pytest.FixtureRequest, forced: Callable) -> Iterator
         pytest.skip(f"no native kernels: {library.reason if library else 'no library for cpu'}")
     with forced(request.param):
         yield request.param
+
+
+@pytest.fixture
+def exact_float32() -> Iterator[None]:
+    """No TF32 unless a test asks for it: the tolerances are those of float32."""
+    products = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    before = [p.fp32_precision for p in products]
+    for p in products:
+        p.fp32_precision = "ieee"
+    yield
+    for p, precision in zip(products, before, strict=True):
+        p.fp32_precision = precision

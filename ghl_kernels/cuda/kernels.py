@@ -87,24 +87,32 @@ def choose(strategy: str, problem: Problem, device: torch.device) -> Entry:
 
     Raises RuntimeError where nothing is compiled for such a layer.
     """
+    entry = tiles.used()
+    if entry and number_of(entry.tile, strategy, problem) is not None:
+        return dataclasses.replace(entry, strategy=strategy)
+    return remembered(strategy, problem, device, dot_precision(problem))
+
+
+@functools.lru_cache(maxsize=4096)
+def remembered(strategy: str, problem: Problem, device: torch.device, precision: str) -> Entry:
+    """What is measured, if the library still has that tile, or by a rule of thumb."""
     known = tiles_for(strategy, problem)
     if not known:
         raise RuntimeError(f"the CUDA library has no tile of {strategy} for {problem.dtype}")
-    entry = tiles.used() or tiles.nearest(problem, device, strategy, (strategy,))
-    if entry and any(same_shape(entry.tile, tile) for _, tile in known):
-        return dataclasses.replace(entry, strategy=strategy)
+    entry = tiles.nearest(problem, device, strategy, (strategy,))
+    if entry and number_of(entry.tile, strategy, problem) is not None:
+        return entry
     kind, bits = tiles.kind(problem), 8 * problem.dtype.itemsize
     sizes = problem.rows, problem.neurons, problem.columns
     return Entry(kind, bits, *sizes, strategy, by_rule(problem, known))
 
 
-def same_shape(one: Tile, other: Tile) -> bool:
-    """Whether they are the same tile of the library, split however."""
-    return dataclasses.replace(one, programs=other.programs) == other
-
-
-def number_of(tile: Tile, strategy: str, problem: Problem) -> int:
-    return next(n for n, known in tiles_for(strategy, problem) if same_shape(tile, known))
+def number_of(tile: Tile, strategy: str, problem: Problem) -> int | None:
+    """The library's number of a tile, split however; None if it has none such for the layer."""
+    for number, known in tiles_for(strategy, problem):
+        if dataclasses.replace(tile, programs=known.programs) == known:
+            return number
+    return None
 
 
 Statistics = tuple[Tensor | None, Tensor | None, Tensor | None]

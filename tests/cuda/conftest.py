@@ -69,6 +69,7 @@ def emulated(emulated_library: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
     monkeypatch.setattr(dispatch, "cuda_unavailable", lambda *arguments: None)
     monkeypatch.setattr(tiles, "table", lambda device: Table("none", None, ()))
     monkeypatch.setattr(tiles, "nearest", tiles.nearest.__wrapped__)
+    monkeypatch.setattr(kernels, "remembered", kernels.remembered.__wrapped__)
     monkeypatch.setattr(splits, "split_rows", three_splits)
     kernels.compiled_tiles.cache_clear()
     with dispatch.force("cuda"):
@@ -77,12 +78,5 @@ def emulated(emulated_library: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
 
 
 @pytest.fixture(autouse=True)
-def exact_float32() -> Iterator[None]:
-    """No TF32 unless a test asks for it: the tolerances are those of float32."""
-    products = torch.backends.cuda.matmul, torch.backends.cudnn.conv
-    before = [p.fp32_precision for p in products]
-    for p in products:
-        p.fp32_precision = "ieee"
-    yield
-    for p, precision in zip(products, before, strict=True):
-        p.fp32_precision = precision
+def always_exact_float32(exact_float32: None) -> None:
+    """Every test here is of kernels for a GPU, which would take TF32."""

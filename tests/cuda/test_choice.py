@@ -63,6 +63,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     monkeypatch.setattr(dispatch, "triton_missing", lambda: None)
     monkeypatch.setattr(dispatch, "interpreted", lambda: False)
     monkeypatch.setattr(tiles, "nearest", tiles.nearest.__wrapped__)
+    monkeypatch.setattr(kernels, "remembered", kernels.remembered.__wrapped__)
     monkeypatch.setattr(trial, "failure", lambda p, entry, device, module: machine.failure(module))
     monkeypatch.setattr(trial, "failure_of_sums", lambda d, module, name: machine.failure(module))
     known = (0, SMALL), (1, LARGE), (2, WHOLE)

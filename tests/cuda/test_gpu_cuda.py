@@ -11,10 +11,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from cases import Conv, Layer, Linear, assert_pair
+from cases import Conv, Layer, Linear, assert_pair, problem_of
 
 import ghl_kernels
-from ghl_kernels import Problem, Rule, dispatch, tiles
+from ghl_kernels import Rule, dispatch, tiles
 from ghl_kernels.cuda import kernels
 from ghl_kernels.tiles import Entry
 
@@ -44,13 +44,6 @@ def on_gpu() -> Iterator[torch.device]:
         pytest.skip(reason)
     with torch.device("cuda", torch.cuda.current_device()) as device:
         yield device
-
-
-def problem_of(layer: Layer, dtype: torch.dtype) -> Problem:
-    x, y, g, w = layer.tensors(dtype)
-    if isinstance(layer, Linear):
-        return Problem.of_linear(x, w)
-    return Problem.of_conv2d(x, y, g, w, *layer.geometry)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

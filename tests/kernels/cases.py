@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ghl_kernels import Rule, reference
+from ghl_kernels import Problem, Rule, reference
 
 Tensors = Sequence[Tensor]
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -83,6 +83,14 @@ class Conv:
 
 
 Layer = Linear | Conv
+
+
+def problem_of(layer: Layer, dtype: torch.dtype) -> Problem:
+    """The layer as the dispatcher sees it."""
+    x, y, g, w = layer.tensors(dtype)
+    if isinstance(layer, Linear):
+        return Problem.of_linear(x, w)
+    return Problem.of_conv2d(x, y, g, w, *layer.geometry)
 
 
 def sliced(t: Tensor) -> Tensor:

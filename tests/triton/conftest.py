@@ -38,15 +38,8 @@ def device() -> Iterator[torch.device]:
 
 
 @pytest.fixture(autouse=True)
-def exact_float32() -> Iterator[None]:
-    """No TF32 unless a test asks for it: the tolerances are those of float32."""
-    products = torch.backends.cuda.matmul, torch.backends.cudnn.conv
-    before = [p.fp32_precision for p in products]
-    for p in products:
-        p.fp32_precision = "ieee"
-    yield
-    for p, precision in zip(products, before, strict=True):
-        p.fp32_precision = precision
+def always_exact_float32(exact_float32: None) -> None:
+    """Every test here is of kernels for a GPU, which would take TF32."""
 
 
 @pytest.fixture(params=(*tiles.BY_TRITON, *COMPILED))

@@ -11,12 +11,12 @@ from collections.abc import Callable
 import pytest
 import small_tiles
 import torch
-from cases import Conv, Layer, Linear, Tensors, assert_pair, largest, wide
+from cases import Conv, Layer, Linear, Tensors, assert_pair, largest, problem_of, wide
 from small_tiles import COMPILED
 from torch import Tensor
 
 import ghl_kernels
-from ghl_kernels import Problem, Rule, tiles
+from ghl_kernels import Rule, tiles
 from ghl_kernels.tiles import Entry, Table
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -49,13 +49,6 @@ def entries_of(table: Table) -> list[Entry]:
     """One for each different tile of a kind that Triton's own products use."""
     own = [e for e in table.entries if e.strategy in BY_TRITON]
     return list({(e.kind, e.bits, e.strategy, e.tile): e for e in own}.values())
-
-
-def problem_of(layer: Layer, dtype: torch.dtype) -> Problem:
-    x, y, g, w = layer.tensors(dtype)
-    if isinstance(layer, Linear):
-        return Problem.of_linear(x, w)
-    return Problem.of_conv2d(x, y, g, w, *layer.geometry)
 
 
 def in_parts(layer: Layer, tensors: Tensors, rule: Rule, parts: int) -> tuple[Tensor, ...]:

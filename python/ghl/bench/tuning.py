@@ -384,4 +384,5 @@ def tune_gpu(
     tuned = tune_layers(layers, attempt, candidates, left, done)
     tiles.table.cache_clear()
     tiles.nearest.cache_clear()
+    kernels.remembered.cache_clear()
     return tuned, path
