@@ -65,11 +65,28 @@ def restarted() -> bool:
 
 
 @contextmanager
+def process_group(backend: str, **options: Any) -> Iterator[None]:
+    """The default process group, by the options of `init_process_group`.
+
+    Without an error, no thread of the group is left in the end, if nobody keeps the group.
+    """
+    dist.init_process_group(backend, **options)
+    group = dist.group.WORLD
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()  # forgets the group; its threads end with the last reference
+    # A thread of gloo's that lets go of a tensor while Python ends is killed, and the process with
+    # it (pytorch issue 190489). Ours is the last reference, and waits for them without the GIL.
+    gc.collect()
+    del group
+
+
+@contextmanager
 def joined(device: str | None) -> Iterator[World]:
     """Belong to the process group that torchrun's environment describes, if there is one.
 
     `device` is the --device given; a GPU's process group also has gloo for objects on the CPU.
-    Without an error, no thread of the group is left in the end, if nobody keeps the group.
     """
     if "RANK" not in os.environ or dist.is_initialized():
         yield World.current()
@@ -79,16 +96,8 @@ def joined(device: str | None) -> Iterator[World]:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         backend = "cpu:gloo,cuda:nccl"
     store, rank, size = next(dist.rendezvous("env://"))
-    dist.init_process_group(backend, store=of_this_life(store), rank=rank, world_size=size)
-    group = dist.group.WORLD
-    try:
+    with process_group(backend, store=of_this_life(store), rank=rank, world_size=size):
         yield World.current()
-    finally:
-        dist.destroy_process_group()  # forgets the group; its threads end with the last reference
-    # A thread of gloo's that lets go of a tensor while Python ends is killed, and the process with
-    # it (pytorch issue 190489). Ours is the last reference, and waits for them without the GIL.
-    gc.collect()
-    del group
 
 
 def of_this_life(store: dist.Store) -> dist.Store:
