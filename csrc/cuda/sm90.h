@@ -1,8 +1,9 @@
 // Hopper's own instructions (sm_90a): barriers in shared memory, the copy engine (TMA), warpgroup
 // products (wgmma), registers that change hands.
 //
-// Sections are those of the PTX ISA 9.0. `sm90_emulation.h` runs the same names on the host by
-// their documented meaning. Descriptors and addresses are arithmetic, in `sm90_layout.h`.
+// Each is named as in the PTX ISA, whose sections' numbers move. `sm90_emulation.h` runs the same
+// names on the host by their documented meaning. Descriptors and addresses are arithmetic, in
+// `sm90_layout.h`.
 #pragma once
 
 #include "device.h"
@@ -17,7 +18,7 @@ namespace ghl::cuda::sm90 {
 
 using TensorMap = CUtensorMap;
 
-// mbarrier, 9.7.13.15. A phase ends when all `arrivals` have come and the bytes that were announced
+// mbarrier. A phase ends when all `arrivals` have come and the bytes that were announced
 // are there. Waiting for a parity returns once the phase of that parity has ended, so that waiting
 // for parity 1 on a new barrier returns at once.
 GHL_DEVICE void barrier_init(uint64_t* barrier, uint32_t arrivals) {
@@ -61,7 +62,7 @@ GHL_DEVICE void prefetch_map(const TensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
-// cp.async.bulk.tensor, 9.7.9.27: a box of a matrix, innermost coordinate first; zeros outside it.
+// cp.async.bulk.tensor: a box of a matrix, innermost coordinate first; zeros outside it.
 GHL_DEVICE void load_box(void* shared, const TensorMap* map, uint64_t* barrier, int32_t column,
                          int32_t row) {
   asm volatile(
@@ -71,8 +72,9 @@ GHL_DEVICE void load_box(void* shared, const TensorMap* map, uint64_t* barrier, 
       : "memory");
 }
 
-// The im2col mode, 5.5.4: pixels from (n, h, w) on in the order of the bounding box, each moved by
-// the offsets of a tap; zeros where that is outside the image or n beyond the last.
+// The same in im2col mode ("Tensors", "im2col mode"): pixels from (n, h, w) on in the order of the
+// bounding box, each moved by the offsets of a tap; zeros where that is outside the image or n
+// beyond the last.
 GHL_DEVICE void load_patches(void* shared, const TensorMap* map, uint64_t* barrier, int32_t channel,
                              int32_t w, int32_t h, int32_t n, uint16_t tap_w, uint16_t tap_h) {
   asm volatile(
@@ -83,7 +85,8 @@ GHL_DEVICE void load_patches(void* shared, const TensorMap* map, uint64_t* barri
       : "memory");
 }
 
-// wgmma, 9.7.15.7. Between a product and the wait that ends it, nobody may touch its registers.
+// wgmma ("Asynchronous Warpgroup Level Matrix Instructions"). Between a product and the wait that
+// ends it, nobody may touch its registers.
 GHL_DEVICE void products_fence() {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
@@ -153,7 +156,7 @@ GHL_DEVICE void multiply(float (&d)[64], const uint32_t (&a)[4], uint64_t b, flo
 #undef GHL_SUMS_64
 #undef GHL_SUMS_8
 
-// setmaxnreg, 9.7.19.5: of a whole warpgroup, which keeps N registers a thread from here on.
+// setmaxnreg: of a whole warpgroup, which keeps N registers a thread from here on.
 template <int N>
 GHL_DEVICE void give_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
