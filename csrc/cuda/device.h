@@ -11,6 +11,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 
 #ifndef __CUDACC__
 #include "emulation.h"
@@ -164,10 +165,16 @@ GHL_DEVICE uint32_t multiply_high(uint32_t a, uint32_t b) {
   return __umulhi(a, b);
 }
 
-// The value of the lane whose number differs in the bits of `mask`.
+// The value, of 32-bit words, of the lane whose number differs in the bits of `mask`.
 template <class T>
 GHL_DEVICE T shuffle_xor(T value, int mask) {
-  return __shfl_xor_sync(0xffffffffu, value, mask);
+  static_assert(sizeof(T) % 4 == 0);
+  uint32_t words[sizeof(T) / 4];
+  memcpy(words, &value, sizeof(T));
+  GHL_UNROLL
+  for (uint32_t& word : words) word = __shfl_xor_sync(0xffffffffu, word, mask);
+  memcpy(&value, words, sizeof(T));
+  return value;
 }
 
 // Waits for all threads of all blocks; the kernel must be launched cooperatively.

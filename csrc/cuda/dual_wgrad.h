@@ -331,7 +331,10 @@ struct DualWgrad {
       for (int i = 0; i < Shape::TILES_K; ++i) {
         load_first_operand(g[i], g_tile(stage), row, warp_neuron + 16 * i);
         load_first_operand(u[i], y_tile(stage), row, warp_neuron + 16 * i);
-        if (p.competition != Competition::linear) make_u(u[i], rows, i);
+        if (p.competition == Competition::softmax)
+          make_u<true>(u[i], rows, i);
+        else if (p.competition != Competition::linear)
+          make_u<false>(u[i], rows, i);
         if (sums_u()) add_u(u[i], i);
       }
       GHL_UNROLL
@@ -395,6 +398,8 @@ struct DualWgrad {
   }
 
   // A fragment of y becomes one of u: a register is one neuron's number of one row, or of two.
+  // SOFTMAX: the competition is known to be that, so that no number asks.
+  template <bool SOFTMAX>
   GHL_DEVICE void make_u(uint32_t (&fragment)[4], const RowStatistics& rows, int tile_k) const {
     const int neuron = group * p.neurons + first_neuron + warp_neuron + 16 * tile_k + lane / 4;
     GHL_UNROLL
@@ -402,18 +407,19 @@ struct DualWgrad {
       const int row = i / 2 * (DEPTH / 8);
       if constexpr (sizeof(T) == 2) {
         const float2 y = unpack(fragment[i], T{});
-        fragment[i] = pack(u_of(y.x, rows, row, neuron + i % 2 * 8),
-                           u_of(y.y, rows, row + 1, neuron + i % 2 * 8), T{});
+        fragment[i] = pack(u_of<SOFTMAX>(y.x, rows, row, neuron + i % 2 * 8),
+                           u_of<SOFTMAX>(y.y, rows, row + 1, neuron + i % 2 * 8), T{});
       } else {
         const float y = bits_to_float(fragment[i]);
-        fragment[i] = float_to_bits(u_of(y, rows, row, neuron + i % 2 * 8));
+        fragment[i] = float_to_bits(u_of<SOFTMAX>(y, rows, row, neuron + i % 2 * 8));
       }
     }
   }
+  template <bool SOFTMAX>
   GHL_DEVICE float u_of(float y, const RowStatistics& rows, int i, int neuron) const {
-    const bool needs_winner = p.competition != Competition::softmax;
-    const bool wins = needs_winner && rows.winner[i] == neuron;
-    return compete(y, rows.largest[i], rows.inverse[i], wins, p.scale, p.competition);
+    const bool wins = !SOFTMAX && rows.winner[i] == neuron;
+    const Competition competition = SOFTMAX ? Competition::softmax : p.competition;
+    return compete(y, rows.largest[i], rows.inverse[i], wins, p.scale, competition);
   }
 
   GHL_DEVICE void add_u(const uint32_t (&u)[4], int tile_k) {

@@ -30,10 +30,14 @@
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
 };
-struct float2 {
+// Aligned as on the GPU, so that UBSan sees an address that a wide load would refuse.
+struct alignas(8) float2 {
   float x, y;
 };
-struct uint4 {
+struct alignas(8) uint2 {
+  uint32_t x, y;
+};
+struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
 

@@ -1,0 +1,63 @@
+// Launches the kernel of merge.h. Its table of layers travels in the kernel's arguments, of which
+// there may be 32,764 bytes; a smaller table is cheaper to launch.
+#include <algorithm>
+
+#include "launch.h"
+#include "merge.h"
+
+namespace ghl::cuda {
+namespace {
+
+constexpr int kFewLayers = 40, kManyLayers = 340;
+static_assert(sizeof(MergeTable<kFewLayers>) <= 4096 && sizeof(MergeTable<kManyLayers>) <= 32764);
+
+// How many blocks the GPU runs at once: a cooperative launch may have no more.
+cudaError_t resident_blocks(const void* kernel, int& blocks) {
+  int device = 0, processors = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess)
+    error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  if (error == cudaSuccess)
+    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, kMergeThreads,
+                                                          merge_shared_bytes(kMergeThreads));
+  blocks *= processors;
+  return error;
+}
+
+template <int CAPACITY>
+cudaError_t launch(const MergeLayer* layers, int32_t count, Decay decay, Gate gate,
+                   Normalize normalize, cudaStream_t stream) {
+  MergeTable<CAPACITY> table;
+  table.decay = decay, table.gate = gate, table.normalize = normalize, table.count = count;
+  std::copy(layers, layers + count, table.layers);
+  int64_t measured = 0, combined = 0;
+  for (int32_t i = 0; i < count; ++i) {
+    measured += measure_tasks(layers[i], kMergeThreads);
+    combined += combine_tasks(layers[i], kMergeThreads);
+  }
+  const auto kernel = reinterpret_cast<const void*>(merge_kernel<CAPACITY>);
+  int resident = 0;
+  const cudaError_t error = resident_blocks(kernel, resident);
+  if (error != cudaSuccess) return error;
+  const int64_t useful = std::max({measured, combined, int64_t(count)});
+  void* arguments[] = {&table};
+  return cudaLaunchCooperativeKernel(kernel, unsigned(std::min<int64_t>(useful, resident)),
+                                     kMergeThreads, arguments, merge_shared_bytes(kMergeThreads),
+                                     stream);
+}
+
+}  // namespace
+
+cudaError_t launch_merge(const MergeLayer* layers, int32_t count, Decay decay, Gate gate,
+                         Normalize normalize, cudaStream_t stream) {
+  cudaError_t error = cudaSuccess;
+  while (count > 0 && error == cudaSuccess) {
+    const int32_t now = std::min(count, kManyLayers);
+    error = now <= kFewLayers ? launch<kFewLayers>(layers, now, decay, gate, normalize, stream)
+                              : launch<kManyLayers>(layers, now, decay, gate, normalize, stream);
+    layers += now, count -= now;
+  }
+  return error;
+}
+
+}  // namespace ghl::cuda
