@@ -3,7 +3,7 @@
 //
 // With nvcc these are the GPU's own instructions; without, `emulation.h` runs them on the host by
 // their documented meaning, so that tests execute the same kernels under sanitizers. Kernels of one
-// architecture only (TMA, wgmma) have a layer of their own, `sm90.h`, which nothing emulates.
+// architecture only (TMA, wgmma) have a layer of their own, `sm90.h`.
 //
 // Rules that keep both alike: no thread leaves a kernel before its last barrier; all shared memory
 // is dynamic; warp operations are reached by all 32 lanes.

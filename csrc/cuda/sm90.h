@@ -1,0 +1,201 @@
+// Hopper's own instructions (sm_90a): barriers in shared memory, the copy engine (TMA), warpgroup
+// products (wgmma), registers that change hands.
+//
+// Each is named as in the PTX ISA, whose sections' numbers move. `sm90_emulation.h` runs the same
+// names on the host by their documented meaning. Descriptors and addresses are arithmetic, in
+// `sm90_layout.h`.
+#pragma once
+
+#include "device.h"
+
+#ifndef __CUDACC__
+#include "sm90_emulation.h"
+#else
+
+#include <cuda.h>
+
+namespace ghl::cuda::sm90 {
+
+using TensorMap = CUtensorMap;
+
+// mbarrier. A phase ends when all `arrivals` have come and the bytes that were announced
+// are there. Waiting for a parity returns once the phase of that parity has ended, so that waiting
+// for parity 1 on a new barrier returns at once.
+GHL_DEVICE void barrier_init(uint64_t* barrier, uint32_t arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),
+               "r"(arrivals)
+               : "memory");
+}
+// Makes new barriers visible to the copy engine; other threads still need __syncthreads().
+GHL_DEVICE void barriers_ready() {
+  asm volatile(
+      "fence.mbarrier_init.release.cluster;\n"
+      "fence.proxy.async.shared::cta;" ::
+          : "memory");
+}
+GHL_DEVICE void barrier_arrive(uint64_t* barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier))
+               : "memory");
+}
+// Arrives, and announces bytes that the copy engine will report.
+GHL_DEVICE void barrier_expect(uint64_t* barrier, uint32_t bytes) {
+  asm volatile(
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+      "r"(bytes)
+      : "memory");
+}
+GHL_DEVICE bool phase_ended(uint64_t* barrier, uint32_t parity) {
+  uint32_t ended;
+  asm volatile(
+      "{\n"
+      ".reg .pred ended;\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 ended, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, ended;\n"
+      "}"
+      : "=r"(ended)
+      : "r"(shared_address(barrier)), "r"(parity)
+      : "memory");
+  return ended;
+}
+// With GHL_WAIT_LIMIT, so many polls are a deadlock and end the kernel with an error: for the first
+// runs of a change.
+GHL_DEVICE void barrier_wait(uint64_t* barrier, uint32_t parity) {
+#ifdef GHL_WAIT_LIMIT
+  int polls = 0;
+  while (!phase_ended(barrier, parity) && ++polls < GHL_WAIT_LIMIT) {
+  }
+  // an illegal store, because a trap makes ptxas serialise the products
+  if (polls == GHL_WAIT_LIMIT) asm volatile("st.global.u32 [%0], %1;" ::"l"(0ll), "r"(0));
+#else
+  while (!phase_ended(barrier, parity)) {
+  }
+#endif
+}
+
+GHL_DEVICE void prefetch_map(const TensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
+// cp.async.bulk.tensor: a box of a matrix, innermost coordinate first; zeros outside it.
+GHL_DEVICE void load_box(void* shared, const TensorMap* map, uint64_t* barrier, int32_t column,
+                         int32_t row) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%3, %4}], [%2];" ::"r"(shared_address(shared)),
+      "l"(map), "r"(shared_address(barrier)), "r"(column), "r"(row)
+      : "memory");
+}
+
+// The same in im2col mode ("Tensors", "im2col mode"): pixels from (n, h, w) on in the order of the
+// bounding box, each moved by the offsets of a tap; zeros where that is outside the image or n
+// beyond the last.
+GHL_DEVICE void load_patches(void* shared, const TensorMap* map, uint64_t* barrier, int32_t channel,
+                             int32_t w, int32_t h, int32_t n, uint16_t tap_w, uint16_t tap_h) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.im2col.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%3, %4, %5, %6}], [%2], {%7, %8};" ::"r"(shared_address(shared)),
+      "l"(map), "r"(shared_address(barrier)), "r"(channel), "r"(w), "r"(h), "r"(n), "h"(tap_w),
+      "h"(tap_h)
+      : "memory");
+}
+
+// wgmma ("Asynchronous Warpgroup Level Matrix Instructions"). Between a product and the wait that
+// ends it, nobody may touch its registers.
+GHL_DEVICE void products_fence() {
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+GHL_DEVICE void products_commit() {
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+template <int PENDING>
+GHL_DEVICE void products_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+}
+
+// Nothing at run time: for the compiler the registers live, and change, until here.
+template <int N>
+GHL_DEVICE void hold(float (&registers)[N]) {
+  GHL_UNROLL
+  for (int i = 0; i < N; ++i) asm volatile("" : "+f"(registers[i])::"memory");
+}
+template <int N>
+GHL_DEVICE void hold(uint32_t (&registers)[N]) {
+  GHL_UNROLL
+  for (int i = 0; i < N; ++i) asm volatile("" : "+r"(registers[i])::"memory");
+}
+
+#define GHL_SUMS_8(d, i)                                                                      \
+  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
+      "+f"(d[i + 6]), "+f"(d[i + 7])
+#define GHL_SUMS_64(d)                                                                         \
+  GHL_SUMS_8(d, 0), GHL_SUMS_8(d, 8), GHL_SUMS_8(d, 16), GHL_SUMS_8(d, 24), GHL_SUMS_8(d, 32), \
+      GHL_SUMS_8(d, 40), GHL_SUMS_8(d, 48), GHL_SUMS_8(d, 56)
+#define GHL_SUMS_NAMES                                                                     \
+  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, " \
+  "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, "  \
+  "%36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, "  \
+  "%53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}"
+
+// d += a b for a 64×16 and b 16×128, both behind descriptors and both transposed: their rows of the
+// sum lie one after another, neurons and columns side by side. The trailing immediates are scale-d,
+// sign of a and of b, transposition of a and of b.
+#define GHL_MULTIPLY_SHARED(TYPE)                                                              \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE " " GHL_SUMS_NAMES \
+               ", %64, %65, 1, 1, 1, 1, 1;"                                                    \
+               : GHL_SUMS_64(d)                                                                \
+               : "l"(a), "l"(b))
+// The same with a in registers: of each warp 16 rows, as the first operand of mma.m16n8k16.
+#define GHL_MULTIPLY_REGISTERS(TYPE)                                                           \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE " " GHL_SUMS_NAMES \
+               ", {%64, %65, %66, %67}, %68, 1, 1, 1, 1;"                                      \
+               : GHL_SUMS_64(d)                                                                \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
+
+GHL_DEVICE void multiply(float (&d)[64], uint64_t a, uint64_t b, bfloat16) {
+  GHL_MULTIPLY_SHARED("bf16");
+}
+GHL_DEVICE void multiply(float (&d)[64], uint64_t a, uint64_t b, float16) {
+  GHL_MULTIPLY_SHARED("f16");
+}
+GHL_DEVICE void multiply(float (&d)[64], const uint32_t (&a)[4], uint64_t b, bfloat16) {
+  GHL_MULTIPLY_REGISTERS("bf16");
+}
+GHL_DEVICE void multiply(float (&d)[64], const uint32_t (&a)[4], uint64_t b, float16) {
+  GHL_MULTIPLY_REGISTERS("f16");
+}
+
+#undef GHL_MULTIPLY_REGISTERS
+#undef GHL_MULTIPLY_SHARED
+#undef GHL_SUMS_NAMES
+#undef GHL_SUMS_64
+#undef GHL_SUMS_8
+
+// setmaxnreg: of a whole warpgroup, which keeps N registers a thread from here on.
+template <int N>
+GHL_DEVICE void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
+}
+template <int N>
+GHL_DEVICE void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
+}
+
+// The larger of two pairs of 16-bit numbers each; a number rather than NaN.
+GHL_DEVICE uint32_t larger(uint32_t a, uint32_t b, bfloat16) {
+  uint32_t pair;
+  asm("max.bf16x2 %0, %1, %2;" : "=r"(pair) : "r"(a), "r"(b));
+  return pair;
+}
+GHL_DEVICE uint32_t larger(uint32_t a, uint32_t b, float16) {
+  uint32_t pair;
+  asm("max.f16x2 %0, %1, %2;" : "=r"(pair) : "r"(a), "r"(b));
+  return pair;
+}
+
+// x, which all lanes of the warp agree on, in a form that the compiler knows they do.
+GHL_DEVICE int uniform(int x) {
+  return __shfl_sync(0xffffffffu, x, 0);
+}
+
+}  // namespace ghl::cuda::sm90
+#endif

@@ -1,0 +1,147 @@
+// The launcher of sm90_dual_wgrad.h: tensor maps, and the kernel for a dtype, tile and competition.
+#include <atomic>
+
+#include "launch.h"
+#include "sm90_dual_wgrad.h"
+#include "sm90_maps.h"
+
+namespace ghl::cuda {
+namespace sm90 {
+namespace {
+
+// The driver's own functions, found at run time: the library does not link libcuda.
+template <class Function>
+Function driver_function(const char* name) {
+  void* function = nullptr;
+  cudaDriverEntryPointQueryResult found;
+  const cudaError_t error =
+      cudaGetDriverEntryPointByVersion(name, &function, 12000, cudaEnableDefault, &found);
+  if (error != cudaSuccess || found != cudaDriverEntryPointSuccess) return nullptr;
+  return reinterpret_cast<Function>(function);
+}
+
+CUtensorMapDataType type_of(Dtype dtype) {
+  return dtype == Dtype::float16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+}
+
+cudaError_t encode(TensorMap& map, const MapOfMatrix& of, Dtype dtype) {
+  static const auto tiled =
+      driver_function<decltype(&cuTensorMapEncodeTiled)>("cuTensorMapEncodeTiled");
+  if (!tiled) return cudaErrorNotSupported;
+  const cuuint64_t sizes[2] = {of.sizes[0], of.sizes[1]}, strides[1] = {of.strides[0]};
+  const cuuint32_t box[2] = {kBox, kRows}, steps[2] = {1, 1};
+  const CUresult result =
+      tiled(&map, type_of(dtype), 2, const_cast<void*>(of.data), sizes, strides, box, steps,
+            CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+            CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+cudaError_t encode(TensorMap& map, const MapOfImages& of, Dtype dtype) {
+  static const auto im2col =
+      driver_function<decltype(&cuTensorMapEncodeIm2col)>("cuTensorMapEncodeIm2col");
+  if (!im2col) return cudaErrorNotSupported;
+  cuuint64_t sizes[4], strides[3];
+  for (int i = 0; i < 4; ++i) sizes[i] = of.sizes[i];
+  for (int i = 0; i < 3; ++i) strides[i] = of.strides[i];
+  const CUresult result = im2col(
+      &map, type_of(dtype), 4, const_cast<void*>(of.data), sizes, strides, of.lower, of.upper, kBox,
+      kRows, of.steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+// That the kernel is there, with a body, and may have its memory.
+template <class Kernel>
+cudaError_t prepare(Kernel kernel, int shared_bytes, int device) {
+  int major = 0, minor = 0;
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  if (major != 9 || minor != 0) return cudaErrorNoKernelImageForDevice;
+  cudaFuncAttributes attributes;
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
+  if (error != cudaSuccess) return error;
+  // compiled for sm_90 without its own instructions, the kernel is empty
+  if (attributes.numRegs < 128) return cudaErrorNoKernelImageForDevice;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+}
+
+template <class T, class Shape, Competition COMPETITION>
+cudaError_t launch(const DualWgradArguments& a, cudaStream_t stream) {
+  static std::atomic<uint64_t> prepared{0};  // a bit for each of the first 64 devices
+  constexpr int shared_bytes = sizeof(typename Shape::Shared);
+  const auto kernel = dual_wgrad_kernel<T, Shape, COMPETITION>;
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
+  if (error == cudaSuccess && !(prepared.load() & bit)) {
+    error = prepare(kernel, shared_bytes, device);
+    if (error == cudaSuccess) prepared.fetch_or(bit);
+  }
+  if (error != cudaSuccess) return error;
+  const dim3 grid(a.geometry.neuron_tiles * a.geometry.column_tiles, a.p.splits, a.p.groups);
+  kernel<<<grid, kThreads, shared_bytes, stream>>>(a);
+  return cudaGetLastError();
+}
+
+template <class T, class Shape>
+cudaError_t launch_competition(const DualWgradArguments& a, cudaStream_t stream) {
+  switch (a.p.competition) {
+    case Competition::softmax: return launch<T, Shape, Competition::softmax>(a, stream);
+    case Competition::linear: return launch<T, Shape, Competition::linear>(a, stream);
+    case Competition::hard: return launch<T, Shape, Competition::hard>(a, stream);
+    case Competition::softhebb: return launch<T, Shape, Competition::softhebb>(a, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
+template <class Shape>
+cudaError_t launch_shape(const DualWgradParams& p, cudaStream_t stream) {
+  DualWgradArguments a{};
+  a.p = p;
+  a.geometry = geometry(p, Shape::NEURONS, Shape::COLUMNS);
+  a.x_is_matrix = row_stride_of_x(p) != 0;
+  cudaError_t error =
+      a.x_is_matrix ? encode(a.x, map_of_rows(p), p.dtype) : encode(a.x, map_of_images(p), p.dtype);
+  if (error == cudaSuccess) error = encode(a.y, map_of_signal(p.y, p), p.dtype);
+  if (error == cudaSuccess) error = encode(a.g, map_of_signal(p.g, p), p.dtype);
+  if (error != cudaSuccess) return error;
+  return p.dtype == Dtype::float16 ? launch_competition<float16, Shape>(a, stream)
+                                   : launch_competition<bfloat16, Shape>(a, stream);
+}
+
+template <class Shape>
+constexpr Tile tile_of() {
+  return {kRows, Shape::NEURONS, Shape::COLUMNS, kThreads, kStages, sizeof(typename Shape::Shared)};
+}
+
+}  // namespace
+}  // namespace sm90
+
+Tile sm90_dual_wgrad_tile(int number) {
+  return number == 0 ? sm90::tile_of<sm90::Shape<128, 128>>()
+                     : sm90::tile_of<sm90::Shape<64, 256>>();
+}
+
+int32_t sm90_dual_wgrad_blocks(const DualWgradParams& p, int tile) {
+  const Tile t = sm90_dual_wgrad_tile(tile);
+  const sm90::Geometry geometry = sm90::geometry(p, t.neurons, t.columns);
+  return geometry.neuron_tiles * geometry.column_tiles * p.groups;
+}
+
+const char* sm90_dual_wgrad_unfit(const DualWgradParams& p) {
+  return sm90::unfit(p);
+}
+
+cudaError_t launch_sm90_dual_wgrad(const DualWgradParams& p, int tile, cudaStream_t stream) {
+  const bool in_tile = p.competition != Competition::linear && !p.statistics.largest;
+  const bool whole_rows = p.neurons <= sm90_dual_wgrad_tile(tile).neurons;
+  if (sm90::unfit(p) || p.rows_per_split % sm90::kRows != 0 || p.splits < 1 ||
+      (in_tile && !whole_rows))
+    return cudaErrorInvalidValue;
+  return tile == 0 ? sm90::launch_shape<sm90::Shape<128, 128>>(p, stream)
+                   : sm90::launch_shape<sm90::Shape<64, 256>>(p, stream);
+}
+
+}  // namespace ghl::cuda

@@ -1,0 +1,223 @@
+// What sm90.h names, run on the host by the words of the PTX ISA, beside emulation.h.
+//
+// Products happen as late as they may, when they are waited for, and read their registers and
+// shared memory then: what is overwritten too early is wrong. Copies happen at once, in the thread
+// that begins them, and are ordered by their barrier alone. A wait of a minute is a deadlock and
+// ends the program. What this cannot show is whether the words were understood: the swizzle, the
+// descriptor and the walk of im2col are written here a second time, from the same pages.
+#pragma once
+
+#include <chrono>
+#include <condition_variable>
+#include <cstdio>
+#include <mutex>
+
+#include "emulation.h"
+
+namespace ghl::cuda::sm90 {
+
+struct TensorMap {
+  const void* data;
+  uint64_t sizes[4], strides[3];  // bytes
+  int32_t lower[2], upper[2];
+  uint32_t steps[4];
+};
+
+namespace emulated {
+
+// An mbarrier, in its 64 bits.
+struct State {
+  uint64_t phase : 1, arrivals : 12, pending : 12;
+  int64_t bytes : 39;
+};
+static_assert(sizeof(State) == 8);
+
+inline std::mutex mutex;
+inline std::condition_variable changed;
+
+inline void fail(const char* what) {
+  std::fprintf(stderr, "emulated sm_90a: %s\n", what);
+  std::abort();
+}
+
+inline void update(uint64_t* barrier, int arrivals, int64_t bytes) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  State state;
+  std::memcpy(&state, barrier, 8);
+  if (state.pending < unsigned(arrivals)) fail("more arrivals than a phase has");
+  state.pending -= arrivals;
+  state.bytes += bytes;
+  if (state.pending == 0 && state.bytes == 0) {
+    state.phase ^= 1;
+    state.pending = state.arrivals;
+    changed.notify_all();
+  }
+  std::memcpy(barrier, &state, 8);
+}
+
+inline uintptr_t base() {
+  return reinterpret_cast<uintptr_t>(shared_memory());
+}
+// The 128-byte swizzle: bits 4 to 6 of an address, by bits 7 to 9.
+inline char* swizzle(uintptr_t address) {
+  return shared_memory() + (address ^ (address >> 7 & 7) << 4);
+}
+
+struct Products {
+  bool fenced = false;
+  std::deque<std::vector<std::function<void()>>> groups{1};  // the last is not committed yet
+};
+inline thread_local Products products;
+
+inline void add(std::function<void()> product) {
+  if (!products.fenced) fail("a product without wgmma.fence before it");
+  products.groups.back().push_back(std::move(product));
+}
+
+// Number (k, i) of an operand whose numbers lie along i: PTX ISA, "Strides" and "Canonical
+// Layouts" of matrices in shared memory, MN-major with 128-byte swizzle.
+template <class T>
+float number(uint64_t operand, int k, int i, T) {
+  if (operand >> 62 != 1 || (operand >> 49 & 7) != 0) fail("not a 128-byte swizzle from its start");
+  const uintptr_t start = (operand & 0x3fff) << 4;
+  const uintptr_t leading = (operand >> 16 & 0x3fff) << 4, stride = (operand >> 32 & 0x3fff) << 4;
+  T value;
+  std::memcpy(&value, swizzle(start + i / 64 * leading + k / 8 * stride + k % 8 * 128 + i % 64 * 2),
+              sizeof(T));
+  return to_float(value);
+}
+
+template <class T>
+void product(float (&d)[64], const std::function<float(int, int)>& a, uint64_t b, T type) {
+  const int thread = threadIdx.x % 128, lane = thread % 32;
+  float rows[2][16];
+  for (int upper = 0; upper < 2; ++upper) {
+    for (int k = 0; k < 16; ++k) rows[upper][k] = a(thread / 32 * 16 + lane / 4 + upper * 8, k);
+  }
+  for (int i = 0; i < 64; ++i) {
+    const int upper = i / 2 % 2, column = i / 4 * 8 + lane % 4 * 2 + i % 2;
+    double sum = d[i];
+    for (int k = 0; k < 16; ++k) sum += double(rows[upper][k]) * number(b, k, column, type);
+    d[i] = float(sum);
+  }
+}
+
+}  // namespace emulated
+
+inline uint32_t shared_address(const void* shared) {
+  return uint32_t(reinterpret_cast<uintptr_t>(shared) - emulated::base());
+}
+
+inline void barrier_init(uint64_t* barrier, uint32_t arrivals) {
+  const emulated::State state{0, arrivals, arrivals, 0};
+  std::memcpy(barrier, &state, 8);
+}
+inline void barriers_ready() {}
+inline void barrier_arrive(uint64_t* barrier) {
+  emulated::update(barrier, 1, 0);
+}
+inline void barrier_expect(uint64_t* barrier, uint32_t bytes) {
+  emulated::update(barrier, 1, bytes);
+}
+inline void barrier_wait(uint64_t* barrier, uint32_t parity) {
+  std::unique_lock<std::mutex> lock(emulated::mutex);
+  const bool ended = emulated::changed.wait_for(lock, std::chrono::minutes(1), [&] {
+    emulated::State state;
+    std::memcpy(&state, barrier, 8);
+    return state.phase != parity;
+  });
+  if (!ended) emulated::fail("deadlock");
+}
+
+inline void prefetch_map(const TensorMap*) {}
+
+// One row of a box: 64 numbers from `first` of the innermost dimension, zeros where nothing is.
+inline void load_row(void* box, int row, const TensorMap& map, int32_t first, bool inside,
+                     uint64_t offset) {
+  for (int i = 0; i < 64; ++i) {
+    uint16_t number = 0;
+    if (inside && first + i >= 0 && uint64_t(first + i) < map.sizes[0])
+      std::memcpy(&number, static_cast<const char*>(map.data) + offset + 2 * (first + i), 2);
+    std::memcpy(emulated::swizzle(shared_address(box) + row * 128 + i * 2), &number, 2);
+  }
+}
+
+inline void load_box(void* box, const TensorMap* map, uint64_t* barrier, int32_t column,
+                     int32_t row) {
+  for (int r = 0; r < 64; ++r)
+    load_row(box, r, *map, column, uint64_t(row + r) < map->sizes[1], (row + r) * map->strides[0]);
+  emulated::update(barrier, 0, -64 * 128);
+}
+
+inline void load_patches(void* box, const TensorMap* map, uint64_t* barrier, int32_t channel,
+                         int32_t w, int32_t h, int32_t n, uint16_t tap_w, uint16_t tap_h) {
+  const int32_t last_w = int32_t(map->sizes[1]) - 1 + map->upper[0];
+  const int32_t last_h = int32_t(map->sizes[2]) - 1 + map->upper[1];
+  if (w < map->lower[0] || w > last_w || h < map->lower[1] || h > last_h || tap_w > 255 ||
+      tap_h > 255)
+    emulated::fail("a first pixel outside the bounding box, or too far a tap");
+  for (int r = 0; r < 64; ++r) {
+    const int64_t at_w = w + tap_w, at_h = h + tap_h;
+    const bool inside = at_w >= 0 && at_w < int64_t(map->sizes[1]) && at_h >= 0 &&
+                        at_h < int64_t(map->sizes[2]) && uint64_t(n) < map->sizes[3];
+    load_row(box, r, *map, channel, inside,
+             at_w * map->strides[0] + at_h * map->strides[1] + n * map->strides[2]);
+    w += map->steps[1];
+    if (w > last_w) w = map->lower[0], h += map->steps[2];
+    if (h > last_h) h = map->lower[1], ++n;
+  }
+  emulated::update(barrier, 0, -64 * 128);
+}
+
+inline void products_fence() {
+  emulated::products.fenced = true;
+}
+inline void products_commit() {
+  emulated::products.fenced = false;
+  emulated::products.groups.emplace_back();
+}
+template <int PENDING>
+void products_wait() {
+  auto& groups = emulated::products.groups;
+  while (groups.size() > PENDING + 1) {
+    for (auto& product : groups.front()) product();
+    groups.pop_front();
+  }
+}
+
+template <class T, int N>
+void hold(T (&)[N]) {}
+
+template <class T>
+void multiply(float (&d)[64], uint64_t a, uint64_t b, T type) {
+  emulated::add([&d, a, b, type] {
+    emulated::product(
+        d, [&](int row, int k) { return emulated::number(a, k, row, type); }, b, type);
+  });
+}
+template <class T>
+void multiply(float (&d)[64], const uint32_t (&a)[4], uint64_t b, T type) {
+  emulated::add([&d, &a, b, type] {
+    emulation::Fragments mine{}, lanes[emulation::kLanes];
+    std::memcpy(mine.a, a, sizeof(a));
+    emulation::exchange(mine, lanes);
+    emulated::product(
+        d, [&](int row, int k) { return emulation::of_a(lanes, row % 16, k, type); }, b, type);
+  });
+}
+
+template <class T>
+uint32_t larger(uint32_t a, uint32_t b, T type) {
+  const float2 x = unpack(a, type), y = unpack(b, type);
+  return pack(std::fmax(x.x, y.x), std::fmax(x.y, y.y), type);
+}
+
+template <int N>
+void give_registers() {}
+template <int N>
+void take_registers() {}
+inline int uniform(int x) {
+  return x;
+}
+
+}  // namespace ghl::cuda::sm90

@@ -1,0 +1,103 @@
+"""Reads the machine code of sm90_dual_wgrad.cu: does the compiler keep the promises of wgmma?
+
+    nvcc -std=c++17 -O3 -gencode arch=compute_90a,code=sm_90a -c csrc/cuda/sm90_dual_wgrad.cu
+    python tests/csrc/check_sm90_sass.py CUOBJDUMP sm90_dual_wgrad.o
+
+In the main loop of every kernel: products in two groups of four, only the last of a group with a
+barrier (else they are serialised); their sums touched by nothing else; the registers of u written
+only between the wait for the products before and the fence. No local memory anywhere.
+
+Assemblers before CUDA 13.3 may give the registers of an operand to others while the product still
+reads them (its release notes; triton PR 11781): run this on what is shipped, after every change.
+"""
+
+import re
+import subprocess
+import sys
+
+# registers that an instruction writes, where it is more than one
+WIDTHS = {
+    **dict.fromkeys(("LDSM", "LDS.128", "LDG.E.128"), 4),
+    **dict.fromkeys(("LDS.64", "LDG.E.64", "LDC.64", "CS2R", "IMAD.WIDE"), 2),
+}
+
+
+def kernels(cuobjdump: str, binary: str) -> dict[str, list[str]]:
+    """The instructions of each kernel, without addresses and encodings; `target:` for branches."""
+    text = subprocess.run(
+        [cuobjdump, "--dump-sass", binary], capture_output=True, text=True, check=True
+    ).stdout
+    found: dict[str, list[str]] = {}
+    for part in text.split("Function : ")[1:]:
+        lines = re.findall(r"^\s+/\*([0-9a-f]{4,5})\*/\s+(.*?);", part, re.M)
+        places = {int(address, 16): i for i, (address, _) in enumerate(lines)}
+        code = found[part.split()[0]] = []
+        for _, instruction in lines:
+            branch = re.match(r"(.*BRA\S*) .*?0x([0-9a-f]+)", instruction)
+            target = places.get(int(branch[2], 16), -1) if branch else -1
+            code.append(f"{branch[1]} target:{target}" if branch else instruction)
+    return found
+
+
+def registers(text: str) -> set[int]:
+    return {int(number) for number in re.findall(r"\bR(\d+)\b", text)}
+
+
+def written(instruction: str) -> set[int]:
+    match = re.match(r"(?:@!?U?P\w+ )?(\S+) (?:P\w+, )*R(\d+)\b", instruction)
+    if not match or match[1].startswith(("ST", "BRA", "SYNCS", "ISETP", "FSETP")):
+        return set()
+    wide = next((n for name, n in WIDTHS.items() if match[1].startswith(name)), 1)
+    return set(range(int(match[2]), int(match[2]) + wide))
+
+
+def main_loop(code: list[str], products: list[int]) -> tuple[int, int]:
+    for i in range(products[-1], len(code)):
+        match = re.search(r"target:(\d+)", code[i])
+        if match and int(match[1]) < products[0]:
+            return int(match[1]), i
+    raise ValueError("no loop around the products")
+
+
+def check(code: list[str]) -> str:
+    products = [i for i, line in enumerate(code) if "HGMMA" in line]
+    first, last = main_loop(code, products)
+    assert len(products) == 8 and first < products[0], "eight products, all in the loop"
+    assert ["gsb0" in code[i] for i in products] == [False, False, False, True] * 2, "serialised"
+    sums, operands = set(), set()
+    for i in products:
+        numbers = [int(n) for n in re.findall(r"\bR(\d+)", code[i])]
+        sums |= set(range(numbers[0], numbers[0] + 64))
+        if len(numbers) == 3:
+            operands |= set(range(numbers[1], numbers[1] + 4))
+    assert len(sums) == 128 and len(operands) == 16, (
+        f"{len(sums)} registers of sums, {len(operands)} of u"
+    )
+    wait = next(i for i in range(first, last) if "WARPGROUP.DEPBAR" in code[i])
+    fence = max(i for i in range(first, products[-1]) if "WARPGROUP.ARRIVE" in code[i])
+    assert products[3] < wait < fence < products[4], "order"
+    for i in range(first, last + 1):
+        if i in products:
+            continue
+        assert not registers(code[i]) & sums, f"a sum is touched: {code[i]}"
+        if not wait < i < fence:
+            assert not written(code[i]) & operands, f"u is overwritten: {code[i]}"
+    end = next(i for i in range(last, len(code)) if "DEPBAR.LE gsb0, 0x0" in code[i])
+    for line in code[last + 1 : end]:
+        assert not registers(line) & sums, f"a sum is touched after the loop: {line}"
+        assert not written(line) & operands, f"u is overwritten after the loop: {line}"
+    assert not any(re.search(r"\b(LDL|STL)\b", line) for line in code), "local memory"
+    assert any("UTMALDG.4D.IM2COL" in line for line in code), "no im2col"
+    assert sum("USETMAXREG" in line for line in code) == 2, "registers do not change hands"
+    return f"{last + 1 - first} instructions in the loop"
+
+
+def main() -> int:
+    found = kernels(*sys.argv[1:3])
+    for name, code in sorted(found.items()):
+        print(name, check(code))
+    return not found
+
+
+if __name__ == "__main__":
+    sys.exit(main())
