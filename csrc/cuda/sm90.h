@@ -1,8 +1,9 @@
 // Hopper's own instructions (sm_90a): barriers in shared memory, the copy engine (TMA), warpgroup
 // products (wgmma), registers that change hands.
 //
-// Sections are those of the PTX ISA 9.0. `sm90_emulation.h` runs the same names on the host by
-// their documented meaning. Descriptors and addresses are arithmetic, in `sm90_layout.h`.
+// Each is named as in the PTX ISA, whose sections' numbers move. `sm90_emulation.h` runs the same
+// names on the host by their documented meaning. Descriptors and addresses are arithmetic, in
+// `sm90_layout.h`.
 #pragma once
 
 #include "device.h"
@@ -17,7 +18,7 @@ namespace ghl::cuda::sm90 {
 
 using TensorMap = CUtensorMap;
 
-// mbarrier, 9.7.13.15. A phase ends when all `arrivals` have come and the bytes that were announced
+// mbarrier. A phase ends when all `arrivals` have come and the bytes that were announced
 // are there. Waiting for a parity returns once the phase of that parity has ended, so that waiting
 // for parity 1 on a new barrier returns at once.
 GHL_DEVICE void barrier_init(uint64_t* barrier, uint32_t arrivals) {
@@ -43,25 +44,39 @@ GHL_DEVICE void barrier_expect(uint64_t* barrier, uint32_t bytes) {
       "r"(bytes)
       : "memory");
 }
-GHL_DEVICE void barrier_wait(uint64_t* barrier, uint32_t parity) {
+GHL_DEVICE bool phase_ended(uint64_t* barrier, uint32_t parity) {
+  uint32_t ended;
   asm volatile(
       "{\n"
       ".reg .pred ended;\n"
-      "waiting:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 ended, [%0], %1;\n"
-      "@ended bra done;\n"
-      "bra waiting;\n"
-      "done:\n"
-      "}" ::"r"(shared_address(barrier)),
-      "r"(parity)
+      "mbarrier.try_wait.parity.shared::cta.b64 ended, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, ended;\n"
+      "}"
+      : "=r"(ended)
+      : "r"(shared_address(barrier)), "r"(parity)
       : "memory");
+  return ended;
+}
+// With GHL_WAIT_LIMIT, so many polls are a deadlock and end the kernel with an error: for the first
+// runs of a change.
+GHL_DEVICE void barrier_wait(uint64_t* barrier, uint32_t parity) {
+#ifdef GHL_WAIT_LIMIT
+  int polls = 0;
+  while (!phase_ended(barrier, parity) && ++polls < GHL_WAIT_LIMIT) {
+  }
+  // an illegal store, because a trap makes ptxas serialise the products
+  if (polls == GHL_WAIT_LIMIT) asm volatile("st.global.u32 [%0], %1;" ::"l"(0ll), "r"(0));
+#else
+  while (!phase_ended(barrier, parity)) {
+  }
+#endif
 }
 
 GHL_DEVICE void prefetch_map(const TensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
-// cp.async.bulk.tensor, 9.7.9.27: a box of a matrix, innermost coordinate first; zeros outside it.
+// cp.async.bulk.tensor: a box of a matrix, innermost coordinate first; zeros outside it.
 GHL_DEVICE void load_box(void* shared, const TensorMap* map, uint64_t* barrier, int32_t column,
                          int32_t row) {
   asm volatile(
@@ -71,8 +86,9 @@ GHL_DEVICE void load_box(void* shared, const TensorMap* map, uint64_t* barrier, 
       : "memory");
 }
 
-// The im2col mode, 5.5.4: pixels from (n, h, w) on in the order of the bounding box, each moved by
-// the offsets of a tap; zeros where that is outside the image or n beyond the last.
+// The same in im2col mode ("Tensors", "im2col mode"): pixels from (n, h, w) on in the order of the
+// bounding box, each moved by the offsets of a tap; zeros where that is outside the image or n
+// beyond the last.
 GHL_DEVICE void load_patches(void* shared, const TensorMap* map, uint64_t* barrier, int32_t channel,
                              int32_t w, int32_t h, int32_t n, uint16_t tap_w, uint16_t tap_h) {
   asm volatile(
@@ -83,7 +99,8 @@ GHL_DEVICE void load_patches(void* shared, const TensorMap* map, uint64_t* barri
       : "memory");
 }
 
-// wgmma, 9.7.15.7. Between a product and the wait that ends it, nobody may touch its registers.
+// wgmma ("Asynchronous Warpgroup Level Matrix Instructions"). Between a product and the wait that
+// ends it, nobody may touch its registers.
 GHL_DEVICE void products_fence() {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
@@ -153,7 +170,7 @@ GHL_DEVICE void multiply(float (&d)[64], const uint32_t (&a)[4], uint64_t b, flo
 #undef GHL_SUMS_64
 #undef GHL_SUMS_8
 
-// setmaxnreg, 9.7.19.5: of a whole warpgroup, which keeps N registers a thread from here on.
+// setmaxnreg: of a whole warpgroup, which keeps N registers a thread from here on.
 template <int N>
 GHL_DEVICE void give_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));

@@ -52,32 +52,33 @@ cudaError_t encode(TensorMap& map, const MapOfImages& of, Dtype dtype) {
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
-// Once per kernel and device: that the kernel is there, with a body, and may have its memory.
+// That the kernel is there, with a body, and may have its memory.
 template <class Kernel>
-cudaError_t prepare(Kernel kernel, int shared_bytes) {
-  static std::atomic<uint64_t> prepared{0};
-  int device, major, minor;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error != cudaSuccess) return error;
-  if (device < 64 && prepared.load() >> device & 1) return cudaSuccess;
+cudaError_t prepare(Kernel kernel, int shared_bytes, int device) {
+  int major = 0, minor = 0;
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
   if (major != 9 || minor != 0) return cudaErrorNoKernelImageForDevice;
   cudaFuncAttributes attributes;
-  error = cudaFuncGetAttributes(&attributes, kernel);
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
   if (error != cudaSuccess) return error;
   // compiled for sm_90 without its own instructions, the kernel is empty
   if (attributes.numRegs < 128) return cudaErrorNoKernelImageForDevice;
-  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-  if (error == cudaSuccess && device < 64) prepared.fetch_or(uint64_t{1} << device);
-  return error;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
 }
 
 template <class T, class Shape, Competition COMPETITION>
 cudaError_t launch(const DualWgradArguments& a, cudaStream_t stream) {
+  static std::atomic<uint64_t> prepared{0};  // a bit for each of the first 64 devices
   constexpr int shared_bytes = sizeof(typename Shape::Shared);
   const auto kernel = dual_wgrad_kernel<T, Shape, COMPETITION>;
-  const cudaError_t error = prepare(kernel, shared_bytes);
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
+  if (error == cudaSuccess && !(prepared.load() & bit)) {
+    error = prepare(kernel, shared_bytes, device);
+    if (error == cudaSuccess) prepared.fetch_or(bit);
+  }
   if (error != cudaSuccess) return error;
   const dim3 grid(a.geometry.neuron_tiles * a.geometry.column_tiles, a.p.splits, a.p.groups);
   kernel<<<grid, kThreads, shared_bytes, stream>>>(a);

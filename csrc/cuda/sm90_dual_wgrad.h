@@ -18,7 +18,8 @@
 // `known` of the same block. Nobody falls two phases behind, since `full` of b + 4 needs `empty` of
 // b, that all multiplying warps passed `known` of b, and that all describers passed `full` of b.
 // All roles count the same blocks; with none, nobody waits and zeros are stored. Each copy is
-// waited for before the block ends.
+// waited for before the block ends. Registers, too, are waited for: the first warpgroup gives away
+// what the others take.
 //
 // Registers under a product: G and H0 are touched by nothing else before the last wait. u of block
 // b is made after the product of u of b - 1 was waited for, and `hold` keeps its registers its own
@@ -41,8 +42,9 @@ struct DualWgradArguments {
   bool x_is_matrix;
 };
 
-// Registers of a thread: 168 at the launch, of three warpgroups; then 40 and twice 232.
+// Registers of a thread after the launch, which gives 168 to each of three warpgroups.
 constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
+static_assert(kProducerRegisters + 2 * kConsumerRegisters <= 3 * 168);
 
 template <class T, class Shape, Competition COMPETITION>
 struct DualWgrad {

@@ -2,9 +2,9 @@
 // of the work is whose, what tensor maps say. All of it runs on a host as well.
 //
 // A box is 64 rows of 64 numbers of 16 bits, one copy of the copy engine: rows of 128 bytes, whose
-// eight 16-byte chunks are permuted by the row's number (128-byte swizzle, PTX ISA 5.5.6), so that
-// neither ldmatrix nor a lane per row meets a bank twice. x, y and g of a stage are boxes side by
-// side.
+// eight 16-byte chunks are permuted by the row's number (128-byte swizzle, "Swizzling Modes" of the
+// PTX ISA), so that neither ldmatrix nor a lane per row meets a bank twice. x, y and g of a stage
+// are boxes side by side.
 #pragma once
 
 #include "device.h"
@@ -66,9 +66,10 @@ GHL_HOST_DEVICE int fragment_row(int lane, int first_row, int first_neuron) {
 }
 
 // A wgmma operand in boxes whose numbers lie along its columns (MN-major, 128-byte swizzle). PTX
-// ISA 9.7.15.5.1.2: bits 0-13 address, 16-29 leading dimension offset (from a box to the next
-// along the columns), 32-45 stride dimension offset (from eight rows to the next eight), each / 16;
-// 62-63 swizzle, 1 for 128 bytes. The base offset is 0 because boxes begin at multiples of 1024.
+// ISA, "Strides" and "Matrix Descriptor Format" of wgmma: bits 0-13 address, 16-29 leading
+// dimension offset (from a box to the next along the columns), 32-45 stride dimension offset (from
+// eight rows to the next eight), each / 16; 62-63 swizzle, 1 for 128 bytes. The base offset is 0
+// because boxes begin at multiples of 1024.
 GHL_HOST_DEVICE uint64_t operand(uint32_t address) {
   constexpr uint64_t leading = kBoxBytes / 16, stride = 8 * 128 / 16;
   return (address & 0x3ffff) >> 4 | leading << 16 | stride << 32 | uint64_t{1} << 62;

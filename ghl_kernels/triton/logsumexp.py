@@ -41,7 +41,7 @@ def statistics_kernel(
     columns = tl.arange(0, BLOCK_K)
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
-    first = tl.full((BLOCK_M,), 2147483647, tl.int32)
+    first = tl.zeros((BLOCK_M,), tl.int32)
     for k0 in range(0, K, BLOCK_K):
         k = k0 + columns
         numbers = tl.load(

@@ -93,7 +93,8 @@ def combine(
     if NORMALIZE == "absmax":
         divisor = of_layer(scratch + K, K, True, LONG) + 1e-30
     if NORMALIZE == "mean":
-        divisor = tl.maximum(tl.load(totals + K).to(tl.float32), 1.0)
+        rows = tl.load(totals + K).to(tl.float32)
+        divisor = tl.where(rows < 1.0, 1.0, rows)  # a maximum would ignore NaN
     if program == 0:
         for i in tl.static_range(3):
             tl.store(layer + i, of_layer(neurons + i * K, K, False, LONG))

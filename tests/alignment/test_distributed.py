@@ -1,12 +1,12 @@
 """Two gloo ranks report what one process reports for the whole batch."""
 
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ghl.alignment import Monitor
+from ghl.recipes.distributed import process_group
 from tests.alignment.oracle import assert_same_report
 
 
@@ -33,7 +33,11 @@ def steps(model, x, accumulate, hebbian):
 
 def rank_main(rank, file, x, results):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    with process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2):
+        measure(rank, x, results)
+
+
+def measure(rank, x, results):
     for index, (accumulate, hebbian) in enumerate(CASES):
         model = DistributedDataParallel(network())
         found = steps(model, x.chunk(2)[rank], accumulate, hebbian)
@@ -43,7 +47,6 @@ def rank_main(rank, file, x, results):
     model.train(rank == 0)
     found = steps(model, x.chunk(2)[rank], 1, "hebb")
     torch.save(found, f"{results}/{rank}-gap.pt")
-    dist.destroy_process_group()
 
 
 CASES = ((1, "hebb"), (2, "hebb"), (1, "ghl"))

@@ -2,8 +2,8 @@
 //   nvcc -std=c++17 -O3 -gencode arch=compute_90a,code=sm_90a -c tests/csrc/sm90_on_gpu.cu
 //   g++ -std=c++20 -DGHL_ON_GPU -pthread tests/csrc/test_sm90_dual_wgrad.cpp sm90_on_gpu.o
 //     -lcudart_static -ldl -lrt
-// and run under `timeout 60`: one layer by its number at first, then all, then all of them under
-// compute-sanitizer.
+// and run under `timeout 60`: at first built with -DGHL_WAIT_LIMIT=1000000 for nvcc, one layer by
+// its number; then all; then all under compute-sanitizer.
 #include <cstring>
 #include <memory>
 #include <vector>

@@ -40,7 +40,7 @@ DualWgradParams linear(int rows, int channels, int neurons) {
   return layer(rows, channels, neurons, {1, 1}, {1, 1}, {1, 1}, {0, 0}, {1, 1});
 }
 
-// PTX ISA 5.5.6: 16-byte chunks of a row of 128 bytes, exchanged within eight rows.
+// PTX ISA, "Swizzling Modes": 16-byte chunks of a row of 128 bytes, exchanged within eight rows.
 void test_swizzle() {
   std::set<int> places;
   for (int row = 0; row < kRows; ++row) {

@@ -91,3 +91,12 @@ def test_the_first_of_equal_neurons_wins(
     x, y, g, w = layer.tensors()
     for ties in (y.round(), torch.zeros_like(y)):
         assert_pair(layer, (x, ties, g, w), Rule(competition=competition))
+
+
+@of_tiles
+def test_the_first_neuron_wins_a_row_of_minus_infinity(form: str, fused: None, use: Use) -> None:
+    use(getattr(forms, form))
+    layer = LAYERS["linear"]
+    x, y, g, w = layer.tensors()
+    y[1], y[4] = float("-inf"), -1.0
+    assert_pair(layer, (x, y, g, w), Rule(competition="hard"))

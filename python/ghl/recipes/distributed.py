@@ -3,6 +3,7 @@
 `torchrun` starts them; without it there is one process, no process group, and nothing to tell.
 """
 
+import gc
 import inspect
 import os
 from collections.abc import Iterator, Sequence
@@ -64,6 +65,24 @@ def restarted() -> bool:
 
 
 @contextmanager
+def process_group(backend: str, **options: Any) -> Iterator[None]:
+    """The default process group, by the options of `init_process_group`.
+
+    Without an error, no thread of the group is left in the end, if nobody keeps the group.
+    """
+    dist.init_process_group(backend, **options)
+    group = dist.group.WORLD
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()  # forgets the group; its threads end with the last reference
+    # A thread of gloo's that lets go of a tensor while Python ends is killed, and the process with
+    # it (pytorch issue 190489). Ours is the last reference, and waits for them without the GIL.
+    gc.collect()
+    del group
+
+
+@contextmanager
 def joined(device: str | None) -> Iterator[World]:
     """Belong to the process group that torchrun's environment describes, if there is one.
 
@@ -77,11 +96,8 @@ def joined(device: str | None) -> Iterator[World]:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         backend = "cpu:gloo,cuda:nccl"
     store, rank, size = next(dist.rendezvous("env://"))
-    dist.init_process_group(backend, store=of_this_life(store), rank=rank, world_size=size)
-    try:
+    with process_group(backend, store=of_this_life(store), rank=rank, world_size=size):
         yield World.current()
-    finally:
-        dist.destroy_process_group()
 
 
 def of_this_life(store: dist.Store) -> dist.Store:
@@ -124,6 +140,8 @@ def spread(model: nn.Module, device: torch.device, *, fsdp: bool) -> nn.Module:
         index = [device.index] if device.type == "cuda" else None
         return DistributedDataParallel(model, device_ids=index, **options)
     mesh = dist.device_mesh.init_device_mesh(device.type, (dist.get_world_size(),))
+    # DTensor's caches keep the mesh for ever: it finds its group by name, but for torch.compile.
+    getattr(mesh, "_pg_registry", {}).clear()
     containers = (nn.ModuleList, nn.ModuleDict)  # they have no forward to hang hooks on
     for child in model.children():
         if not isinstance(child, containers) and any(True for _ in child.parameters()):
