@@ -213,3 +213,15 @@ def test_the_tiles_of_the_library(compiled: Library) -> None:
                 known = kernels.compiled_tiles("cuda", dtype, tf32, pointwise)
                 assert [number for number, _ in known][:1] == [0]
                 assert all(t.packed and t.programs >= 1 and t.block_m % 8 == 0 for _, t in known)
+
+
+def test_nothing_of_the_compiled_implementations_needs_triton() -> None:
+    program = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import ghl_kernels.cuda.fused, ghl_kernels.cuda.sm90, ghl.bench.tuning\n"
+        "print([name for name in sys.modules if name.startswith('ghl_kernels.triton')])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert done.stdout.strip() == "[]"
