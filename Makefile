@@ -17,7 +17,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 # Each asserts that it has trained, and on updates rather than on gradients.
 EXAMPLES = plain lightning_module huggingface_trainer timm_loop
 
-.PHONY: install quickstart test test-csrc test-integrations compile-check lint format bench bench-gpu clean
+.PHONY: install quickstart test test-csrc test-races test-integrations compile-check lint format bench bench-gpu clean
 
 install: $(VENV)/installed
 
@@ -36,12 +36,19 @@ quickstart: install
 test: install lint test-csrc
 	$(BIN)/python -m pytest -n auto --dist loadfile
 
-# The CUDA kernels on the host, under sanitizers; neither Python nor torch takes part.
+# The CUDA kernels on the host, where every access is checked; neither Python nor torch takes part.
 test-csrc: export PATH := $(abspath $(BIN)):$(PATH)
 test-csrc: install
 	cmake -S . -B build/csrc -G Ninja
 	cmake --build build/csrc --target ghl_tests --parallel 2
-	ctest --test-dir build/csrc --output-on-failure --parallel 2
+	ctest --test-dir build/csrc --output-on-failure --parallel 2 --label-exclude thread
+
+# The same where every race of threads is found; a forgotten barrier is one.
+test-races: export PATH := $(abspath $(BIN)):$(PATH)
+test-races: install
+	cmake -S . -B build/csrc -G Ninja
+	cmake --build build/csrc --target ghl_race_tests --parallel 2
+	ctest --test-dir build/csrc --output-on-failure --parallel 2 --label-regex thread
 
 # Every kernel and tile with the Triton of torch 2.11, in a directory of its own.
 compile-check: install $(TRITON_3_6)/triton
