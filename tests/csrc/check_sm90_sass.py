@@ -3,6 +3,8 @@
     nvcc -std=c++17 -O3 -gencode arch=compute_90a,code=sm_90a -c csrc/cuda/sm90_dual_wgrad.cu
     python tests/csrc/check_sm90_sass.py CUOBJDUMP sm90_dual_wgrad.o
 
+or on the library; Triton's wheel has a cuobjdump, and tests/cuda/test_machine_code.py calls this.
+
 In the main loop of every kernel: products in two groups of four, only the last of a group with a
 barrier (else they are serialised); their sums touched by nothing else; the registers of u written
 only between the wait for the products before and the fence. No local memory anywhere.
@@ -23,12 +25,14 @@ WIDTHS = {
 
 
 def kernels(cuobjdump: str, binary: str) -> dict[str, list[str]]:
-    """The instructions of each kernel, without addresses and encodings; `target:` for branches."""
-    text = subprocess.run(
-        [cuobjdump, "--dump-sass", binary], capture_output=True, text=True, check=True
-    ).stdout
+    """The instructions of each kernel of namespace sm90, without addresses and encodings;
+    `target:` for branches."""
+    command = [cuobjdump, "--dump-sass", "--gpu-architecture", "sm_90a", binary]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found: dict[str, list[str]] = {}
     for part in text.split("Function : ")[1:]:
+        if "4sm90" not in part.split()[0]:
+            continue
         lines = re.findall(r"^\s+/\*([0-9a-f]{4,5})\*/\s+(.*?);", part, re.M)
         places = {int(address, 16): i for i, (address, _) in enumerate(lines)}
         code = found[part.split()[0]] = []
