@@ -255,7 +255,7 @@ def test_cross_entropy_of_a_stack():
 
 
 def test_a_trial_of_the_other_experiments(tmp_path):
-    names = "length-sgd length-dfa generalisation batch lr noise rules early neurons"
+    names = "length-sgd length-dfa generalisation batch lr noise regularisers rules early neurons"
     words = f"reproduce {names} --seeds 1 --processes 1 --shorten 100"
     assert main([*words.split(), "--out", str(tmp_path)]) == 0
     text = (tmp_path / "report.md").read_text()

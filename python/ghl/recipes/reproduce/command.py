@@ -12,7 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from ghl.recipes.errors import check_integer
-from ghl.recipes.reproduce import dynamics, phase_diagram, regression, rules, sce, sweep, table
+from ghl.recipes.reproduce import (
+    dynamics,
+    phase_diagram,
+    regression,
+    regularisation,
+    rules,
+    sce,
+    sweep,
+    table,
+)
 from ghl.recipes.reproduce.cells import Cell, run
 from ghl.recipes.reproduce.report import Section, write
 
@@ -65,6 +74,9 @@ EXPERIMENTS = {
     "batch": sweep_experiment("batch"),
     "lr": sweep_experiment("lr"),
     "noise": sweep_experiment("noise"),
+    "regularisers": Experiment(
+        lambda s: regularisation.cells(s.seeds, s.shorten), regularisation.summarize
+    ),
     "rules": Experiment(lambda s: rules.cells(s.seeds, s.shorten), rules.summarize),
 }
 

@@ -19,6 +19,7 @@ EXPERIMENTS = {
     "batch": "7. batch size",
     "lr": "8. learning rate",
     "noise": "9. noise under Adam",
+    "regularisers": "10. regularisers other than weight decay",
     "rules": "11. networks that learn by GHL and by Oja's rule",
 }
 
