@@ -25,6 +25,7 @@ def gap(monitor, name="0", part="layer"):
         ({"every": 0}, "every is 0, must be an integer of at least 1"),
         ({"every": 2.5}, "every is 2.5"),
         ({"every": True}, "every is True"),
+        ({"start": -1}, "start is -1, must be an integer of at least 0"),
         ({"hebbian": "heb"}, "hebbian is 'heb'.*did you mean 'hebb'"),
         ({"statistic": "all"}, "statistic is 'all', must be one of batch, sample, both"),
         ({"loss": "median"}, "loss is 'median'"),
@@ -118,6 +119,18 @@ def test_signal_that_is_not_finite(bad):
         assert "NaN or infinity" in gap(monitor, "2", part)
 
 
+@pytest.mark.parametrize("size", [1e25, 1e-25])
+def test_numbers_whose_squares_leave_the_range(size):
+    """The cosine is there, but float32 cannot say it: neither 0 nor 1 is it."""
+    model = nn.Sequential(nn.Linear(3, 4, bias=False))
+    monitor = Monitor(model)
+    model(torch.randn(2, 3) * size).square().sum().backward()
+    for part in ("batch", "sample"):
+        found = monitor.report()["0"]
+        assert found[part] is None and found["gaps"][part]
+    assert found["hebbian_share"] is None
+
+
 def test_given_signals():
     monitor = Monitor(model_of_two(), signal="given")
     with pytest.raises(ValueError, match=r"signal has shape \(3, 4\), must be \(4, 3\)"):
@@ -197,6 +210,17 @@ def test_gradients_set_to_zero_without_a_step():
         model(torch.randn(2, 3)).sum().backward()
         optimizer.zero_grad(set_to_none=False)
     assert "set_to_none=True" in gap(monitor)
+
+
+@pytest.mark.parametrize("statistic", ["both", "sample"])
+def test_a_gradient_that_is_zero_was_not_set_to_zero(statistic):
+    """A zero-initialised head: the layers before it get zeros from every backward."""
+    model = model_of_two()
+    nn.init.zeros_(model[2].weight)
+    monitor = Monitor(model, statistic=statistic)
+    for _ in range(2):
+        model(torch.randn(2, 3)).sum().backward()
+    assert "a norm is zero" in gap(monitor, "0", "sample")
 
 
 def test_a_gap_has_no_weight_norm_of_its_own_making():

@@ -206,16 +206,25 @@ def table_of_rows(found: Sequence[Mapping[str, Any]]) -> str:
         if all(value in (None, "") for value in values[:3]):
             lines.append(f"{row['layer']:<{width}}  {row['gaps']}")
             continue
-        cells = ("–" if v in (None, "") else f"{float(v):.3f}" for v in values)
+        cells = ("–" if v in (None, "") else short(float(v)) for v in values)
         lines.append(f"{row['layer']:<{width}}" + "".join(f"{c:>9}" for c in cells))
     return "\n".join(lines)
+
+
+def short(value: float) -> str:
+    """Three decimals, or three digits where those would not fit into a column."""
+    return f"{value:.3f}" if abs(value) < 10_000 else f"{value:.2e}"
 
 
 class Sinks:
     """Several sinks as one, closed at the end of a `with` block."""
 
     def __init__(self, *sinks: Sink) -> None:
-        self._sinks = sinks
+        self._sinks = list(sinks)
+
+    def attach(self, sink: Sink) -> None:
+        """Add one more, which is closed with the others."""
+        self._sinks.append(sink)
 
     def add(self, report: Report, step: int | None = None) -> None:
         for sink in self._sinks:

@@ -77,9 +77,15 @@ def of_samples(sums: Sums, mean_loss: bool) -> Alignment:
 
 
 def cosine(inner: Tensor, signal2: Tensor, hebbian2: Tensor) -> Tensor:
-    """inner / (‖S‖ ‖B‖), at most 1 in magnitude; NaN where either is zero or not finite."""
-    ratio = inner / (signal2.sqrt() * hebbian2.sqrt())
-    return ratio.clamp(-1, 1)
+    """inner / (‖S‖ ‖B‖), at most 1 in magnitude; NaN where either is zero, or where its square is
+    not finite, or so small that the squares of its parts may have vanished."""
+    ratio = (inner / (signal2.sqrt() * hebbian2.sqrt())).clamp(-1, 1)
+    return ratio.where(in_range(signal2) & in_range(hebbian2), float("nan"))
+
+
+def in_range(square: Tensor) -> Tensor:
+    limits = torch.finfo(square.dtype)
+    return (square >= limits.tiny / limits.eps) & (square <= limits.max)
 
 
 def flips(before: Tensor, now: Tensor) -> Tensor:
@@ -123,7 +129,7 @@ def part_to_numbers(part: Alignment) -> tuple[dict[str, Any] | None, str | None]
     if inner != inner or abs(inner) == float("inf"):
         return None, "the signal or the Hebbian direction holds NaN or infinity"
     if value != value:
-        return None, "the signal or the Hebbian direction is zero, so there is no cosine"
+        return None, "there is no cosine: a norm is zero, or its square beyond the dtype's range"
     return {"cosine": value, "inner": inner, "neurons": part.neurons.cpu()}, None
 
 

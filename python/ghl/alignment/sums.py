@@ -119,7 +119,10 @@ class Sums:
 
     def note_zeroed(self, gradient: Tensor) -> None:
         """Look, without waiting, whether what earlier backwards have left is still there."""
+        left = self.G if self.G is not None else self.neurons
         zero = (gradient.detach() == 0).all()
+        if left is not None:
+            zero = zero & (left != 0).any()
         self.zeroed = zero if self.zeroed is None else self.zeroed | zero
 
     def _add_batch(self, use: Use, x: Tensor, y: Tensor, g: Tensor) -> None:

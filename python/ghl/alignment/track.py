@@ -14,6 +14,7 @@ from ghl.alignment import statistics
 from ghl.alignment.statistics import Measurement
 from ghl.alignment.sums import Sums
 from ghl.alignment.targets import Target
+from ghl.guards import is_update
 from ghl_kernels import Rule
 
 
@@ -28,11 +29,12 @@ class Track:
         sample: bool,
         mean_loss: bool,
         takes_signals: bool,
+        start: int = 0,
     ) -> None:
         self.target, self.rule = target, rule
         self.batch, self.sample, self.mean_loss = batch, sample, mean_loss
         self.takes_signals = takes_signals
-        self.steps = 0
+        self.steps = start
         self.last: Measurement | None = None
         self._before: Tensor | None = None  # the weight before the optimizer's step
         self._signs: Tensor | None = None  # of weight.grad in the step before
@@ -73,6 +75,9 @@ class Track:
         """Of the step in progress where its backward has run, else of the last one measured."""
         in_progress = self.steps % every == 0 and self.sums.answered > 0
         if alone and (in_progress or self.last is None):
+            if in_progress and self.target.ruled and not is_update(self.grad):
+                gap = "its update is made in optimizer.step(): report after it"
+                return Measurement(self.steps, gaps={"layer": gap})
             return self._measure()
         if self.last is not None:
             return self.last
