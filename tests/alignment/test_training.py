@@ -70,7 +70,7 @@ def test_training_is_bit_identical(optimizer, options, swap):
 
 def test_only_measured_steps_are_looked_at(monkeypatch):
     looked = []
-    monkeypatch.setattr("ghl.alignment.sums.Sums.add", lambda self, use, g: looked.append(use))
+    monkeypatch.setattr("ghl.alignment.sums.Sums.add", lambda self, use, *g: looked.append(use))
     model = nn.Sequential(nn.Linear(3, 2))
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     monitor = Monitor(model, every=3)

@@ -233,17 +233,17 @@ class Monitor:
         sums = track.sums
         if self.given:
             sums.uses += 1
-            sums.add(use, torch.zeros_like(use.y))
+            sums.add(use, None)
             return
         recomputed = torch._C._current_graph_task_id() != -1  # by activation checkpointing
         sums.uses += not recomputed
 
-        def arrive(g: Tensor) -> None:
+        def arrive(g: Tensor, G: Tensor | None) -> None:
             if sums is not track.sums:
                 return  # of a forward whose step has ended
             if not training:
                 sums.problem = "ran in evaluation mode: call model.train()"
-            sums.add(use, g)
+            sums.add(use, g, G)
 
         hooks.on_gradient(y, arrive)
 

@@ -91,7 +91,7 @@ def in_range(square: Tensor) -> Tensor:
 def flips(before: Tensor, now: Tensor) -> Tensor:
     """The share of signs, of those not 0 in either, that are opposite; NaN if there is none."""
     product = before * now
-    return (product < 0).sum() / (product != 0).sum()
+    return (product < 0).count_nonzero() / product.count_nonzero()
 
 
 def to_numbers(measurement: Measurement) -> dict[str, Any]:

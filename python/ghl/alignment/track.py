@@ -44,7 +44,9 @@ class Track:
     def _new_sums(self) -> Sums:
         weight = self.target.weight
         shape: Any = torch.empty(0, 0) if weight is None or self.target.gap else weight
-        return Sums(shape, self.rule, self.batch, self.sample and not self.target.ruled)
+        ruled = self.target.ruled
+        signal = not (ruled or self.takes_signals)
+        return Sums(shape, self.rule, self.batch, self.sample and not ruled, signal)
 
     @property
     def grad(self) -> Tensor | None:
