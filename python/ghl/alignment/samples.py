@@ -53,7 +53,7 @@ def measure(
 def squares(t: Tensor, factor: Tensor) -> Tensor:
     """Σ t² factor over groups and neurons, of every row (N, P)."""
     if factor.shape[2] == 1:
-        return (torch.linalg.vector_norm(t, dim=2).square() * factor.squeeze(2)).sum(1)
+        return (t.square().sum(2) * factor.squeeze(2)).sum(1)
     return t.square().mul_(factor).sum((1, 2))
 
 
