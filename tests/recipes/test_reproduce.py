@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from ghl.recipes.reproduce import (
     phase,
     phase_diagram,
     regression,
+    report,
     rules,
     sce,
     sre,
@@ -191,6 +193,27 @@ def test_a_trial_of_the_table(tmp_path):
         assert (tmp_path / f"{name}.csv").is_file()
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert f'src="{name}.png"' in (tmp_path / "report.html").read_text()
+
+
+def test_a_report_keeps_the_experiments_that_are_not_run_again(tmp_path):
+    def section(title, note):
+        return report.Section(
+            title, ["One.", "Two."], ["a", ""], [["1", ""], ["2", "|w|"]], "f.png", [note]
+        )
+
+    first, second = section("2. Two: SGD", "old"), section("11. Eleven", "kept")
+    report.write(tmp_path, [first, second])
+    text = (tmp_path / "report.md").read_text()
+    assert report.read(text) == [first, second]
+    assert report.markdown(report.read(text)) == text
+    report.write(tmp_path, [section("10. Ten", "new"), section("2. Two: SGD", "again")])
+    found = report.read((tmp_path / "report.md").read_text())
+    assert [(s.title, s.notes) for s in found] == [
+        ("2. Two: SGD", ["again"]), ("10. Ten", ["new"]), ("11. Eleven", ["kept"]),
+    ]  # fmt: skip
+    assert (tmp_path / "report.html").read_text().count("<h2>") == 3
+    committed = (Path(__file__).parents[2] / "bench/results/reproduce/report.md").read_text()
+    assert report.markdown(report.read(committed)) == committed
 
 
 def test_a_phase_diagram_of_a_known_boundary(tmp_path):

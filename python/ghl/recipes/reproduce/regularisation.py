@@ -31,8 +31,8 @@ STRENGTHS = {
 }
 NAMES = {
     "decay": "weight decay γ",
-    "l1": "L1, λ Σ\\|w\\|",
-    "activity": "activity, λ Σ\\|h_a\\|",
+    "l1": "L1, λ‖W‖₁",
+    "activity": "activity, λ‖h_a‖₁",
     "dropout": "dropout, p",
     "spectral": "spectral, λ/2 Σ σ²",
     "batch-norm": "batch norm, γ",
@@ -111,6 +111,10 @@ def notes(arguments: Mapping[str, Any]) -> list[str]:
     return [
         f"SGD {LR:g}, {arguments['steps']} steps of 64, {len(arguments['seeds'])} seeds; all else "
         "as in experiment 2. Strengths chosen here. No published figures at hand.",
+        "To be expected: what holds weights or activations down is balanced by the signal, which "
+        "turns Hebbian, as under weight decay; dropout is noise, which turns it anti-Hebbian; behind "
+        "a batch or spectral norm the length of a weight has no effect on the loss, so no signal "
+        "balances its decay.",
         "W is the weight that the forward uses, S = −∂ℓ/∂W without the penalty. Penalties act on "
         "all weights, or on both hidden layers' activations, at γ = 0. Normalisations have no "
         "strength: beside them acts weight decay on all parameters. Batch normalisation is that of "
@@ -127,8 +131,7 @@ def draw(points: Sequence[tuple[str, float, Mapping[str, Sequence[float]]]]) -> 
         mine = [found for k, _, found in points if k == kind]
         for axes, quantity in zip(panels, ("cosine", "validation_loss"), strict=True):
             means, stds = zip(*(mean_std(found[quantity]) for found in mine), strict=True)
-            label = NAMES[kind].replace("\\", "")
-            axes.errorbar(range(len(mine)), means, stds, marker=".", label=label)
+            axes.errorbar(range(len(mine)), means, stds, marker=".", label=NAMES[kind])
     for axes, label in zip(panels, ("alignment, cosine", "held-out loss"), strict=True):
         axes.set_xticks(range(len(DECAYS)), ["none", "weak", "medium", "strong"])
         axes.set(xlabel="strength", ylabel=label)
