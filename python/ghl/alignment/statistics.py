@@ -89,9 +89,13 @@ def in_range(square: Tensor) -> Tensor:
 
 
 def flips(before: Tensor, now: Tensor) -> Tensor:
-    """The share of signs, of those not 0 in either, that are opposite; NaN if there is none."""
+    """The share of signs (int8), of those not 0 in either, that are opposite; NaN if there is none.
+
+    Sums of products: comparing and counting takes a CPU four times as long.
+    """
     product = before * now
-    return (product < 0).count_nonzero() / product.count_nonzero()
+    same_less_opposite, both = product.sum(), product.square_().sum()
+    return (both - same_less_opposite) / (2 * both)
 
 
 def to_numbers(measurement: Measurement) -> dict[str, Any]:

@@ -114,7 +114,7 @@ class Track:
             else:
                 self.last.sign_flips = statistics.flips(self._signs, now)
                 self.last.gaps.pop("sign_flips", None)
-        self._signs = now if (self.steps + 1) % every == 0 or every == 1 else None
+        self._signs = now if (self.steps + 1) % every == 0 else None
 
     @torch.no_grad()
     def after(self, optimizer: Any) -> None:

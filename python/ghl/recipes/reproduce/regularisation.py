@@ -112,9 +112,9 @@ def notes(arguments: Mapping[str, Any]) -> list[str]:
         f"SGD {LR:g}, {arguments['steps']} steps of 64, {len(arguments['seeds'])} seeds; all else "
         "as in experiment 2. Strengths chosen here. No published figures at hand.",
         "To be expected: what holds weights or activations down is balanced by the signal, which "
-        "turns Hebbian, as under weight decay; dropout is noise, which turns it anti-Hebbian; behind "
-        "a batch or spectral norm the length of a weight has no effect on the loss, so no signal "
-        "balances its decay.",
+        "turns Hebbian, as under weight decay; dropout is noise, which turns it anti-Hebbian; "
+        "behind a batch or spectral norm the length of a weight has no effect on the loss, so no "
+        "signal balances its decay.",
         "W is the weight that the forward uses, S = −∂ℓ/∂W without the penalty. Penalties act on "
         "all weights, or on both hidden layers' activations, at γ = 0. Normalisations have no "
         "strength: beside them acts weight decay on all parameters. Batch normalisation is that of "
