@@ -20,8 +20,10 @@ def patch_norms(
     groups: int,
 ) -> Tensor:
     """‖x‖² of every patch (N, groups, positions) of a batch of images (N, C, H, W)."""
-    ones = x.new_ones((groups, x.shape[1] // groups, *kernel_size))
-    return F.conv2d(x.square(), ones, None, stride, padding, dilation, groups).flatten(2)
+    pixels = x.square().unflatten(1, (groups, -1)).sum(2)
+    ones = x.new_ones((1, 1, *kernel_size))
+    sums = F.conv2d(pixels.flatten(0, 1)[:, None], ones, None, stride, padding, dilation)
+    return sums.view(x.shape[0], groups, -1)
 
 
 def measure(
@@ -37,13 +39,13 @@ def measure(
     product = g * u
     inner = (product * along).neg_()
     if decay == "none":  # S and B are multiples of one x
-        exists, cosine = inner, inner.sign()
+        cosine = inner.sign()
+        exists = cosine * cosine
     else:
         lengths = x2.sqrt() * length2.sqrt()
-        exists = (product != 0) & (lengths != 0)
-        cosine = torch.where(exists, -product.sign() * along / lengths, 0.0)
-    number = exists.count_nonzero((0, 3)).flatten().to(g.dtype)
-    neurons = torch.stack([per_neuron(inner), per_neuron(cosine), number], 1)
+        exists = ((product != 0) & (lengths != 0)).to(g.dtype)
+        cosine = torch.where(exists != 0, -product.sign() * along / lengths, 0.0)
+    neurons = torch.stack([per_neuron(t) for t in (inner, cosine, exists)], 1)
     rows = inner.sum((1, 2))
     signal2, hebbian2 = squares(g, x2), squares(u, length2)
     layer = torch.stack([rows.sum(), *(t.sum() for t in cosines(rows, signal2, hebbian2))])

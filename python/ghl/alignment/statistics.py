@@ -56,10 +56,11 @@ def of_batch(
         signal.to(sums.H0.dtype), sums.H0, sums.totals(), used, rule.decay, "gradient", "none"
     )
     rows = sums.count(layer)
+    cosines = sign * cosine(*torch.cat([neurons, layer[:, None]], 1))
     return Alignment(
-        cosine=sign * cosine(*layer),
+        cosine=cosines[-1],
         inner=sign * layer[0] / (rows * rows if of_sum else rows),
-        neurons=sign * cosine(*neurons),
+        neurons=cosines[:-1],
     )
 
 
@@ -91,10 +92,10 @@ def in_range(square: Tensor) -> Tensor:
 def flips(before: Tensor, now: Tensor) -> Tensor:
     """The share of signs (int8), of those not 0 in either, that are opposite; NaN if there is none.
 
-    Sums of products: comparing and counting takes a CPU four times as long.
+    Sums of products: comparing and counting takes a CPU several times as long.
     """
     product = before * now
-    same_less_opposite, both = product.sum(), product.square_().sum()
+    same_less_opposite, both = product.sum(), (product * product).sum()
     return (both - same_less_opposite) / (2 * both)
 
 
