@@ -17,6 +17,7 @@ from ghl.cli import main
 from ghl.recipes.reproduce import (
     cells,
     command,
+    composition,
     dynamics,
     options,
     phase,
@@ -248,6 +249,20 @@ def test_a_transformer_cell(rule):
     assert first["validation_variance"] > 0
 
 
+def test_a_group_of_batches_is_measured_as_one_batch():
+    """Of one length, so that autograd can have them in one tensor; and all compositions."""
+    student = transformer_cells.draw_student(0)
+    x, y = torch.randint(16, (12, 5)), torch.randn(12, 32)
+    whole = composition.cosine(student, [(x, y)])
+    parts = composition.cosine(student, [(x[:4], y[:4]), (x[4:], y[4:])])
+    assert parts == pytest.approx(whole, abs=1e-5)
+    assert abs(whole - composition.cosine(student, [(x[:4], y[:4])])) > 1e-3
+    data = transformer_cells.batches(0, 64 * 33, 64, student)
+    found = composition.compositions(transformer_cells.draw_student(1), data)
+    assert list(found) == list(composition.NAMES)
+    assert found["6400"] != found["512"] != found["mixed"] != found["one"]
+
+
 def test_weights_that_are_gone_are_told_as_collapse(tmp_path):
     arguments = {"decay": 5e-3}
     result = {
@@ -278,8 +293,11 @@ def test_cross_entropy_of_a_stack():
 
 
 def test_a_trial_of_the_other_experiments(tmp_path):
-    names = "length-sgd length-dfa generalisation batch lr noise regularisers rules early neurons"
-    words = f"reproduce {names} --seeds 1 --processes 1 --shorten 100"
+    names = (
+        "length-sgd length-dfa composition generalisation batch lr noise regularisers rules early"
+        " neurons"
+    )
+    words = f"reproduce {names} --seeds 1 --transformer-seeds 1 --processes 1 --shorten 100"
     assert main([*words.split(), "--out", str(tmp_path)]) == 0
     text = (tmp_path / "report.md").read_text()
     for name in names.split():

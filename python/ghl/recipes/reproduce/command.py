@@ -13,6 +13,7 @@ from typing import Any
 
 from ghl.recipes.errors import check_integer
 from ghl.recipes.reproduce import (
+    composition,
     dynamics,
     phase_diagram,
     regression,
@@ -62,6 +63,9 @@ EXPERIMENTS = {
     "length-sgd": sweep_experiment("length-sgd"),
     "length-dfa": sweep_experiment("length-dfa"),
     "transformer": Experiment(table_cells("transformer"), table.summarize_transformer),
+    "composition": Experiment(
+        lambda s: composition.cells(s.transformer_seeds, s.shorten), composition.summarize
+    ),
     "phase": Experiment(lambda s: phase_diagram.cells(s.seeds, s.shorten), phase_diagram.summarize),
     "regression": Experiment(regression.cells, regression.summarize),
     "generalisation": sweep_experiment("generalisation"),
