@@ -7,6 +7,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 import ghl
 from ghl.alignment import Monitor
+from tests.alignment.oracle import assert_same_report
 
 
 def model_of_two():
@@ -184,6 +185,63 @@ def test_weight_shared_with_an_embedding():
     head.weight = embedding.weight
     monitor = Monitor(nn.Sequential(embedding, head))
     assert "shared with '0' (Embedding)" in gap(monitor, "1")
+
+
+def doubled_by_a_hook(layer):
+    layer.register_forward_hook(lambda module, args, y: 2 * y)
+
+
+def with_an_adapter(layer):
+    A = torch.randn(layer.weight.shape)
+    layer.forward = lambda x: nn.functional.linear(x, layer.weight, layer.bias) + x @ A.T
+
+
+@pytest.mark.parametrize("change", [doubled_by_a_hook, with_an_adapter])
+def test_output_that_is_not_the_layers_own(change):
+    model = model_of_two()
+    change(model[0])
+    monitor = Monitor(model)
+    model(torch.randn(2, 3)).square().sum().backward()
+    assert gap(monitor) == "its output was changed by a hook, or its forward replaced"
+    assert monitor.report()["2"]["batch"]
+
+
+def test_frozen_after_attaching():
+    model = model_of_two()
+    monitor = Monitor(model)
+    model[0].weight.requires_grad_(False)
+    model(torch.randn(2, 3)).sum().backward()
+    assert gap(monitor) == "its weight is frozen"
+
+
+def test_gradients_that_are_no_signal():
+    """Of a weight, by autograd.grad: a gap. Of inputs, as for adversarial examples: ignored."""
+    model, x = model_of_two(), torch.randn(2, 3, requires_grad=True)
+    reports = []
+    for adversarial in (False, True):
+        with Monitor(model) as monitor:
+            loss = model(x).square().sum()
+            if adversarial:
+                torch.autograd.grad(loss, x, retain_graph=True)
+            loss.backward()
+            reports.append(monitor.report())
+            model.zero_grad()
+    assert_same_report(*reports)
+    monitor = Monitor(model)
+    loss = model(x).square().sum()
+    torch.autograd.grad(loss, model[0].weight, retain_graph=True)
+    loss.backward()
+    assert "did not reach weight.grad" in gap(monitor)
+
+
+def test_gradient_penalty():
+    """What comes back through a backward is a signal that no hook on an output sees."""
+    model, x = model_of_two(), torch.randn(2, 3, requires_grad=True)
+    monitor = Monitor(model)
+    y = model(x)
+    (slope,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    (y.square().sum() + slope.square().sum()).backward()
+    assert "create_graph=True" in gap(monitor)
 
 
 def test_optimizer_with_a_closure():

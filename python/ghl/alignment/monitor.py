@@ -118,6 +118,10 @@ class Monitor:
         measurable = (t for t in targets if t.gap is None)
         for module in dict.fromkeys(m for target in measurable for m in target.classes):
             self._attach(module)
+        for track in self._tracks:
+            if track.target.weight is not None and track.gathers:
+                done = hooks.Hook(weak(track, "accumulated"))
+                self._handles.append(track.target.weight.register_post_accumulate_grad_hook(done))
 
     def _attach(self, module: nn.Module) -> None:
         if not isinstance(module, nn.MultiheadAttention):
@@ -237,15 +241,22 @@ class Monitor:
             return
         recomputed = torch._C._current_graph_task_id() != -1  # by activation checkpointing
         sums.uses += not recomputed
+        if not use.leaf.requires_grad:
+            sums.problem = "its weight is frozen"
+        elif not track.target.ruled and not hooks.is_product(use, y):
+            sums.problem = "its output was changed by a hook, or its forward replaced"
 
         def arrive(g: Tensor, G: Tensor | None) -> None:
             if sums is not track.sums:
                 return  # of a forward whose step has ended
             if not training:
                 sums.problem = "ran in evaluation mode: call model.train()"
+            if torch.is_grad_enabled():
+                sums.problem = "backward(create_graph=True) makes signals that are not seen"
+            sums.arrived.add(torch._C._current_graph_task_id())
             sums.add(use, g, G)
 
-        hooks.on_gradient(y, arrive)
+        hooks.on_gradient(use, y, arrive)
 
     def _enter(self, module: nn.MultiheadAttention, args: tuple) -> None:
         self._depth = 0
@@ -324,9 +335,9 @@ class Monitor:
             track.after(optimizer)
 
 
-def weak(monitor: Monitor, method: str) -> Any:
-    """A call of a method that does not keep the Monitor alive; nothing once it is gone."""
-    reference = weakref.ref(monitor)
+def weak(owned: Any, method: str) -> Any:
+    """A call of a method that does not keep its object alive; nothing once it is gone."""
+    reference = weakref.ref(owned)
 
     def call(*args: Any, **kwargs: Any) -> None:
         owner = reference()

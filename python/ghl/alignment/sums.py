@@ -49,6 +49,9 @@ class Use:
     ) -> None:
         self.x, self.y, self.weight = x.detach(), y.detach(), weight.detach()
         self.bias = None if bias is None else bias.detach()
+        # the Parameters, of which attention uses slices
+        self.leaf: Tensor = weight if weight._base is None else weight._base
+        self.bias_leaf = bias if bias is None or bias._base is None else bias._base
         self.versions = x._version, y._version
         self.again, self.geometry, self.neurons = again, geometry, neurons
         self.arrivals = 0
@@ -97,6 +100,8 @@ class Sums:
         self.elsewhere: Tensor | None = None  # number of ranks with a problem
         self.zeroed: Tensor | None = None  # whether earlier gradients were set to zero, not None
         self.uses = self.answered = 0
+        self.arrived: set[int] = set()  # backwards that came through a use
+        self.accumulated: set[int] = set()  # and those that reached weight.grad
         self.rows = 0.0
         self._all_rows: Tensor | None = None  # of all ranks
         self.G: Tensor | None = None

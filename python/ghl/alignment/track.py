@@ -41,12 +41,20 @@ class Track:
         self._given = False
         self.sums = self._new_sums()
 
+    @property
+    def gathers(self) -> bool:
+        """Whether the signal is what backwards leave in weight.grad, and not a rule's."""
+        return not (self.target.ruled or self.takes_signals or self.target.gap)
+
     def _new_sums(self) -> Sums:
         weight = self.target.weight
         shape: Any = torch.empty(0, 0) if weight is None or self.target.gap else weight
-        ruled = self.target.ruled
-        signal = not (ruled or self.takes_signals)
-        return Sums(shape, self.rule, self.batch, self.sample and not ruled, signal)
+        sample = self.sample and not self.target.ruled
+        return Sums(shape, self.rule, self.batch, sample, self.gathers)
+
+    def accumulated(self, weight: Tensor) -> None:
+        """A backward has added to weight.grad."""
+        self.sums.accumulated.add(torch._C._current_graph_task_id())
 
     @property
     def grad(self) -> Tensor | None:
@@ -139,6 +147,8 @@ class Track:
             return "did not run in training (nor in eager mode: torch.compile hides layers)"
         if sums.answered == 0:
             return "ran, but no gradient reached its output"
+        if self.gathers and not sums.arrived <= sums.accumulated:
+            return "a gradient went through it that did not reach weight.grad (autograd.grad?)"
         if sums.answered < sums.uses:
             return f"{sums.uses - sums.answered} of {sums.uses} uses received no gradient"
         if self.takes_signals and not self._given:
