@@ -1,6 +1,8 @@
 """`ghl train --align-every`: what is recorded, that training does not see it, kills and resumes."""
 
+import errno
 import json
+import os
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ import torchvision
 from torchvision.models import ResNet, VisionTransformer
 from torchvision.models.resnet import Bottleneck
 
+from ghl.alignment import sinks
 from ghl.alignment.sinks import read_csv
 from ghl.cli import main
 from ghl.recipes import recording
@@ -108,6 +111,27 @@ def test_it_may_begin_when_a_run_is_resumed(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(settings))
     train(open_run(tmp_path, {"align_every": 4}, resume=True))
     assert sorted({int(row["step"]) for row in alignment(tmp_path)}) == [8]
+
+
+def test_a_full_disk_ends_the_recording_and_not_the_run(tmp_path, monkeypatch, capsys):
+    write, count = sinks.write_rows, 0
+
+    def full(file, lines):
+        nonlocal count
+        count += 1
+        if count > 2:
+            file.write("half a ro")
+            file.flush()
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(file, lines)
+
+    monkeypatch.setattr(sinks, "write_rows", full)
+    settings = SMALL | {"align_every": 1, "epochs": 1}
+    train(Run(tmp_path, Config.resolve(settings)))
+    printed = capsys.readouterr().out
+    assert printed.count("alignment is not recorded any more") == 1
+    assert {row["step"] for row in alignment(tmp_path)} == {"0"}
+    assert state(tmp_path)["epoch"] == 1
 
 
 def inner_products(tmp_path, scale):

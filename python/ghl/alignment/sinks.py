@@ -220,11 +220,7 @@ class Sinks:
     """Several sinks as one, closed at the end of a `with` block."""
 
     def __init__(self, *sinks: Sink) -> None:
-        self._sinks = list(sinks)
-
-    def attach(self, sink: Sink) -> None:
-        """Add one more, which is closed with the others."""
-        self._sinks.append(sink)
+        self._sinks = sinks
 
     def add(self, report: Report, step: int | None = None) -> None:
         for sink in self._sinks:

@@ -6,7 +6,7 @@ What is measured is `ghl.alignment`'s; here is when, and that the files go on wi
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import nn
 from ghl.alignment import Monitor
 from ghl.alignment.sinks import Csv, Sink, Sinks, TensorBoard
 from ghl.layers import Plastic
+from ghl.recipes.checkpoint import FULL
 from ghl.recipes.trainer import Trainer
 
 
@@ -29,12 +30,18 @@ def recorded(trainer: Trainer, out: Path) -> Iterator[None]:
         yield
         return
     start = trainer.schedule.last_epoch
-    with Monitor(trainer.model, every=config.align_every, start=start) as monitor, Sinks() as sinks:
+    with Monitor(trainer.model, every=config.align_every, start=start) as monitor:
+        recording = Recording(trainer, monitor, Sinks())
         if trainer.world.main:
-            sinks.attach(Csv(out, neurons=config.align_neurons, start=start))
-            sinks.attach(TensorBoard(out / "tensorboard" / "alignment", start))
-        trainer.around_step = Recording(trainer, monitor, sinks).step
-        yield
+            recording.sink = Sinks(
+                Csv(out, neurons=config.align_neurons, start=start),
+                TensorBoard(out / "tensorboard" / "alignment", start),
+            )
+        trainer.around_step = recording.step
+        try:
+            yield
+        finally:
+            recording.sink.close()
 
 
 class Recording:
@@ -53,7 +60,19 @@ class Recording:
             self.monitor.step()
         if measured and self.trainer.world.main:
             report = self.monitor.report()
-            self.sink.add(report if scale == 1 else unscaled(report, self.trainer.model, scale))
+            self._add(report if scale == 1 else unscaled(report, self.trainer.model, scale))
+
+    def _add(self, report: dict[str, dict[str, Any]]) -> None:
+        """On a full disk the run goes on, unrecorded: a row after half a row would be lost too."""
+        try:
+            self.sink.add(report)
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            print(f"the disk is full ({error}): alignment is not recorded any more", flush=True)
+            with suppress(OSError):
+                self.sink.close()
+            self.sink = Sinks()
 
 
 def unscaled(

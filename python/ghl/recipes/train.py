@@ -4,7 +4,6 @@ What an epoch does is in `trainer.py`, what the files look like in `metrics.py` 
 `checkpoint.py`.
 """
 
-import errno
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 
 from ghl.recipes import checkpoint, metrics, sharded
-from ghl.recipes.checkpoint import NotWritten
+from ghl.recipes.checkpoint import FULL, NotWritten
 from ghl.recipes.config import Config
 from ghl.recipes.distributed import World
 from ghl.recipes.figures import draw_curves
@@ -23,7 +22,6 @@ from ghl.recipes.recording import recorded
 from ghl.recipes.trainer import Diverged, Trainer
 
 CONFIG, CHECKPOINT, METRICS = "config.json", "checkpoint.pt", "metrics.csv"
-FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
