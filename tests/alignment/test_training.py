@@ -156,6 +156,37 @@ def test_parts_of_a_batch_add_up(how):
         assert "several backwards" in found["0"]["gaps"]["sample"]
 
 
+@pytest.mark.parametrize("memory", ["unbatched", "channels_last"])
+def test_images_in_other_forms_give_the_same_numbers(memory):
+    model = nn.Sequential(nn.Conv2d(4, 6, 3, groups=2), nn.ReLU(inplace=True)).double()
+    x, reports = torch.randn(1, 4, 8, 8).double(), []
+    for form in ("plain", memory):
+        if form == "channels_last":
+            model.to(memory_format=torch.channels_last)
+            x = x.contiguous(memory_format=torch.channels_last)
+        model.zero_grad()
+        with Monitor(model) as monitor:
+            model(x[0] if form == "unbatched" else x).square().mean().backward()
+            reports.append(monitor.report())
+    assert_same_report(*reports)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("form", ["transposed", "expanded"])
+def test_rows_in_two_dimensions_are_those_in_one(form, bias):
+    """F.linear multiplies and adds in other nodes there: the signal is what weight.grad says."""
+    model = nn.Sequential(nn.Linear(5, 4, bias=bias)).double()
+    x = torch.randn(3, 2, 5).double().transpose(0, 1) if form == "transposed" else (
+        torch.randn(3, 1, 5).double().expand(3, 2, 5)
+    )  # fmt: skip
+    monitor = Monitor(model)
+    model(x).sum().backward()
+    rows, w = x.reshape(-1, 5), model[0].weight
+    S, B = -w.grad, (rows @ w.detach().T).T @ rows
+    found = monitor.report()["0"]["batch"]
+    assert found["cosine"] == pytest.approx(float((S * B).sum() / S.norm() / B.norm()))
+
+
 def test_gradients_that_were_dropped_do_not_count():
     model = nn.Sequential(nn.Linear(3, 4)).double()
     x, other = torch.randn(6, 3).double(), torch.randn(6, 3).double()

@@ -83,7 +83,7 @@ WEIGHTS = {
     "MmBackward0": (1, True),
     "ConvolutionBackward0": (1, False),
 }
-RESHAPING = ("ViewBackward0", "UnsafeViewBackward0")
+RESHAPING = ("ViewBackward0", "UnsafeViewBackward0", "SqueezeBackward1")
 
 
 def producer(use: Use, y: Tensor) -> Any:
