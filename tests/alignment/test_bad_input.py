@@ -180,6 +180,40 @@ def test_layers_that_compute_differently():
     assert "LazyLinear" in gap(monitor, "2")
 
 
+def test_layers_of_other_kinds_are_told():
+    """Not left out: a report without them would look complete."""
+
+    class Conv1D(nn.Module):
+        """As in transformers' GPT-2."""
+
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 4))
+
+        def forward(self, x):
+            return x @ self.weight
+
+    kinds = (
+        nn.Linear(4, 4),
+        Conv1D(),
+        nn.LayerNorm((2, 4)),
+        nn.Embedding(3, 4),
+        nn.Conv1d(2, 2, 1),
+    )
+    model = nn.Sequential(*kinds)
+    model.forward = lambda x: model[4](model[2](model[1](model[0](x))))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    monitor = Monitor(model)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(torch.randn(3, 2, 4)).square().mean().backward()
+        optimizer.step()
+    assert list(monitor.report()) == ["0", "1", "4"]
+    assert monitor.report()["0"]["batch"]
+    assert "is a Conv1D, a kind of layer that is not measured" in gap(monitor, "1")
+    assert "is a Conv1d" in gap(monitor, "4")
+
+
 def test_weight_shared_with_an_embedding():
     embedding, head = nn.Embedding(5, 3), nn.Linear(3, 5, bias=False)
     head.weight = embedding.weight
