@@ -20,7 +20,7 @@ from ghl.recipes.reproduce.cells import Cell
 from ghl.recipes.reproduce.report import Section, mean_std, save_figure, write_csv
 from ghl.recipes.reproduce.transformer import LAYER, batches, draw_student, forever
 
-LR, BATCH, EXAMPLES = 1e-3, 64, 20_000
+LR, BATCH = 1e-3, 64
 TRAININGS = ((5e-5, 2000), (5e-4, 2000), (5e-4, 6000))  # γ and steps; the table has 2000
 Batch = tuple[Tensor, Tensor]
 NAMES = {
@@ -31,9 +31,11 @@ NAMES = {
 }
 
 
-def cell(decay: float, seed: int, steps: int, parts: int = 100) -> dict[str, float]:
+def cell(
+    decay: float, seed: int, steps: int, parts: int = 100, examples: int = 20_000
+) -> dict[str, float]:
     """The mean cosine for each composition, from the first `parts` batches of the training set."""
-    data = batches(1_000_000 + seed, EXAMPLES, BATCH, draw_student(2_000_000 + seed))
+    data = batches(1_000_000 + seed, examples, BATCH, draw_student(2_000_000 + seed))
     student = draw_student(seed)
     optimizer = torch.optim.Adam(student.parameters(), LR, weight_decay=decay)
     for tokens, target in forever(data, seed, steps):
@@ -69,11 +71,12 @@ def cosine(student: nn.Module, group: Sequence[Batch]) -> float:
 
 
 def cells(seeds: int, shorten: int = 1) -> list[Cell]:
-    """One cell a training and seed."""
+    """One cell a training and seed; a trial measures with fewer batches too."""
+    trial = {"parts": 8, "examples": 8 * BATCH} if shorten > 1 else {}
     function = "ghl.recipes.reproduce.composition:cell"
     return [
         Cell(f"composition-{decay:g}-{steps}-{seed}", function,
-             {"decay": decay, "seed": seed, "steps": steps // shorten}, cost=steps)
+             {"decay": decay, "seed": seed, "steps": steps // shorten, **trial}, cost=steps)
         for seed in range(seeds)
         for decay, steps in TRAININGS
     ]  # fmt: skip
