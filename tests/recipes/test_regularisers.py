@@ -10,6 +10,7 @@ from torch.nn.utils import parametrizations
 from ghl.recipes.reproduce import regularisation, sre
 from ghl.recipes.reproduce.regularisers import REGULARISERS, Regularised
 from ghl.recipes.reproduce.students import Stack, alignment, squared_error
+from tests.recipes.students import single
 
 LINEAR = (0, 2, 4)
 STRENGTHS = (0.0, 0.05)
@@ -17,13 +18,7 @@ STRENGTHS = (0.0, 0.05)
 
 def alone(stack, index, kind):
     """Network `index` of a stack as PyTorch builds it under `kind`."""
-    layers = []
-    for w, b in zip(stack.weights, stack.biases, strict=True):
-        layer = nn.Linear(w.shape[2], w.shape[1])
-        layer.weight.data.copy_(w[index])
-        layer.bias.data.copy_(b[index, 0])
-        layers += [layer, nn.Tanh()]
-    model = nn.Sequential(*layers[:-1])
+    model = single(stack, index)
     for place in LINEAR:
         if kind == "weight-norm":
             parametrizations.weight_norm(model[place])

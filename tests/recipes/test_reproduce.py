@@ -33,17 +33,7 @@ from ghl.recipes.reproduce import (
 from ghl.recipes.reproduce import transformer as transformer_cells
 from ghl.recipes.reproduce.students import Learner, Stack, alignment, squared_error
 from tests.recipes.slow_cells import make
-
-
-def single(stack, index):
-    """Network `index` of a stack as an nn.Sequential."""
-    layers = []
-    for w, b in zip(stack.weights, stack.biases, strict=True):
-        layer = nn.Linear(w.shape[2], w.shape[1])
-        layer.weight.data.copy_(w[index])
-        layer.bias.data.copy_(b[index, 0])
-        layers += [layer, nn.Tanh()]
-    return nn.Sequential(*layers[:-1])
+from tests.recipes.students import single
 
 
 @pytest.mark.parametrize(("rule", "kind"), [("sgd", torch.optim.SGD), ("adam", torch.optim.Adam)])

@@ -43,8 +43,8 @@ class Monitor:
     """Measures every `every`-th step of a model's training, from the first (arXiv 2505.18069).
 
     S = −∂ℓ/∂W, without weight decay; for a layer that ghl.swap gave a rule, what the rule adds.
-    B = h_b h_aᵀ: a layer's input h_a, its output h_b without bias. Positive is Hebbian. S is that of
-    the layer's own uses: a penalty on its weight, or other code that takes it, is not in it.
+    B = h_b h_aᵀ: a layer's input h_a, its output h_b without bias. Positive is Hebbian. S is
+    that of the layer's own uses: not of a penalty on its weight, nor of other code that takes it.
 
     hebbian: the direction B: `hebb`, `oja` (B less its decay), `ghl`, or a Rule, of which
         competition, tau and decay count. A competition sees the output with bias.

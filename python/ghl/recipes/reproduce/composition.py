@@ -119,8 +119,8 @@ def summarize(results: Mapping[str, dict[str, Any]], out: Path) -> Section:
          for name, label in NAMES.items()],
         "composition.png",
         [f"Training in batches of {BATCH} rows of one length, {seeds} seeds. What a mean over "
-         "tokens has to learn differs with their number: a batch of one length has a signal of its "
-         "own, which the next ones take back, and which more rows or mixed lengths average out.",
+         "tokens has to learn differs with their number: a batch of one length may have a signal "
+         "of its own, which the next ones take back, and which mixed lengths average out.",
          "So far as the rows and columns differ, the published figure depends on choices that the "
          "paper leaves open. A difference that no row or column makes up for is unexplained."],
     )  # fmt: skip
