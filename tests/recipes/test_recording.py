@@ -44,15 +44,15 @@ def alignment(out):
 
 @pytest.mark.parametrize("rule", ["bp", "ghl"])
 def test_training_is_bit_identical_and_every_layer_recorded(tmp_path, rule):
-    assert command(tmp_path / "plain", rule=rule) == 0
-    assert command(tmp_path / "seen", "--align-neurons", rule=rule, align_every=3) == 0
+    assert command(tmp_path / "plain", rule=rule, epochs=1) == 0
+    assert command(tmp_path / "seen", "--align-neurons", rule=rule, epochs=1, align_every=3) == 0
     plain, seen = state(tmp_path / "plain"), state(tmp_path / "seen")
     for part in ("model", "average", "optimizer"):
         torch.testing.assert_close(seen[part], plain[part], rtol=0, atol=0)
     assert torch.equal(plain["ranks"][0]["random"]["torch"], seen["ranks"][0]["random"]["torch"])
     rows = alignment(tmp_path / "seen")
     assert [(int(r["step"]), r["layer"]) for r in rows] == [
-        (step, layer) for step in (0, 3, 6, 9) for layer in LAYERS
+        (step, layer) for step in (0, 3) for layer in LAYERS
     ]
     for row in rows:
         assert -1 <= float(row["batch_cosine"]) <= 1
@@ -159,7 +159,7 @@ def small_network(name, weights, **options):
     """resnet50 and vit_b_16 as torchvision builds them, at a hundredth of their size."""
     classes = options["num_classes"]
     if name == "resnet50":
-        return ResNet(Bottleneck, [1, 1, 1, 1], classes, groups=8, width_per_group=1)
+        return ResNet(Bottleneck, [1, 1, 1, 1], classes, width_per_group=4)
     return VisionTransformer(options["image_size"], 16, 2, 2, 32, 64, num_classes=classes)
 
 
