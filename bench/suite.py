@@ -147,6 +147,8 @@ def stages(work: Path, out: Path, dry: bool) -> list[Stage]:
     tune = [*bench, "tune", "--log", f"{out}/tune.json", "--budget", "{seconds}"]
     first = [python, "-m", "bench.first_update", "--device", device, "--out", f"{work}/first.json"]
     train = [python, "-m", "bench.train_step", "--out", f"{work}/train_step.json"]
+    monitor = [python, "-m", "bench.alignment_overhead", "--device", "cuda"]
+    monitor += ["--out", f"{work}/monitor.json"]
     if dry:
         pip = [python, "-c", "print('install: not in a dry run')"]
         pytest, tests = [python, "-m", "pytest", "-q"], ["tests/kernels/test_rule.py"]
@@ -171,6 +173,7 @@ def stages(work: Path, out: Path, dry: bool) -> list[Stage]:
         Stage("first_update", tuple(first), 60, 25, checks=False, environment=tables),
         Stage("train_step", tuple(train), 100, 50, checks=False, environment=tables,
               skipped=no_gpu or no_step),
+        Stage("monitor", tuple(monitor), 60, 30, checks=False, skipped=no_gpu),
     ]  # fmt: skip
 
 
@@ -270,6 +273,9 @@ def assemble(suite: Suite) -> dict[str, Any]:
     step = read(suite.work / "train_step.json")
     if step:
         summary["train_step"] = step
+    monitor = read(suite.work / "monitor.json")
+    if monitor:
+        summary["monitor"] = monitor
     result["layers"] = result.pop("layers", [])  # the long part last
     return result
 

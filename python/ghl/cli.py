@@ -54,6 +54,10 @@ def train_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int)
     add("--device", help="cpu, cuda, cuda:1; by default a GPU where there is one")
     add("--workers", type=int, help="processes that load data")
+    add(
+        "--align-every", type=int, metavar="N", help="record alignment every N steps: see ghl align"
+    )
+    add("--align-neurons", action="store_true", default=None, help="and that of every neuron")
     large_arguments(parser)
     add("--out", type=Path, metavar="DIR", help="by default runs/DATA-ARCH-RULE")
     add("--resume", action="store_true", help="continue the run in DIR from its checkpoint")

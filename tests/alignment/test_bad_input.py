@@ -7,6 +7,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 import ghl
 from ghl.alignment import Monitor
+from tests.alignment.oracle import assert_same_report
 
 
 def model_of_two():
@@ -25,6 +26,7 @@ def gap(monitor, name="0", part="layer"):
         ({"every": 0}, "every is 0, must be an integer of at least 1"),
         ({"every": 2.5}, "every is 2.5"),
         ({"every": True}, "every is True"),
+        ({"start": -1}, "start is -1, must be an integer of at least 0"),
         ({"hebbian": "heb"}, "hebbian is 'heb'.*did you mean 'hebb'"),
         ({"statistic": "all"}, "statistic is 'all', must be one of batch, sample, both"),
         ({"loss": "median"}, "loss is 'median'"),
@@ -118,6 +120,16 @@ def test_signal_that_is_not_finite(bad):
         assert "NaN or infinity" in gap(monitor, "2", part)
 
 
+@pytest.mark.parametrize(("size", "scale"), [(1e12, 1e-6), (1.0, 1e-22)])
+def test_numbers_whose_squares_leave_the_range(size, scale):
+    """There is a cosine, but ‖B‖² or ‖S‖² is none of float32's numbers: it is not 0, nor any."""
+    model = nn.Sequential(nn.Linear(3, 4, bias=False))
+    monitor = Monitor(model)
+    (model(torch.randn(2, 3) * size).sum() * scale).backward()
+    for part in ("batch", "sample"):
+        assert gap(monitor, part=part)
+
+
 def test_given_signals():
     monitor = Monitor(model_of_two(), signal="given")
     with pytest.raises(ValueError, match=r"signal has shape \(3, 4\), must be \(4, 3\)"):
@@ -166,11 +178,102 @@ def test_layers_that_compute_differently():
     assert "LazyLinear" in gap(monitor, "2")
 
 
+def test_layers_of_other_kinds_are_told():
+    """Not left out: a report without them would look complete."""
+
+    class Conv1D(nn.Module):
+        """As in transformers' GPT-2."""
+
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 4))
+
+        def forward(self, x):
+            return x @ self.weight
+
+    kinds = (
+        nn.Linear(4, 4),
+        Conv1D(),
+        nn.LayerNorm((2, 4)),
+        nn.Embedding(3, 4),
+        nn.Conv1d(2, 2, 1),
+    )
+    model = nn.Sequential(*kinds)
+    model.forward = lambda x: model[4](model[2](model[1](model[0](x))))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    monitor = Monitor(model)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(torch.randn(3, 2, 4)).square().mean().backward()
+        optimizer.step()
+    assert list(monitor.report()) == ["0", "1", "4"]
+    assert monitor.report()["0"]["batch"]
+    assert "is a Conv1D, a kind of layer that is not measured" in gap(monitor, "1")
+    assert "is a Conv1d" in gap(monitor, "4")
+
+
 def test_weight_shared_with_an_embedding():
     embedding, head = nn.Embedding(5, 3), nn.Linear(3, 5, bias=False)
     head.weight = embedding.weight
     monitor = Monitor(nn.Sequential(embedding, head))
     assert "shared with '0' (Embedding)" in gap(monitor, "1")
+
+
+def doubled_by_a_hook(layer):
+    layer.register_forward_hook(lambda module, args, y: 2 * y)
+
+
+def with_an_adapter(layer):
+    A = torch.randn(layer.weight.shape)
+    layer.forward = lambda x: nn.functional.linear(x, layer.weight, layer.bias) + x @ A.T
+
+
+@pytest.mark.parametrize("change", [doubled_by_a_hook, with_an_adapter])
+def test_output_that_is_not_the_layers_own(change):
+    model = model_of_two()
+    change(model[0])
+    monitor = Monitor(model)
+    model(torch.randn(2, 3)).square().sum().backward()
+    assert gap(monitor) == "its output was changed by a hook, or its forward replaced"
+    assert monitor.report()["2"]["batch"]
+
+
+def test_frozen_after_attaching():
+    model = model_of_two()
+    monitor = Monitor(model)
+    model[0].weight.requires_grad_(False)
+    model(torch.randn(2, 3)).sum().backward()
+    assert gap(monitor) == "its weight is frozen"
+
+
+def test_gradients_that_are_no_signal():
+    """Of a weight, by autograd.grad: a gap. Of inputs, as for adversarial examples: ignored."""
+    model, x = model_of_two(), torch.randn(2, 3, requires_grad=True)
+    reports = []
+    for adversarial in (False, True):
+        with Monitor(model) as monitor:
+            loss = model(x).square().sum()
+            if adversarial:
+                torch.autograd.grad(loss, x, retain_graph=True)
+            loss.backward()
+            reports.append(monitor.report())
+            model.zero_grad()
+    assert_same_report(*reports)
+    monitor = Monitor(model)
+    loss = model(x).square().sum()
+    torch.autograd.grad(loss, model[0].weight, retain_graph=True)
+    loss.backward()
+    assert "did not reach weight.grad" in gap(monitor)
+
+
+def test_gradient_penalty():
+    """What comes back through a backward is a signal that no hook on an output sees."""
+    model, x = model_of_two(), torch.randn(2, 3, requires_grad=True)
+    monitor = Monitor(model)
+    y = model(x)
+    (slope,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    (y.square().sum() + slope.square().sum()).backward()
+    assert "create_graph=True" in gap(monitor)
 
 
 def test_optimizer_with_a_closure():
@@ -197,6 +300,17 @@ def test_gradients_set_to_zero_without_a_step():
         model(torch.randn(2, 3)).sum().backward()
         optimizer.zero_grad(set_to_none=False)
     assert "set_to_none=True" in gap(monitor)
+
+
+@pytest.mark.parametrize("statistic", ["both", "sample"])
+def test_a_gradient_that_is_zero_was_not_set_to_zero(statistic):
+    """A zero-initialised head: the layers before it get zeros from every backward."""
+    model = model_of_two()
+    nn.init.zeros_(model[2].weight)
+    monitor = Monitor(model, statistic=statistic)
+    for _ in range(2):
+        model(torch.randn(2, 3)).sum().backward()
+    assert "a norm is zero" in gap(monitor, "0", "sample")
 
 
 def test_a_gap_has_no_weight_norm_of_its_own_making():

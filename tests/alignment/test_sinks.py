@@ -138,3 +138,8 @@ def test_align_without_a_recording(tmp_path, capsys):
     sinks.Csv(tmp_path).close()
     assert main(["align", str(tmp_path)]) == 2
     assert "no step was measured" in capsys.readouterr().err
+
+
+def test_numbers_of_any_size_fit_into_the_table():
+    for value, told in ((-0.1234, "-0.123"), (1234.5, "1234.500"), (3e26, "3.00e+26")):
+        assert sinks.short(value) == told and len(told) < 9

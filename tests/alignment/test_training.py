@@ -70,7 +70,7 @@ def test_training_is_bit_identical(optimizer, options, swap):
 
 def test_only_measured_steps_are_looked_at(monkeypatch):
     looked = []
-    monkeypatch.setattr("ghl.alignment.sums.Sums.add", lambda self, use, g: looked.append(use))
+    monkeypatch.setattr("ghl.alignment.sums.Sums.add", lambda self, use, *g: looked.append(use))
     model = nn.Sequential(nn.Linear(3, 2))
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     monitor = Monitor(model, every=3)
@@ -156,6 +156,37 @@ def test_parts_of_a_batch_add_up(how):
         assert "several backwards" in found["0"]["gaps"]["sample"]
 
 
+@pytest.mark.parametrize("memory", ["unbatched", "channels_last"])
+def test_images_in_other_forms_give_the_same_numbers(memory):
+    model = nn.Sequential(nn.Conv2d(4, 6, 3, groups=2), nn.ReLU(inplace=True)).double()
+    x, reports = torch.randn(1, 4, 8, 8).double(), []
+    for form in ("plain", memory):
+        if form == "channels_last":
+            model.to(memory_format=torch.channels_last)
+            x = x.contiguous(memory_format=torch.channels_last)
+        model.zero_grad()
+        with Monitor(model) as monitor:
+            model(x[0] if form == "unbatched" else x).square().mean().backward()
+            reports.append(monitor.report())
+    assert_same_report(*reports)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("form", ["transposed", "expanded"])
+def test_rows_in_two_dimensions_are_those_in_one(form, bias):
+    """F.linear multiplies and adds in other nodes there: the signal is what weight.grad says."""
+    model = nn.Sequential(nn.Linear(5, 4, bias=bias)).double()
+    x = torch.randn(3, 2, 5).double().transpose(0, 1) if form == "transposed" else (
+        torch.randn(3, 1, 5).double().expand(3, 2, 5)
+    )  # fmt: skip
+    monitor = Monitor(model)
+    model(x).sum().backward()
+    rows, w = x.reshape(-1, 5), model[0].weight
+    S, B = -w.grad, (rows @ w.detach().T).T @ rows
+    found = monitor.report()["0"]["batch"]
+    assert found["cosine"] == pytest.approx(float((S * B).sum() / S.norm() / B.norm()))
+
+
 def test_gradients_that_were_dropped_do_not_count():
     model = nn.Sequential(nn.Linear(3, 4)).double()
     x, other = torch.randn(6, 3).double(), torch.randn(6, 3).double()
@@ -199,6 +230,90 @@ def test_a_rules_own_update_is_the_signal_of_a_swapped_layer(rule):
     assert found["batch"]["cosine"] == pytest.approx(float((S * B).sum() / S.norm() / B.norm()))
     assert "by a rule" in found["gaps"]["sample"]
     assert monitor.report()["2"]["sample"] is not None
+
+
+def merged_and_not(synchronized, monitor_first):
+    """Reports of three steps of a swapped layer, with ghl.synchronize or without."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    ghl.swap(model, types=nn.Linear, exclude=("2",))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    handles = [Monitor(model)] if monitor_first else []
+    if synchronized:
+        handles.append(ghl.synchronize(model, optimizer))
+    monitor = handles[0] if monitor_first else Monitor(model)
+    reports = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.randn(6, 3).double()).square().mean().backward()
+        if synchronized:
+            assert "made in optimizer.step()" in monitor.report()["0"]["gaps"]["layer"]
+        optimizer.step()
+        reports.append(monitor.report())
+    return reports
+
+
+@pytest.mark.parametrize("monitor_first", [False, True])
+def test_the_signal_of_a_synchronized_layer_is_the_merged_update(monitor_first):
+    """Whichever came first: the update is made in a hook before the step, and so is the report."""
+    plain, synchronized = (merged_and_not(s, monitor_first) for s in (False, True))
+    for one, other in zip(plain, synchronized, strict=True):
+        assert_same_report(one, other)
+
+
+def test_a_step_within_a_step_is_one():
+    """A subclass of an optimizer calls its base's step, and both call every hook."""
+
+    class Twice(torch.optim.SGD):
+        def step(self):
+            super().step()
+            super().step()
+
+    torch.optim.SGD([torch.zeros(1)], 0.1)  # SGD.step itself has its hooks from now on
+    model = nn.Sequential(nn.Linear(3, 2, bias=False)).double()
+    optimizer = Twice(model.parameters(), 0.1)
+    monitor = Monitor(model)
+    for step in range(3):
+        optimizer.zero_grad()
+        before = model[0].weight.detach().clone()
+        x = torch.randn(5, 3).double()
+        model(x).square().mean().backward()
+        optimizer.step()
+        found = monitor.report()["0"]
+        B = before @ x.T @ x / 5
+        assert (found["step"], monitor.steps) == (step, step + 1)
+        change = model[0].weight.detach() - before
+        assert found["update"]["inner"] == pytest.approx(float((change * B).sum()))
+
+
+def test_a_step_that_raised_is_forgotten():
+    model = nn.Sequential(nn.Linear(3, 2))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    monitor = Monitor(model)
+    for fails in (True, False):
+        optimizer.zero_grad()
+        model(torch.randn(5, 3)).square().mean().backward()
+        optimizer.param_groups[0]["lr"] = None if fails else 0.1
+        if fails:
+            with pytest.raises(TypeError):
+                optimizer.step()
+        else:
+            optimizer.step()
+    assert monitor.steps == 1
+    assert monitor.report()["0"]["update"]["cosine"]
+
+
+def test_a_run_that_goes_on_counts_on():
+    model = nn.Sequential(nn.Linear(3, 2))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    monitor = Monitor(model, every=4, start=6)
+    measured = []
+    for _ in range(4):
+        measured.append(monitor.measuring)
+        model(torch.randn(2, 3)).sum().backward()
+        optimizer.step()
+    assert measured == [False, False, True, False]
+    assert monitor.report()["0"]["step"] == 8
 
 
 def test_the_copy_of_a_model_is_not_measured(tmp_path):

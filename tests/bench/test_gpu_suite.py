@@ -158,7 +158,7 @@ def test_the_stages_are_those_of_the_issue(tmp_path: Path) -> None:
     stages = suite.stages(tmp_path, tmp_path, dry=False)
     assert [s.name for s in stages] == [
         "install", "tests", "kernels", "kernels_sm90", "sanitize", "tune", "measure",
-        "first_update", "train_step",
+        "first_update", "train_step", "monitor",
     ]  # fmt: skip
     assert sum(s.reserve for s in stages) < suite.SECONDS < 600
 

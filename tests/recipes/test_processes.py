@@ -11,6 +11,7 @@ import torch
 from torch.distributed import destroy_process_group, init_process_group
 from torch.distributed.checkpoint import FileSystemWriter
 
+from ghl.alignment.sinks import read_csv
 from ghl.recipes import checkpoint
 from ghl.recipes.config import Config
 from ghl.recipes.train import Run, evaluate, open_run, train
@@ -113,8 +114,11 @@ def undisturbed(start):
 
 @pytest.fixture(scope="module")
 def killed(start):
-    """The same, one of which was killed in the second epoch; what they left is in killed-left."""
-    return start("killed", KILL_AFTER)
+    """The same, one of which was killed in the second epoch; what they left is in killed-left.
+
+    Its alignment is recorded, which must change nothing.
+    """
+    return start("killed", KILL_AFTER, align_every=2)
 
 
 def rows(out):
@@ -140,10 +144,17 @@ def test_a_killed_rank_leaves_no_trace(killed, undisturbed):
     assert_same(state(out)["average"]["averages"], state(undisturbed)["average"]["averages"])
 
 
+def test_a_killed_run_has_recorded_every_measured_step_once(killed):
+    found = [(int(row["step"]), row["layer"]) for row in read_csv(killed[0] / "alignment.csv")]
+    layers = ("conv1", "conv2", "conv3", "classifier")
+    assert found == [(step, layer) for step in range(0, 14, 2) for layer in layers]
+
+
 def test_two_processes_are_one_with_two_micro_batches(start, tmp_path):
-    """Also of 29 images, of which one has 14 and the other 15: every image counts the same."""
+    """Also of 29 images, of which one has 14 and the other 15: every image counts the same. What
+    the rule adds to the weights is aligned alike."""
     settings = {"arch": "resnet20", "width": 0.5, "epochs": 1, "batch_size": 29}
-    settings |= {"limit_train": 87, "checkpoint_every": 9}
+    settings |= {"limit_train": 87, "checkpoint_every": 9, "align_every": 1}
     out, _ = start("two", accumulate=1, **settings)
     train(Run(tmp_path, Config.resolve(SMALL | settings | {"accumulate": 2})))
     begin = Trainer(Config.resolve(SMALL | settings)).model.state_dict()
@@ -151,6 +162,10 @@ def test_two_processes_are_one_with_two_micro_batches(start, tmp_path):
     for name in (name for name in one if name.endswith(("weight", "bias"))):
         apart = (two[name] - one[name]).abs().max() / (one[name] - begin[name]).abs().max()
         assert apart < 1e-3, name
+    rows, same = (read_csv(at / "alignment.csv")[:22] for at in (out, tmp_path))
+    for row, other in zip(rows, same, strict=True):
+        for part in ("batch_cosine", "update_cosine", "weight_norm"):
+            assert float(row[part]) == pytest.approx(float(other[part]), abs=1e-4), row["layer"]
 
 
 def test_evaluation_counts_every_image_once(undisturbed):

@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,11 +17,13 @@ from ghl.cli import main
 from ghl.recipes.reproduce import (
     cells,
     command,
+    composition,
     dynamics,
     options,
     phase,
     phase_diagram,
     regression,
+    report,
     rules,
     sce,
     sre,
@@ -30,17 +33,7 @@ from ghl.recipes.reproduce import (
 from ghl.recipes.reproduce import transformer as transformer_cells
 from ghl.recipes.reproduce.students import Learner, Stack, alignment, squared_error
 from tests.recipes.slow_cells import make
-
-
-def single(stack, index):
-    """Network `index` of a stack as an nn.Sequential."""
-    layers = []
-    for w, b in zip(stack.weights, stack.biases, strict=True):
-        layer = nn.Linear(w.shape[2], w.shape[1])
-        layer.weight.data.copy_(w[index])
-        layer.bias.data.copy_(b[index, 0])
-        layers += [layer, nn.Tanh()]
-    return nn.Sequential(*layers[:-1])
+from tests.recipes.students import single
 
 
 @pytest.mark.parametrize(("rule", "kind"), [("sgd", torch.optim.SGD), ("adam", torch.optim.Adam)])
@@ -193,6 +186,27 @@ def test_a_trial_of_the_table(tmp_path):
         assert f'src="{name}.png"' in (tmp_path / "report.html").read_text()
 
 
+def test_a_report_keeps_the_experiments_that_are_not_run_again(tmp_path):
+    def section(title, note):
+        return report.Section(
+            title, ["One.", "Two."], ["a", ""], [["1", ""], ["2", "|w|"]], "f.png", [note]
+        )
+
+    first, second = section("2. Two: SGD", "old"), section("11. Eleven", "kept")
+    report.write(tmp_path, [first, second])
+    text = (tmp_path / "report.md").read_text()
+    assert report.read(text) == [first, second]
+    assert report.markdown(report.read(text)) == text
+    report.write(tmp_path, [section("10. Ten", "new"), section("2. Two: SGD", "again")])
+    found = report.read((tmp_path / "report.md").read_text())
+    assert [(s.title, s.notes) for s in found] == [
+        ("2. Two: SGD", ["again"]), ("10. Ten", ["new"]), ("11. Eleven", ["kept"]),
+    ]  # fmt: skip
+    assert (tmp_path / "report.html").read_text().count("<h2>") == 3
+    committed = (Path(__file__).parents[2] / "bench/results/reproduce/report.md").read_text()
+    assert report.markdown(report.read(committed)) == committed
+
+
 def test_a_phase_diagram_of_a_known_boundary(tmp_path):
     """γ = 2e-5 + 250 σ² on the experiment's own grid; where no decay reaches it, no exponent."""
     for factor, wanted in ((250.0, "γ − γ₀ ∝ σ^2.0"), (1e6, "No exponent")):
@@ -225,6 +239,20 @@ def test_a_transformer_cell(rule):
     assert first["validation_variance"] > 0
 
 
+def test_a_group_of_batches_is_measured_as_one_batch():
+    """Of one length, so that autograd can have them in one tensor; and all compositions."""
+    student = transformer_cells.draw_student(0)
+    x, y = torch.randint(16, (12, 5)), torch.randn(12, 32)
+    whole = composition.cosine(student, [(x, y)])
+    parts = composition.cosine(student, [(x[:4], y[:4]), (x[4:], y[4:])])
+    assert parts == pytest.approx(whole, abs=1e-5)
+    assert abs(whole - composition.cosine(student, [(x[:4], y[:4])])) > 1e-3
+    data = transformer_cells.batches(0, 64 * 33, 64, student)
+    found = composition.compositions(transformer_cells.draw_student(1), data)
+    assert list(found) == list(composition.NAMES)
+    assert found["6400"] != found["512"] != found["mixed"] != found["one"]
+
+
 def test_weights_that_are_gone_are_told_as_collapse(tmp_path):
     arguments = {"decay": 5e-3}
     result = {
@@ -255,8 +283,11 @@ def test_cross_entropy_of_a_stack():
 
 
 def test_a_trial_of_the_other_experiments(tmp_path):
-    names = "length-sgd length-dfa generalisation batch lr noise rules early neurons"
-    words = f"reproduce {names} --seeds 1 --processes 1 --shorten 100"
+    names = (
+        "length-sgd length-dfa composition generalisation batch lr noise regularisers rules early"
+        " neurons"
+    )
+    words = f"reproduce {names} --seeds 1 --transformer-seeds 1 --processes 1 --shorten 100"
     assert main([*words.split(), "--out", str(tmp_path)]) == 0
     text = (tmp_path / "report.md").read_text()
     for name in names.split():

@@ -77,21 +77,60 @@ def padded(module: nn.Conv2d, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         return F.pad(x, (left, right, top, bottom), mode=mode), (0, 0)
 
 
-def on_gradient(y: Tensor, then: Callable[[Tensor], None]) -> None:
-    """Call `then` with ∂ℓ/∂y in every backward that reaches y.
+# which input of a layer's node is the weight, and whether it is the transposed one
+WEIGHTS = {
+    "AddmmBackward0": (2, True),
+    "MmBackward0": (1, True),
+    "ConvolutionBackward0": (1, False),
+}
+RESHAPING = ("ViewBackward0", "UnsafeViewBackward0", "SqueezeBackward1")
 
-    F.linear of three dimensions returns a view, whose own node an in-place operation cuts off; so
-    there the node below is watched, and its gradient has the rows in one dimension.
-    """
+
+def producer(use: Use, y: Tensor) -> Any:
+    """The node of the graph that has multiplied, below those that reshape and that add the bias."""
     node = y.grad_fn
-    while y._is_view() and node is not None and node.name() in ("ViewBackward0", "TBackward0"):
+    while node is not None:
+        children = [child for child, _ in node.next_functions]
+        bias = use.bias_leaf
+        adds = node.name() == "AddBackward0" and bias is not None and leaf(children[1]) is bias
+        if not adds and node.name() not in RESHAPING:
+            return node
+        node = children[0]
+    return node
+
+
+def leaf(node: Any) -> Tensor | None:
+    """The leaf that a node passes gradients to through casts, slices and transposes alone."""
+    while node is not None and len(node.next_functions) == 1:
         node = node.next_functions[0][0]
-    if node is None or node is y.grad_fn:
-        y.register_hook(then)
+    return getattr(node, "variable", None)
+
+
+def is_product(use: Use, y: Tensor) -> bool:
+    """Whether y comes straight from an operation on the weight; no longer so if another hook, or a
+    forward that was replaced, has made something of y."""
+    node = producer(use, y)
+    children = () if node is None else node.next_functions
+    return any(leaf(child) is use.leaf for child, _ in children)
+
+
+def on_gradient(use: Use, y: Tensor, then: Callable[[Tensor, Tensor | None], None]) -> None:
+    """Call `then` with ∂ℓ/∂y, and what it makes ∂ℓ/∂W if that is computed, in every backward that
+    reaches y.
+
+    Watched is the node that multiplies, whose gradients have the rows in one dimension: F.linear
+    of three dimensions returns a view of it, whose own node an operation in place cuts off.
+    """
+    node = producer(use, y)
+    if node is None or node.name() not in WEIGHTS:
+        y.register_hook(lambda g: then(g, None))
         return
+    place, transposed = WEIGHTS[node.name()]
 
-    def before(gradients: tuple[Tensor | None, ...]) -> None:
-        if gradients[0] is not None:
-            then(gradients[0])
+    def after(inputs: tuple[Tensor | None, ...], outputs: tuple[Tensor | None, ...]) -> None:
+        g, G = outputs[0], inputs[place]
+        unwanted = G is None and not torch.is_grad_enabled()  # this backward is of other inputs
+        if g is not None and not unwanted:
+            then(g, G.T if G is not None and transposed else G)
 
-    node.register_prehook(before)
+    node.register_hook(after)

@@ -43,7 +43,8 @@ class Monitor:
     """Measures every `every`-th step of a model's training, from the first (arXiv 2505.18069).
 
     S = −∂ℓ/∂W, without weight decay; for a layer that ghl.swap gave a rule, what the rule adds.
-    B = h_b h_aᵀ: a layer's input h_a, its output h_b without bias. Positive is Hebbian.
+    B = h_b h_aᵀ: a layer's input h_a, its output h_b without bias. Positive is Hebbian. S is
+    that of the layer's own uses: not of a penalty on its weight, nor of other code that takes it.
 
     hebbian: the direction B: `hebb`, `oja` (B less its decay), `ghl`, or a Rule, of which
         competition, tau and decay count. A competition sees the output with bias.
@@ -53,6 +54,7 @@ class Monitor:
     signal: `autograd`, or `given` where a learning rule hands it to `measure`.
     distributed: sum over all ranks of the process group, if there is one: on measured steps each
         must run the same model. False where ranks train models of their own.
+    start: the number of the first step, where a run goes on: steps 0, every, 2 every are measured.
 
     Under a GradScaler inner products are those of the scaled loss; cosines are not affected.
 
@@ -71,11 +73,14 @@ class Monitor:
         loss: str = "mean",
         signal: str = "autograd",
         distributed: bool = True,
+        start: int = 0,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model is {type(model).__name__}, must be an nn.Module")
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise ValueError(f"every is {every!r}, must be an integer of at least 1")
+        if isinstance(start, bool) or not isinstance(start, int) or start < 0:
+            raise ValueError(f"start is {start!r}, must be an integer of at least 0")
         if not isinstance(hebbian, Rule):
             check_choice("hebbian", hebbian, DIRECTIONS)
             hebbian = DIRECTIONS[hebbian]
@@ -93,7 +98,7 @@ class Monitor:
         self.every, self.given = every, signal == "given"
         self._distributed = distributed
         self._tracks = [
-            Track(t, hebbian, batch, sample and not self.given, loss == "mean", self.given)
+            Track(t, hebbian, batch, sample and not self.given, loss == "mean", self.given, start)
             for t in targets
         ]
         self._by_name = {name: track for track in self._tracks for name in track.target.names}
@@ -101,6 +106,9 @@ class Monitor:
             id(t.target.weight): t for t in self._tracks if t.target.weight is not None
         }
         self._attention: list[Projections | None] = []
+        self._depth = 0  # of optimizers' steps within one another
+        self._late: Any = None  # the hook of the outermost
+        self._closed = False  # whether it has run
         self._handles: list[Any] = [
             register_optimizer_step_pre_hook(weak(self, "_before_step")),
             register_optimizer_step_post_hook(weak(self, "_after_step")),
@@ -111,6 +119,10 @@ class Monitor:
         measurable = (t for t in targets if t.gap is None)
         for module in dict.fromkeys(m for target in measurable for m in target.classes):
             self._attach(module)
+        for track in self._tracks:
+            if track.target.weight is not None and track.gathers:
+                done = hooks.Hook(weak(track, "accumulated"))
+                self._handles.append(track.target.weight.register_post_accumulate_grad_hook(done))
 
     def _attach(self, module: nn.Module) -> None:
         if not isinstance(module, nn.MultiheadAttention):
@@ -125,6 +137,7 @@ class Monitor:
 
     def remove(self) -> None:
         """Take every hook off; the last report stays readable."""
+        self._leave_step()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -148,6 +161,11 @@ class Monitor:
     def measuring(self) -> bool:
         """Whether the step in progress is measured."""
         return any(t.steps % self.every == 0 for t in self._tracks if t.target.gap is None)
+
+    @property
+    def steps(self) -> int:
+        """The number of the step in progress; where optimizers differ, of the furthest weight."""
+        return max(track.steps for track in self._tracks)
 
     def report(self) -> dict[str, dict[str, Any]]:
         """The last measured step, by name of the layer; waits for the device.
@@ -194,6 +212,7 @@ class Monitor:
         return ready and dist.get_world_size() > 1
 
     def _after_forward(self, module: nn.Module, args: tuple, kwargs: dict, y: Any) -> None:
+        self._depth = 0  # a step that raised has not told its end
         weight = module._parameters.get("weight")
         track = self._by_weight.get(id(weight))
         if track is None or weight is None:
@@ -219,21 +238,29 @@ class Monitor:
         sums = track.sums
         if self.given:
             sums.uses += 1
-            sums.add(use, torch.zeros_like(use.y))
+            sums.add(use, None)
             return
         recomputed = torch._C._current_graph_task_id() != -1  # by activation checkpointing
         sums.uses += not recomputed
+        if not use.leaf.requires_grad:
+            sums.problem = "its weight is frozen"
+        elif not track.target.ruled and not hooks.is_product(use, y):
+            sums.problem = "its output was changed by a hook, or its forward replaced"
 
-        def arrive(g: Tensor) -> None:
+        def arrive(g: Tensor, G: Tensor | None) -> None:
             if sums is not track.sums:
                 return  # of a forward whose step has ended
             if not training:
                 sums.problem = "ran in evaluation mode: call model.train()"
-            sums.add(use, g)
+            if torch.is_grad_enabled():
+                sums.problem = "backward(create_graph=True) makes signals that are not seen"
+            sums.arrived.add(torch._C._current_graph_task_id())
+            sums.add(use, g, G)
 
-        hooks.on_gradient(y, arrive)
+        hooks.on_gradient(use, y, arrive)
 
     def _enter(self, module: nn.MultiheadAttention, args: tuple) -> None:
+        self._depth = 0
         observed = module.training if self.given else torch.is_grad_enabled()
         measured = any(
             track.steps % self.every == 0 and module in track.target.classes
@@ -274,6 +301,25 @@ class Monitor:
         return [self._by_weight[id(w)] for w in weights if id(w) in self._by_weight]
 
     def _before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+        """Hooks of one optimizer come after those of all: by then ghl.synchronize has merged.
+
+        A step may be made of others: a subclass calls its base's, a wrapper another optimizer's.
+        """
+        self._depth += 1
+        if self._depth == 1:
+            self._leave_step()
+            self._late = optimizer.register_step_pre_hook(weak(self, "_close"))
+
+    def _leave_step(self) -> None:
+        self._closed = False
+        if self._late is not None:
+            self._late.remove()
+            self._late = None
+
+    def _close(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+        if self._closed:
+            return
+        self._closed = True
         closure = any(callable(a) for a in (*args[1:], *kwargs.values()))
         for track in self._of(optimizer):
             if closure:
@@ -281,13 +327,18 @@ class Monitor:
             track.close(self.every, self._is_distributed(), update=True)
 
     def _after_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+        self._depth -= 1
+        if self._depth > 0:
+            return
+        self._depth = 0
+        self._leave_step()
         for track in self._of(optimizer):
             track.after(optimizer)
 
 
-def weak(monitor: Monitor, method: str) -> Any:
-    """A call of a method that does not keep the Monitor alive; nothing once it is gone."""
-    reference = weakref.ref(monitor)
+def weak(owned: Any, method: str) -> Any:
+    """A call of a method that does not keep its object alive; nothing once it is gone."""
+    reference = weakref.ref(owned)
 
     def call(*args: Any, **kwargs: Any) -> None:
         owner = reference()

@@ -20,8 +20,10 @@ def patch_norms(
     groups: int,
 ) -> Tensor:
     """‖x‖² of every patch (N, groups, positions) of a batch of images (N, C, H, W)."""
-    ones = x.new_ones((groups, x.shape[1] // groups, *kernel_size))
-    return F.conv2d(x.square(), ones, None, stride, padding, dilation, groups).flatten(2)
+    pixels = x.square().unflatten(1, (groups, -1)).sum(2)
+    ones = x.new_ones((1, 1, *kernel_size))
+    sums = F.conv2d(pixels.flatten(0, 1)[:, None], ones, None, stride, padding, dilation)
+    return sums.view(x.shape[0], groups, -1)
 
 
 def measure(
@@ -34,12 +36,27 @@ def measure(
     direction is zero has no cosine.
     """
     along, length2 = direction(x2, w2, h, decay)
-    inner = -g * u * along
-    signal2, hebbian2 = g.square() * x2, u.square() * length2
-    neurons = [per_neuron(t) for t in (inner, *cosines(inner, signal2, hebbian2))]
-    rows = [t.sum((1, 2)) for t in (inner, signal2, hebbian2)]
-    layer = [t.sum() for t in (rows[0], *cosines(*rows))]
-    return torch.stack(neurons, 1), torch.stack(layer)
+    product = g * u
+    inner = (product * along).neg_()
+    if decay == "none":  # S and B are multiples of one x
+        cosine = inner.sign()
+        exists = cosine * cosine
+    else:
+        lengths = x2.sqrt() * length2.sqrt()
+        exists = ((product != 0) & (lengths != 0)).to(g.dtype)
+        cosine = torch.where(exists != 0, -product.sign() * along / lengths, 0.0)
+    neurons = torch.stack([per_neuron(t) for t in (inner, cosine, exists)], 1)
+    rows = inner.sum((1, 2))
+    signal2, hebbian2 = squares(g, x2), squares(u, length2)
+    layer = torch.stack([rows.sum(), *(t.sum() for t in cosines(rows, signal2, hebbian2))])
+    return neurons, layer
+
+
+def squares(t: Tensor, factor: Tensor) -> Tensor:
+    """Σ t² factor over groups and neurons, of every row (N, P)."""
+    if factor.shape[2] == 1:
+        return (t.square().sum(2) * factor.squeeze(2)).sum(1)
+    return t.square().mul_(factor).sum((1, 2))
 
 
 def direction(x2: Tensor, w2: Tensor, h: Tensor, decay: str) -> tuple[Tensor, Tensor]:
@@ -53,10 +70,13 @@ def direction(x2: Tensor, w2: Tensor, h: Tensor, decay: str) -> tuple[Tensor, Te
 
 
 def cosines(inner: Tensor, signal2: Tensor, hebbian2: Tensor) -> tuple[Tensor, Tensor]:
-    """The cosines, 0 where one does not exist, and 1 where one does; NaN stays NaN."""
+    """The cosines, 0 where one does not exist or its squares vanish in the dtype, and 1 where one
+    does; NaN where a square is not finite."""
+    limits = torch.finfo(inner.dtype)
+    vanishes = (signal2 < limits.tiny / limits.eps) | (hebbian2 < limits.tiny / limits.eps)
     product = signal2.sqrt() * hebbian2.sqrt()  # the product of squares would underflow
-    exists = product != 0
-    return torch.where(exists, inner / product, 0.0), exists.to(inner.dtype)
+    found = (inner / product).where(product.isfinite(), float("nan"))
+    return found.masked_fill(vanishes, 0.0), (~vanishes).to(inner.dtype)
 
 
 def per_neuron(t: Tensor) -> Tensor:

@@ -206,9 +206,14 @@ def table_of_rows(found: Sequence[Mapping[str, Any]]) -> str:
         if all(value in (None, "") for value in values[:3]):
             lines.append(f"{row['layer']:<{width}}  {row['gaps']}")
             continue
-        cells = ("–" if v in (None, "") else f"{float(v):.3f}" for v in values)
+        cells = ("–" if v in (None, "") else short(float(v)) for v in values)
         lines.append(f"{row['layer']:<{width}}" + "".join(f"{c:>9}" for c in cells))
     return "\n".join(lines)
+
+
+def short(value: float) -> str:
+    """Three decimals, or three digits where those would not fit into a column."""
+    return f"{value:.3f}" if abs(value) < 10_000 else f"{value:.2e}"
 
 
 class Sinks:

@@ -56,10 +56,11 @@ def of_batch(
         signal.to(sums.H0.dtype), sums.H0, sums.totals(), used, rule.decay, "gradient", "none"
     )
     rows = sums.count(layer)
+    cosines = sign * cosine(*torch.cat([neurons, layer[:, None]], 1))
     return Alignment(
-        cosine=sign * cosine(*layer),
+        cosine=cosines[-1],
         inner=sign * layer[0] / (rows * rows if of_sum else rows),
-        neurons=sign * cosine(*neurons),
+        neurons=cosines[:-1],
     )
 
 
@@ -77,15 +78,25 @@ def of_samples(sums: Sums, mean_loss: bool) -> Alignment:
 
 
 def cosine(inner: Tensor, signal2: Tensor, hebbian2: Tensor) -> Tensor:
-    """inner / (‖S‖ ‖B‖), at most 1 in magnitude; NaN where either is zero or not finite."""
-    ratio = inner / (signal2.sqrt() * hebbian2.sqrt())
-    return ratio.clamp(-1, 1)
+    """inner / (‖S‖ ‖B‖), at most 1 in magnitude; NaN where either is zero, or where its square is
+    not finite, or so small that the squares of its parts may have vanished."""
+    ratio = (inner / (signal2.sqrt() * hebbian2.sqrt())).clamp(-1, 1)
+    return ratio.where(in_range(signal2) & in_range(hebbian2), float("nan"))
+
+
+def in_range(square: Tensor) -> Tensor:
+    limits = torch.finfo(square.dtype)
+    return (square >= limits.tiny / limits.eps) & (square <= limits.max)
 
 
 def flips(before: Tensor, now: Tensor) -> Tensor:
-    """The share of signs, of those not 0 in either, that are opposite; NaN if there is none."""
+    """The share of signs (int8), of those not 0 in either, that are opposite; NaN if there is none.
+
+    Sums of products: comparing and counting takes a CPU several times as long.
+    """
     product = before * now
-    return (product < 0).sum() / (product != 0).sum()
+    same_less_opposite, both = product.sum(), (product * product).sum()
+    return (both - same_less_opposite) / (2 * both)
 
 
 def to_numbers(measurement: Measurement) -> dict[str, Any]:
@@ -123,7 +134,7 @@ def part_to_numbers(part: Alignment) -> tuple[dict[str, Any] | None, str | None]
     if inner != inner or abs(inner) == float("inf"):
         return None, "the signal or the Hebbian direction holds NaN or infinity"
     if value != value:
-        return None, "the signal or the Hebbian direction is zero, so there is no cosine"
+        return None, "there is no cosine: a norm is zero, or its square beyond the dtype's range"
     return {"cosine": value, "inner": inner, "neurons": part.neurons.cpu()}, None
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ghl.alignment import samples
 from ghl_kernels import Rule
 from ghl_kernels.checks import sum_dtype
-from ghl_kernels.composed import compete
+from ghl_kernels.composed import compete, totals
 
 ALL = slice(None)
 
@@ -49,6 +49,9 @@ class Use:
     ) -> None:
         self.x, self.y, self.weight = x.detach(), y.detach(), weight.detach()
         self.bias = None if bias is None else bias.detach()
+        # the Parameters, of which attention uses slices
+        self.leaf: Tensor = weight if weight._base is None else weight._base
+        self.bias_leaf = bias if bias is None or bias._base is None else bias._base
         self.versions = x._version, y._version
         self.again, self.geometry, self.neurons = again, geometry, neurons
         self.arrivals = 0
@@ -68,15 +71,28 @@ class Use:
             return t.reshape(-1, t.shape[-1])
         return t if t.dim() == 4 else t[None]
 
+    def weight_gradient(self, x: Tensor, signal: Tensor) -> Tensor:
+        """Σ signal xᵀ over rows, of the shape of the weight's rows that it uses."""
+        if self.geometry is None:
+            return signal.T @ x
+        place = self.geometry
+        return torch.ops.aten.convolution_backward(
+            signal, x, self.weight.to(x.dtype), None, place.stride, place.padding, place.dilation,
+            False, [0, 0], place.groups, [False, True, False],
+        )[1]  # fmt: skip
+
 
 class Sums:
-    """G (K, ...), H0 (K, ...), Σu (K) as the pair operators give them, and sums of samples.
+    """G (K, ...), H0 (K, ...), Σu (K), and sums of samples.
 
+    signal: whether G is gathered; a rule's signal comes from elsewhere.
     problem: why none of it may be reported; sample_problem: why not the sample statistic.
     """
 
-    def __init__(self, weight: nn.Parameter, rule: Rule, batch: bool, sample: bool) -> None:
-        self.rule, self.batch, self.sample = rule, batch, sample
+    def __init__(
+        self, weight: nn.Parameter, rule: Rule, batch: bool, sample: bool, signal: bool
+    ) -> None:
+        self.rule, self.batch, self.sample, self.signal = rule, batch, sample, signal
         self.shape, self.device, self.dtype = weight.shape, weight.device, sum_dtype(weight.dtype)
         self.compute_dtype = weight.dtype
         self.problem: str | None = None
@@ -84,6 +100,8 @@ class Sums:
         self.elsewhere: Tensor | None = None  # number of ranks with a problem
         self.zeroed: Tensor | None = None  # whether earlier gradients were set to zero, not None
         self.uses = self.answered = 0
+        self.arrived: set[int] = set()  # backwards that came through a use
+        self.accumulated: set[int] = set()  # and those that reached weight.grad
         self.rows = 0.0
         self._all_rows: Tensor | None = None  # of all ranks
         self.G: Tensor | None = None
@@ -93,8 +111,11 @@ class Sums:
         self.layer: Tensor | None = None  # (3)
 
     @torch.no_grad()
-    def add(self, use: Use, g: Tensor) -> None:
-        """Add a use whose ∂ℓ/∂y is g. A second backward through it adds to the signal alone."""
+    def add(self, use: Use, g: Tensor | None, G: Tensor | None = None) -> None:
+        """Add a use whose ∂ℓ/∂y is g, with its part in ∂ℓ/∂W where backward has computed that.
+
+        g None: of a use whose signal is given. A second backward adds to the signal alone.
+        """
         found = use.activations()
         if found is None:
             self.problem = "its input was overwritten in place after its forward"
@@ -104,7 +125,6 @@ class Sums:
         x, y = found
         self.compute_dtype = y.dtype
         with torch.autocast(y.device.type, enabled=False):
-            g = use.as_batch(g.detach().to(y.dtype))
             h = y
             if use.bias is not None:
                 h = y - use.bias.to(y.dtype).view(1, -1, *[1] * (y.dim() - 2))
@@ -112,40 +132,44 @@ class Sums:
             if use.arrivals == 1:
                 share = use.weight.shape[0] / self.shape[0]
                 self.rows += share * (y.numel() // y.shape[1])
+            u = h if linear else compete(y, self.rule.competition, self.rule.tau)
+            if g is not None:
+                g = use.as_batch(g.detach().to(y.dtype))
             if self.batch:
-                self._add_batch(use, x, h if linear else y, g)
-            if self.sample:
-                self._add_samples(use, x, h if linear else y, h, g)
+                self._add_batch(use, x, u, g, G)
+            if self.sample and g is not None:
+                self._add_samples(use, x, u, h, g)
 
     def note_zeroed(self, gradient: Tensor) -> None:
         """Look, without waiting, whether what earlier backwards have left is still there."""
+        left = self.G if self.G is not None else self.neurons
         zero = (gradient.detach() == 0).all()
+        if left is not None:
+            zero = zero & (left != 0).any()
         self.zeroed = zero if self.zeroed is None else self.zeroed | zero
 
-    def _add_batch(self, use: Use, x: Tensor, y: Tensor, g: Tensor) -> None:
-        choices = self.rule.competition, self.rule.tau, self.rule.decay == "instar"
-        if use.geometry is None:
-            pair = torch.ops.ghl_kernels.linear_pair(x, y, g, use.weight, *choices)
-        else:
-            place = use.geometry
-            pair = torch.ops.ghl_kernels.conv2d_pair(
-                x, y, g, use.weight, place.stride, place.padding, place.dilation, place.groups,
-                *choices,
-            )  # fmt: skip
-        G, H0, totals = pair
-        self._accumulate("G", G, use.neurons)
+    def _add_batch(
+        self, use: Use, x: Tensor, u: Tensor, g: Tensor | None, G: Tensor | None
+    ) -> None:
+        if self.signal and g is not None:
+            if G is None:
+                G = use.weight_gradient(x, g).to(self.dtype)
+            else:  # its memory becomes that of weight.grad, which others change in place
+                G = G.detach().to(self.dtype, copy=True)
+            self._accumulate("G", G, use.neurons)
         if use.arrivals == 1:
-            self._accumulate("H0", H0, use.neurons)
-            self._accumulate("u_sum", totals[:-1], use.neurons)
+            H0 = use.weight_gradient(x, u)
+            self._accumulate("H0", H0.to(self.dtype), use.neurons)
+            u_sum = totals(u, 0, self.rule.decay == "instar")[:-1]
+            self._accumulate("u_sum", u_sum.to(self.dtype), use.neurons)
 
-    def _add_samples(self, use: Use, x: Tensor, y: Tensor, h: Tensor, g: Tensor) -> None:
+    def _add_samples(self, use: Use, x: Tensor, u: Tensor, h: Tensor, g: Tensor) -> None:
         if use.arrivals > 1:
             self.sample_problem = "cosines of a signal that came in several backwards do not add"
             return
         place = use.geometry
         groups = 1 if place is None else place.groups
-        x, y, h, g, w = (t.to(self.dtype) for t in (x, y, h, g, use.weight))
-        u = compete(y, self.rule.competition, self.rule.tau)
+        x, u, h, g, w = (t.to(self.dtype) for t in (x, u, h, g, use.weight))
         if place is None:
             x2 = x.square().sum(1).view(-1, 1, 1, 1)
         else:
@@ -186,8 +210,10 @@ class Sums:
         fields = {"elsewhere": self._full((), problems), "_all_rows": self._full((), self.rows)}
         neurons = self.shape[0]
         shapes: dict[str, tuple[int, ...]] = {}
+        if self.batch and self.signal:
+            shapes["G"] = self.shape
         if self.batch:
-            shapes |= {"G": self.shape, "H0": self.shape, "u_sum": (neurons,)}
+            shapes |= {"H0": self.shape, "u_sum": (neurons,)}
         if self.sample:
             shapes |= {"neurons": (neurons, 3), "layer": (3,)}
         for name, shape in shapes.items():

@@ -6,7 +6,7 @@ step is in `sums.py`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -15,6 +15,7 @@ from torch.nn.parameter import is_lazy
 from ghl.layers import Conv2d, Linear, Plastic
 
 LAYERS = (nn.Linear, nn.Conv2d, Linear, Conv2d)
+NO_PRODUCTS = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.RMSNorm)
 PROJECTIONS = ("in_proj", "q_proj", "k_proj", "v_proj")
 
 
@@ -73,7 +74,20 @@ def find_targets(model: nn.Module) -> list[Target]:
         )
     for name, module in model.named_modules():
         note_unseen_uses(name, module, targets)
-    return [*targets.values(), *without]
+    others = list(of_other_kinds(model, targets))
+    return [*targets.values(), *without, *others]
+
+
+def of_other_kinds(model: nn.Module, targets: Mapping[int, Target]) -> Iterator[Target]:
+    """Gaps for layers that multiply too, but in a way of their own: nn.Conv1d, transformers'
+    Conv1D, adapters."""
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if weight is None or is_lazy(weight) or isinstance(module, (*LAYERS, *NO_PRODUCTS)):
+            continue
+        if weight.dim() > 1 and id(weight) not in targets:
+            gap = f"is a {type(module).__name__}, a kind of layer that is not measured"
+            yield Target([name], module, weight, gap, {module: type(module)})
 
 
 def attention_weights(

@@ -14,6 +14,7 @@ from ghl.alignment import statistics
 from ghl.alignment.statistics import Measurement
 from ghl.alignment.sums import Sums
 from ghl.alignment.targets import Target
+from ghl.guards import is_update
 from ghl_kernels import Rule
 
 
@@ -28,21 +29,32 @@ class Track:
         sample: bool,
         mean_loss: bool,
         takes_signals: bool,
+        start: int = 0,
     ) -> None:
         self.target, self.rule = target, rule
         self.batch, self.sample, self.mean_loss = batch, sample, mean_loss
         self.takes_signals = takes_signals
-        self.steps = 0
+        self.steps = start
         self.last: Measurement | None = None
         self._before: Tensor | None = None  # the weight before the optimizer's step
         self._signs: Tensor | None = None  # of weight.grad in the step before
         self._given = False
         self.sums = self._new_sums()
 
+    @property
+    def gathers(self) -> bool:
+        """Whether the signal is what backwards leave in weight.grad, and not a rule's."""
+        return not (self.target.ruled or self.takes_signals or self.target.gap)
+
     def _new_sums(self) -> Sums:
         weight = self.target.weight
         shape: Any = torch.empty(0, 0) if weight is None or self.target.gap else weight
-        return Sums(shape, self.rule, self.batch, self.sample and not self.target.ruled)
+        sample = self.sample and not self.target.ruled
+        return Sums(shape, self.rule, self.batch, sample, self.gathers)
+
+    def accumulated(self, weight: Tensor) -> None:
+        """A backward has added to weight.grad."""
+        self.sums.accumulated.add(torch._C._current_graph_task_id())
 
     @property
     def grad(self) -> Tensor | None:
@@ -73,6 +85,9 @@ class Track:
         """Of the step in progress where its backward has run, else of the last one measured."""
         in_progress = self.steps % every == 0 and self.sums.answered > 0
         if alone and (in_progress or self.last is None):
+            if in_progress and self.target.ruled and not is_update(self.grad):
+                gap = "its update is made in optimizer.step(): report after it"
+                return Measurement(self.steps, gaps={"layer": gap})
             return self._measure()
         if self.last is not None:
             return self.last
@@ -107,7 +122,7 @@ class Track:
             else:
                 self.last.sign_flips = statistics.flips(self._signs, now)
                 self.last.gaps.pop("sign_flips", None)
-        self._signs = now if (self.steps + 1) % every == 0 or every == 1 else None
+        self._signs = now if (self.steps + 1) % every == 0 else None
 
     @torch.no_grad()
     def after(self, optimizer: Any) -> None:
@@ -132,6 +147,8 @@ class Track:
             return "did not run in training (nor in eager mode: torch.compile hides layers)"
         if sums.answered == 0:
             return "ran, but no gradient reached its output"
+        if self.gathers and not sums.arrived <= sums.accumulated:
+            return "a gradient went through it that did not reach weight.grad (autograd.grad?)"
         if sums.answered < sums.uses:
             return f"{sums.uses - sums.answered} of {sums.uses} uses received no gradient"
         if self.takes_signals and not self._given:

@@ -3,6 +3,7 @@
 What a checkpoint means to a run is the trainer's business; here it is a dictionary with a version.
 """
 
+import errno
 import os
 import pickle
 import random
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 
 VERSION = 2
+FULL = (errno.ENOSPC, errno.EDQUOT)  # of an OSError: the disk
 TENSORS = ("model", "optimizer", "average", "sharded")
 PROGRESS = ("epoch", "step", "schedule", "scaler", "ranks", "history")
 FIELDS = frozenset(("version", "arch", "rule", *TENSORS, *PROGRESS))

@@ -59,6 +59,8 @@ DEFAULTS: dict[str, Any] = {
     "damaged_share": 0.001,
     "checkpoint_every": None,
     "world_change": "refuse",
+    "align_every": None,
+    "align_neurons": False,
 }
 # The authors' settings for GHL. The other networks have none at hand; what DEFAULTS gives them
 # was tried on resnet20 (digits, 3 epochs).
@@ -90,7 +92,10 @@ RULE_DEFAULTS: dict[str, dict[str, Any]] = {
     "bp": {"lr": 5e-2, "lr_hebb": 0.2, "wd_hebb": 5e-4},
 }
 # Where a run happens, not what it computes: these may differ when it is resumed.
-RELOCATABLE = ("root", "download", "workers", "damaged_share", "world_change")
+RELOCATABLE = (
+    *("root", "download", "workers", "damaged_share", "world_change"),
+    *("align_every", "align_neurons"),
+)
 
 
 @dataclass(frozen=True)
@@ -137,6 +142,8 @@ class Config:
     damaged_share: float
     checkpoint_every: int | None
     world_change: str
+    align_every: int | None
+    align_neurons: bool
 
     def __post_init__(self) -> None:
         check_choice("rule", self.rule, RULES)
@@ -159,7 +166,9 @@ class Config:
             check_integer(field, getattr(self, field), 1)
         for field in ("seed", "workers", "warmup"):
             check_integer(field, getattr(self, field), 0)
-        for field in ("limit_train", "limit_test", "resize_from", "checkpoint_every"):
+        for field in (
+            "limit_train", "limit_test", "resize_from", "checkpoint_every", "align_every",
+        ):  # fmt: skip
             if getattr(self, field) is not None:
                 check_integer(field, getattr(self, field), 1)
         self._check_together()
@@ -171,6 +180,14 @@ class Config:
             raise ValueError(f"--warmup {self.warmup}: expected fewer than --epochs {self.epochs}")
         if self.compile and self.fsdp:
             raise ValueError("--compile: expected without --fsdp, with which it is not tried yet")
+        for field in ("compile", "fsdp"):
+            if self.align_every is not None and getattr(self, field):
+                raise ValueError(
+                    f"--align-every {self.align_every}: expected without {option(field)}, under"
+                    " which layers cannot be measured"
+                )
+        if self.align_neurons and self.align_every is None:
+            raise ValueError("--align-neurons: expected with --align-every, which measures them")
         if self.resize_from is None:
             return
         if not source(self.data).photographs:

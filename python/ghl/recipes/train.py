@@ -4,7 +4,6 @@ What an epoch does is in `trainer.py`, what the files look like in `metrics.py` 
 `checkpoint.py`.
 """
 
-import errno
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -14,15 +13,15 @@ from typing import Any
 import torch
 
 from ghl.recipes import checkpoint, metrics, sharded
-from ghl.recipes.checkpoint import NotWritten
+from ghl.recipes.checkpoint import FULL, NotWritten
 from ghl.recipes.config import Config
 from ghl.recipes.distributed import World
 from ghl.recipes.figures import draw_curves
 from ghl.recipes.metrics import Row
+from ghl.recipes.recording import recorded
 from ghl.recipes.trainer import Diverged, Trainer
 
 CONFIG, CHECKPOINT, METRICS = "config.json", "checkpoint.pt", "metrics.csv"
-FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
@@ -63,9 +62,17 @@ def train(run: Run) -> list[Row]:
         raise ValueError("--fsdp: expected the processes of torchrun, found this one alone")
     trainer = Trainer(config)
     rows = _start_or_continue(run, trainer)
+    with recorded(trainer, run.out):
+        _to_the_end(run, trainer, rows)
+    return rows
+
+
+def _to_the_end(run: Run, trainer: Trainer, rows: list[Row]) -> None:
+    """What is left of the run, and on the main process what is told of it."""
+    config = run.config
     if not trainer.world.main:
         _epochs(run, trainer, rows, lambda row: None)
-        return rows
+        return
     print(f"{config.rule}: {describe(config)}, in {run.out}")
     if rows or trainer.step:
         within = f" and {trainer.step} steps" if trainer.step else ""
@@ -89,7 +96,6 @@ def train(run: Run) -> list[Row]:
         board.close()
         if rows:
             draw_curves(run.out / "curves.png", {config.rule: rows}, describe(config))
-    return rows
 
 
 def _epochs(run: Run, trainer: Trainer, rows: list[Row], show: Callable[[Row], None]) -> None:

@@ -39,11 +39,12 @@ class Trainer:
 
     `epoch` epochs and `step` steps of the next are done. In a run of several processes each has a
     Trainer, and all call its methods together. ValueError or FileNotFoundError when the settings
-    do not fit the data or each other.
+    do not fit the data or each other. `around_step` makes a context for the optimizer's steps.
     """
 
     def __init__(self, config: Config) -> None:
         self.config = config
+        self.around_step: Callable[[], AbstractContextManager[Any]] = nullcontext
         self.world = World.current()
         self.device = local_device(config.device)
         self.epoch = self.step = 0
@@ -198,7 +199,8 @@ class Trainer:
                 share = len(classes) * self.world.size / size
                 self.scaler.scale(loss if share == 1 else loss * share).backward()
             self.totals.add(loss.detach(), outputs.detach(), classes)
-        self.scaler.step(self.optimizer)
+        with self.around_step():
+            self.scaler.step(self.optimizer)
         self.scaler.update()
         self.schedule.step()
         if self.average is not None:

@@ -12,7 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from ghl.recipes.errors import check_integer
-from ghl.recipes.reproduce import dynamics, phase_diagram, regression, rules, sce, sweep, table
+from ghl.recipes.reproduce import (
+    composition,
+    dynamics,
+    phase_diagram,
+    regression,
+    regularisation,
+    rules,
+    sce,
+    sweep,
+    table,
+)
 from ghl.recipes.reproduce.cells import Cell, run
 from ghl.recipes.reproduce.report import Section, write
 
@@ -53,6 +63,9 @@ EXPERIMENTS = {
     "length-sgd": sweep_experiment("length-sgd"),
     "length-dfa": sweep_experiment("length-dfa"),
     "transformer": Experiment(table_cells("transformer"), table.summarize_transformer),
+    "composition": Experiment(
+        lambda s: composition.cells(s.transformer_seeds, s.shorten), composition.summarize
+    ),
     "phase": Experiment(lambda s: phase_diagram.cells(s.seeds, s.shorten), phase_diagram.summarize),
     "regression": Experiment(regression.cells, regression.summarize),
     "generalisation": sweep_experiment("generalisation"),
@@ -65,6 +78,9 @@ EXPERIMENTS = {
     "batch": sweep_experiment("batch"),
     "lr": sweep_experiment("lr"),
     "noise": sweep_experiment("noise"),
+    "regularisers": Experiment(
+        lambda s: regularisation.cells(s.seeds, s.shorten), regularisation.summarize
+    ),
     "rules": Experiment(lambda s: rules.cells(s.seeds, s.shorten), rules.summarize),
 }
 

@@ -11,6 +11,7 @@ EXPERIMENTS = {
     "length-sgd": "2. length of training: SGD",
     "length-dfa": "2. length of training: DFA",
     "transformer": "2. the table of SRE: transformer",
+    "composition": "2. what a batch is made of: transformer",
     "phase": "3. noise against weight decay: the boundary and its exponent",
     "regression": "3. linear regression against its closed form",
     "generalisation": "4. generalisation against alignment",
@@ -19,6 +20,7 @@ EXPERIMENTS = {
     "batch": "7. batch size",
     "lr": "8. learning rate",
     "noise": "9. noise under Adam",
+    "regularisers": "10. regularisers other than weight decay",
     "rules": "11. networks that learn by GHL and by Oja's rule",
 }
 

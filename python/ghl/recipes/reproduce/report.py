@@ -41,9 +41,44 @@ class Section:
 
 
 def write(out: Path, sections: Sequence[Section]) -> None:
-    """Write report.md and report.html into `out`, atomically."""
-    write_text(out / "report.md", markdown(sections))
-    write_text(out / "report.html", page(sections))
+    """Write report.md and report.html into `out`, atomically.
+
+    A report that is there keeps its sections of other experiments, in the order of their numbers.
+    """
+    path = out / "report.md"
+    held = read(path.read_text()) if path.is_file() else []
+    titles = {section.title for section in sections}
+    together = [*sections, *(section for section in held if section.title not in titles)]
+    places = {section.title: place for place, section in enumerate(held)}
+    together.sort(key=lambda s: (number(s.title), places.get(s.title, len(places))))
+    write_text(path, markdown(together))
+    write_text(out / "report.html", page(together))
+
+
+def number(title: str) -> float:
+    """The experiment's number, with which its section's title begins."""
+    first = title.partition(".")[0]
+    return int(first) if first.isdigit() else math.inf
+
+
+def read(text: str) -> list[Section]:
+    """The sections that `markdown` has written."""
+    found = []
+    for block in text.split("\n\n## ")[1:]:
+        title, *parts = block.removesuffix("\n").split("\n\n")
+        section = Section(title, [])
+        for part in parts:
+            if part.startswith("| "):
+                lines = [line[2:-2].split(" | ") for line in part.split("\n")]
+                section.head, section.rows = lines[0], lines[2:]
+            elif part.startswith(f"![{title}]("):
+                section.figure = part.removeprefix(f"![{title}](").removesuffix(")")
+            elif part.startswith("- "):
+                section.notes.append(part.removeprefix("- "))
+            else:
+                section.text.append(part)
+        found.append(section)
+    return found
 
 
 def markdown(sections: Sequence[Section]) -> str:

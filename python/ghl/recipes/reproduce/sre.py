@@ -6,7 +6,7 @@ A teacher of the student's architecture with another initialisation labels Gauss
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,9 +54,15 @@ def teach(seeds: Sequence[int], examples: int) -> tuple[Tensor, Tensor]:
 
 
 def train(
-    settings: Students, seeds: Sequence[int], decay: Tensor, noise: Tensor | None = None
+    settings: Students,
+    seeds: Sequence[int],
+    decay: Tensor,
+    noise: Tensor | None = None,
+    make: Callable[[Stack, Tensor], Learner] | None = None,
 ) -> dict[str, Any]:
     """Train one student for each of `seeds`, `decay` and `noise` (n).
+
+    make: the learner of a stack and its decay, where it is not the plain one of the settings.
 
     Each in the result (n): cosine, loss and validation loss, weight norm of the measured layer; the
     cosine is the mean over the measured steps of training, of that step's batch.
@@ -65,7 +71,11 @@ def train(
     which = torch.tensor([distinct.index(s) for s in seeds])
     x, y = teach(distinct, settings.examples + settings.validation)
     stack = Stack(WIDTHS, seeds, settings.activation)
-    learner = Learner(stack, settings.rule, settings.lr, decay, distinct[0], noise, settings.clip)
+    learner = (
+        make(stack, decay)
+        if make
+        else Learner(stack, settings.rule, settings.lr, decay, distinct[0], noise, settings.clip)
+    )
     initial_norm = norms(stack, settings.layer)
     order = torch.Generator().manual_seed(distinct[0])
     per_epoch = settings.examples // settings.batch
@@ -83,9 +93,8 @@ def train(
             losses.append(loss)
         learner.step()
     held_out = slice(settings.examples, None)
-    with torch.no_grad():
-        output, _ = stack.forward(x[:, held_out][which])
-        validation = squared_error(y[:, held_out][which])(output)
+    output = learner.predict(x[:, held_out][which])
+    validation = squared_error(y[:, held_out][which])(output)
     return {
         "cosine": torch.stack(cosines).mean(0).tolist(),
         "loss": torch.stack(losses).mean(0).tolist(),

@@ -96,10 +96,11 @@ class Learner:
         clip: float = 0.01,
     ) -> None:
         self.stack, self.rule = stack, rule
+        self.parameters = stack.parameters
         self.decay, self.noise = decay.view(-1, 1, 1), noise
         self.generator = torch.Generator().manual_seed(seed)
         optimizer = torch.optim.Adam if rule == "adam" else torch.optim.SGD
-        self.optimizer = optimizer(stack.parameters, lr)
+        self.optimizer = optimizer(self.parameters, lr)
         n, outputs = len(decay), stack.weights[-1].shape[1]
         self.feedback: list[Tensor] = []
         if rule == "dfa":
@@ -110,7 +111,7 @@ class Learner:
         self.random: RandomNN | None = None
         if rule == "random":
             inputs = stack.weights[0].shape[2]
-            self.random = RandomNN(inputs, stack.parameters, seed, clip, stack=(n,))
+            self.random = RandomNN(inputs, self.parameters, seed, clip, stack=(n,))
 
     def gradients(
         self, x: Tensor, loss: Callable[[Tensor], Tensor]
@@ -122,8 +123,8 @@ class Learner:
         if self.random is None:
             losses.sum().backward()
         else:
-            parameters = self.stack.parameters
-            for p, signal in zip(parameters, self.random.signals(x, parameters), strict=True):
+            signals = self.random.signals(x, self.parameters)
+            for p, signal in zip(self.parameters, signals, strict=True):
                 p.grad = -signal
         return losses.detach(), layers
 
@@ -139,10 +140,15 @@ class Learner:
     @torch.no_grad()
     def step(self) -> None:
         """Add the decay to the gradients and let the optimizer move the parameters."""
-        for p in self.stack.parameters:
+        for p in self.parameters:
             assert p.grad is not None
             p.grad += self.decay * p
         self.optimizer.step()
+
+    @torch.no_grad()
+    def predict(self, x: Tensor) -> Tensor:
+        """Outputs (n, rows, outputs) as they are outside of training."""
+        return self.stack.forward(x)[0]
 
 
 @torch.no_grad()

@@ -169,7 +169,9 @@ def notes(found: Mapping[tuple[str, str, float], Any]) -> list[str]:
         "before its scaling) and on biases too; the alignment is the mean over every 7th step of "
         "the last fifth of training, each of its own batch.",
         "Where ours differ by more than their spread: the figures move with the length of "
-        "training, which the sections on it show for SGD and DFA, and with the clip of RandomNN.",
+        "training, which the sections on it show for SGD and DFA; with the clip of RandomNN; and "
+        "with what the batch of a measurement is made of, which the section on it shows for the "
+        "transformer.",
         f"RandomNN: updates clipped to {CLIP:g} of a parameter's initial norm, that norm the "
         "target, normal biases of variance 1 in the random network. Where the norm hovers at its "
         "target, the mean cosine is proportional to γ/clip: it is set by the clip, not measured "
