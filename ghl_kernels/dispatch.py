@@ -50,7 +50,8 @@ class Backend:
 
 NATIVE_DEVICES = ("cpu",)
 FEWEST_GROUP_NEURONS = 8  # below it PyTorch's grouped kernels are faster: bench/FACTS.md
-LARGEST = 2**31 - 2**16  # 32-bit numbers that a step over the last tile cannot overflow
+LARGEST = 2**31 - 2**17  # 32-bit numbers that a step over the last tile cannot overflow
+MOST_GROUPS = 65535  # blocks in the third dimension of a grid
 
 _forced: str | None = None
 _last: dict[str, Backend] = {}
@@ -106,7 +107,7 @@ def beyond_kernels(first: Tensor, problem: Problem | None) -> str | None:
     if problem is not None:
         weights = problem.all_neurons * problem.columns
         if max(problem.rows, weights, problem.image) > LARGEST:
-            return "rows, weights or the numbers of one image are more than 2**31 - 2**16"
+            return "rows, weights or the numbers of one image are more than 2**31 - 2**17"
     return None
 
 
@@ -120,6 +121,8 @@ def cuda_unavailable(name: str, first: Tensor, problem: Problem | None) -> str |
     beyond = beyond_kernels(first, problem)
     if beyond:
         return beyond
+    if problem is not None and problem.groups > MOST_GROUPS:
+        return f"the CUDA kernels take at most {MOST_GROUPS} groups"
     capability = torch.cuda.get_device_capability(first.device)
     if name == "cuda_sm90":
         return sm90_unavailable(compiled, capability, first, problem)

@@ -69,7 +69,8 @@ GHL_DEVICE void copy_async_wait() {
 GHL_DEVICE void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared_address(row)));
+               : "r"(shared_address(row))
+               : "memory");
 }
 
 // d += a b, of a 16×16 and b 16×8 in fragments of PTX's m16n8k16.

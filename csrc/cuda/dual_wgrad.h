@@ -446,11 +446,17 @@ struct DualWgrad {
                                            const uint32_t (&low_a)[4], const uint32_t (&b)[2]) {
     uint32_t high_b[2], low_b[2];
     split(high_b, low_b, b);
-    if constexpr (Shape::PRECISION == Precision::tf32x3) {
-      multiply_add(sums, low_a, high_b, T{});
-      multiply_add(sums, high_a, low_b, T{});
+    if constexpr (Shape::PRECISION == Precision::tf32) {
+      multiply_add(sums, high_a, high_b, T{});
+    } else {
+      // Tensor cores round toward zero: what is kept for long is added outside of them.
+      float part[4] = {};
+      multiply_add(part, low_a, high_b, T{});
+      multiply_add(part, high_a, low_b, T{});
+      multiply_add(part, high_a, high_b, T{});
+      GHL_UNROLL
+      for (int i = 0; i < 4; ++i) sums[i] += part[i];
     }
-    multiply_add(sums, high_a, high_b, T{});
   }
 
   // float32 as a TF32 and what that leaves, which together hold all its bits; an infinity or NaN

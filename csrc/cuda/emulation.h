@@ -4,7 +4,8 @@
 // late as they may, when they are waited for, and shared memory begins as NaN: a kernel that
 // forgets a wait reads NaN, and one that forgets a barrier is a data race that ThreadSanitizer
 // reports. Warp operations exchange what lanes hold by the fragment layouts of the PTX ISA
-// (sections on ldmatrix and mma). Products are summed in float64 and rounded once.
+// (sections on ldmatrix and mma). Products are summed in float64 and rounded
+// once, toward zero as tensor cores do.
 #pragma once
 
 #include <pthread.h>
@@ -251,6 +252,11 @@ float of_b(const Fragments (&lanes)[kLanes], int k, int column, T) {
 
 }  // namespace emulation
 
+inline float toward_zero(double x) {
+  const float nearest = float(x);
+  return std::abs(nearest) > std::abs(x) ? std::nextafter(nearest, 0.0f) : nearest;
+}
+
 template <class T>
 void multiply_add(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], T type) {
   constexpr int depth = sizeof(T) == 2 ? 16 : 8;
@@ -264,7 +270,7 @@ void multiply_add(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
     double sum = d[i];
     for (int k = 0; k < depth; ++k)
       sum += double(emulation::of_a(lanes, row, k, type)) * emulation::of_b(lanes, k, column, type);
-    d[i] = float(sum);
+    d[i] = toward_zero(sum);
   }
 }
 

@@ -212,9 +212,13 @@ cudaError_t launch_pair(const DualWgradParams& p, int64_t tile, bool sm90, cudaS
 #endif
 }
 
+constexpr int32_t kMostBlocks = 65535;  // in the second and third dimension of a grid
+
 // The splits cover the rows, in whole blocks of the tile, and none is empty.
 void check_splits(const DualWgradParams& p, const Tile& tile) {
   STD_TORCH_CHECK(tile.rows > 0, "this tile is not compiled for the dtype and kind of layer");
+  STD_TORCH_CHECK(p.splits <= kMostBlocks && p.groups <= kMostBlocks, "splits and groups are ",
+                  p.splits, " and ", p.groups, ", must be at most ", kMostBlocks);
   STD_TORCH_CHECK(p.splits > 0 && p.rows_per_split > 0 && p.rows_per_split % tile.rows == 0,
                   "rows_per_split is ", p.rows_per_split, ", must be a multiple of ", tile.rows);
   const int64_t before_last = int64_t(p.splits - 1) * p.rows_per_split;
@@ -250,6 +254,8 @@ void pair(Tensor x, Tensor y, Tensor g, MaybeTensor largest, MaybeTensor inverse
   const int64_t weights = neurons * p.channels * p.kernel_h * p.kernel_w;
   p.G = floats(device, G, splits * weights);
   p.H0 = floats(device, H0, splits * weights);
+  for (const float* sums : {p.G, p.H0})
+    STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(sums) % 8 == 0, "G and H0 must begin at 8 bytes");
   p.u_sums = u_sums ? floats(device, *u_sums, splits * neurons) : nullptr;
   device.check(launch_pair(p, tile_number, sm90, device.stream()), "the dual weight gradient");
 }
@@ -278,7 +284,7 @@ MergeLayer merge_layer(const Device& device, const Tensor& G, const Tensor& H0,
                        const Tensor& neurons, const Tensor& layer, const Tensor& scratch) {
   MergeLayer m{};
   m.out_channels = narrow(w.size(0));
-  m.columns = w.numel() / std::max<int64_t>(w.size(0), 1);
+  m.columns = narrow(w.numel() / std::max<int64_t>(w.size(0), 1));
   STD_TORCH_CHECK(w.numel() > 0, "a weight is empty");
   const int64_t weights = w.numel();
   m.G_dtype = dtype_of(G), m.H0_dtype = dtype_of(H0);

@@ -41,9 +41,18 @@ cudaError_t launch(const MergeLayer* layers, int32_t count, Decay decay, Gate ga
   if (error != cudaSuccess) return error;
   const int64_t useful = std::max({measured, combined, int64_t(count)});
   void* arguments[] = {&table};
-  return cudaLaunchCooperativeKernel(kernel, unsigned(std::min<int64_t>(useful, resident)),
-                                     kMergeThreads, arguments, merge_shared_bytes(kMergeThreads),
-                                     stream);
+  const auto try_blocks = [&](int64_t blocks) {
+    return cudaLaunchCooperativeKernel(kernel, unsigned(blocks), kMergeThreads, arguments,
+                                       merge_shared_bytes(kMergeThreads), stream);
+  };
+  int64_t blocks = std::min<int64_t>(useful, resident);
+  cudaError_t launched = try_blocks(blocks);
+  // a stream may have only a part of the GPU; the result does not depend on the blocks
+  while (launched == cudaErrorCooperativeLaunchTooLarge && blocks > 1) {
+    cudaGetLastError();
+    launched = try_blocks(blocks /= 2);
+  }
+  return launched;
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
 // What kernels and their launchers are told: pointers, sizes and strides, never tensors.
 //
-// Strides are in numbers, not bytes. Sizes below 2^31 - 2^16 are what ghl_kernels/dispatch.py lets
+// Strides are in numbers, not bytes. Sizes up to 2^31 - 2^17 are what ghl_kernels/dispatch.py lets
 // through; addresses are 64-bit all the same.
 #pragma once
 
@@ -77,7 +77,8 @@ struct Tile {
 
 // Whether a row of x is the channels of one position, and nothing else.
 inline bool is_pointwise(const DualWgradParams& p) {
-  return p.in_height * p.in_width * p.kernel_h * p.kernel_w == 1 && p.padding_h + p.padding_w == 0;
+  return p.in_height == 1 && p.in_width == 1 && p.kernel_h == 1 && p.kernel_w == 1 &&
+         p.padding_h == 0 && p.padding_w == 0;
 }
 
 struct SumSplitsParams {

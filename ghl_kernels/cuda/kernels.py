@@ -9,6 +9,7 @@ import ctypes
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,15 +25,17 @@ from ghl_kernels.tiles import Entry, Tile
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # in the order of csrc/cuda/params.h
 MOST_TILES = 16  # that are asked for; the numbers of tiles have no gaps
 SHARED_BYTES, REGISTERS = 163 * 1024, 65536  # of a multiprocessor of compute capability 8.0
+LARGEST_SHARED_BYTES = 227 * 1024  # of a block on compute capability 9.0 and 10.0
 REGISTERS_BESIDE_SUMS = 72  # of a thread
 ROWS_OF_A_LINEAR_LAYER: tuple[list[int], ...] = ([1, 1], [1, 1], [0, 0], [1, 1], [1, 1])
 
 
 @functools.cache
 def compiled_tiles(
-    strategy: str, dtype: torch.dtype, tf32: bool, pointwise: bool
+    strategy: str, dtype: torch.dtype, tf32: bool, pointwise: bool, most_shared: int
 ) -> tuple[tuple[int, Tile], ...]:
-    """The tiles that the library has, with their numbers."""
+    """The tiles that the library has and a GPU whose blocks have `most_shared` bytes of shared
+    memory runs, with their numbers."""
     library = dispatch.library("cuda")
     if library is None or not library.loaded:
         return ()
@@ -43,7 +46,7 @@ def compiled_tiles(
         fields = (ctypes.c_int * 6)()
         ask(number, DTYPES.index(dtype), tf32, pointwise, strategy == "cuda_sm90", fields)
         rows, neurons, columns, threads, stages, shared_bytes = fields
-        if rows:
+        if rows and shared_bytes <= most_shared:
             registers = 2 * neurons * columns + REGISTERS_BESIDE_SUMS * threads
             blocks = max(1, min(REGISTERS // registers, SHARED_BYTES // shared_bytes))
             tile = Tile(rows, neurons, columns, threads // 32, stages, blocks, packed=True)
@@ -51,10 +54,18 @@ def compiled_tiles(
     return tuple(found)
 
 
+def most_shared_bytes() -> int:
+    """Of one block, on the current device; without a GPU, of the largest there is."""
+    if not torch.cuda.is_available():
+        return LARGEST_SHARED_BYTES
+    properties: Any = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return properties.shared_memory_per_block_optin
+
+
 def tiles_for(strategy: str, problem: Problem) -> tuple[tuple[int, Tile], ...]:
     """The compiled tiles that a layer may take, with their numbers."""
     tf32 = dot_precision(problem) == "tf32"
-    return compiled_tiles(strategy, problem.dtype, tf32, problem.pointwise)
+    return compiled_tiles(strategy, problem.dtype, tf32, problem.pointwise, most_shared_bytes())
 
 
 def suits(problem: Problem, tile: Tile) -> bool:
