@@ -17,7 +17,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 # Each asserts that it has trained, and on updates rather than on gradients.
 EXAMPLES = plain lightning_module huggingface_trainer timm_loop
 
-.PHONY: install quickstart test test-csrc test-races test-integrations compile-check lint format bench bench-gpu clean
+.PHONY: install quickstart test test-csrc test-races test-compile test-integrations compile-check lint format bench bench-gpu clean
 
 install: $(VENV)/installed
 
@@ -34,7 +34,7 @@ quickstart: install
 
 # Files on as many processes as there are cores; a test takes one thread.
 test: install lint test-csrc
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist loadfile --ignore tests/compile
 
 # The CUDA kernels on the host, where every access is checked; neither Python nor torch takes part.
 test-csrc: export PATH := $(abspath $(BIN)):$(PATH)
@@ -50,7 +50,11 @@ test-races: install
 	cmake --build build/csrc --target ghl_race_tests --parallel 2
 	ctest --test-dir build/csrc --output-on-failure --parallel 2 --label-regex thread
 
-# Every kernel and tile with the Triton of torch 2.11, in a directory of its own.
+# Every Triton kernel and tile for three architectures, on two cores.
+test-compile: install
+	$(BIN)/python -m pytest tests/compile
+
+# The same with the Triton of torch 2.11, in a directory of its own.
 compile-check: install $(TRITON_3_6)/triton
 	PYTHONPATH=$(abspath $(TRITON_3_6)) $(BIN)/python -m pytest tests/compile
 
