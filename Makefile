@@ -17,7 +17,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 # Each asserts that it has trained, and on updates rather than on gradients.
 EXAMPLES = plain lightning_module huggingface_trainer timm_loop
 
-.PHONY: install quickstart test test-csrc test-races test-compile test-integrations compile-check lint format bench bench-gpu clean
+.PHONY: install quickstart test test-csrc test-compile test-integrations compile-check lint format bench bench-gpu clean
 
 install: $(VENV)/installed
 
@@ -33,22 +33,16 @@ quickstart: install
 	$(TRAIN) --out runs/quickstart-$$(date +%Y%m%d-%H%M%S)
 
 # Files on as many processes as there are cores; a test takes one thread.
-test: install lint test-csrc
+test: install lint
 	$(BIN)/python -m pytest -n auto --dist loadfile --ignore tests/compile
 
-# The CUDA kernels on the host, where every access is checked; neither Python nor torch takes part.
+# The CUDA kernels on the host, where every access is checked and every race of threads is found (a
+# forgotten barrier is one); neither Python nor torch takes part.
 test-csrc: export PATH := $(abspath $(BIN)):$(PATH)
 test-csrc: install
 	cmake -S . -B build/csrc -G Ninja
 	cmake --build build/csrc --target ghl_tests --parallel 2
-	ctest --test-dir build/csrc --output-on-failure --parallel 2 --label-exclude thread
-
-# The same where every race of threads is found; a forgotten barrier is one.
-test-races: export PATH := $(abspath $(BIN)):$(PATH)
-test-races: install
-	cmake -S . -B build/csrc -G Ninja
-	cmake --build build/csrc --target ghl_race_tests --parallel 2
-	ctest --test-dir build/csrc --output-on-failure --parallel 2 --label-regex thread
+	ctest --test-dir build/csrc --output-on-failure --parallel 2
 
 # Every Triton kernel and tile for three architectures, on two cores.
 test-compile: install
