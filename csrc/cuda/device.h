@@ -161,11 +161,6 @@ GHL_DEVICE float exp2_approximate(float x) {
   return power;
 }
 
-// The high half of a 64-bit product.
-GHL_DEVICE uint32_t multiply_high(uint32_t a, uint32_t b) {
-  return __umulhi(a, b);
-}
-
 // The value, of 32-bit words, of the lane whose number differs in the bits of `mask`.
 template <class T>
 GHL_DEVICE T shuffle_xor(T value, int mask) {

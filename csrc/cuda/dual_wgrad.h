@@ -208,16 +208,12 @@ struct DualWgrad {
       const int count = inside ? min(max(p.neurons - neuron, 0), VECTOR) : 0;
       const T* from = column + (first_row + row) * signal.row;
       if (wide) {
-        copy_async(to, count ? from : column_of_nothing(signal), count ? 16 : 0);
+        copy_async(to, count ? from : static_cast<const T*>(signal.data), count ? 16 : 0);
       } else {
         for (int i = 0; i < VECTOR; ++i)
           to[i] = i < count ? from[i * signal.column] : from_float<T>(0.0f);
       }
     }
-  }
-  // An address that may be given where nothing is read.
-  GHL_DEVICE const T* column_of_nothing(const Matrix& signal) {
-    return static_cast<const T*>(signal.data);
   }
 
   // Rows of patches for the tile's columns; zeros off the image and beyond the last row and column.

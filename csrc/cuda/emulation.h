@@ -284,10 +284,6 @@ inline float exp2_approximate(float x) {
   return power < 1.17549435e-38f ? 0.0f : power;
 }
 
-inline uint32_t multiply_high(uint32_t a, uint32_t b) {
-  return uint32_t(uint64_t(a) * b >> 32);
-}
-
 template <class T>
 T shuffle_xor(T value, int mask) {
   T all[emulation::kLanes];
