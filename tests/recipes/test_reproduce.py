@@ -1,10 +1,14 @@
 """`ghl reproduce`: stacks against single networks, cells that survive an interrupt, the fits."""
 
+import dataclasses
 import json
 import math
+import os
+import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +18,10 @@ from torch import nn
 
 from ghl.alignment import Monitor
 from ghl.cli import main
+from ghl.recipes.random_nn import RandomNN
 from ghl.recipes.reproduce import (
     cells,
     command,
-    composition,
     dynamics,
     options,
     phase,
@@ -174,6 +178,52 @@ def test_a_kill_loses_only_the_cells_in_progress(tmp_path):
     assert len(cells.run(make(3), tmp_path, 1, "test")) == 3
 
 
+def start(out):
+    """Two processes that compute cells of three seconds."""
+    code = (
+        "from pathlib import Path; from ghl.recipes.reproduce import cells;"
+        "from tests.recipes.slow_cells import make;"
+        f"cells.run(make(6, 3.0), Path({str(out)!r}), 2, 'test')"
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+def stop(out, process, how, times):
+    """What they have left, and have said, when they are stopped in the middle of the second two."""
+    deadline = time.monotonic() + 60
+    while len(list(out.glob("cells/*.json"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.5)
+    for _ in range(times):
+        how(process)
+        time.sleep(0.5)
+    errors = process.communicate(timeout=30)[1]  # until the last of its processes has ended
+    assert process.returncode
+    return len(list(out.glob("cells/*.json"))), errors
+
+
+def test_cells_in_progress_are_finished_after_an_interrupt(tmp_path):
+    """Ctrl-C, which all processes get; SIGTERM; the end of the main process; Ctrl-C twice."""
+    ways = {
+        "ctrl-c": (lambda p: os.killpg(p.pid, signal.SIGINT), 1),
+        "sigterm": (lambda p: p.terminate(), 1),
+        "sigkill": (lambda p: p.kill(), 1),
+        "twice": (lambda p: os.killpg(p.pid, signal.SIGINT), 2),
+    }
+    started = {name: start(tmp_path / name) for name in ways}
+    with ThreadPoolExecutor() as pool:
+        ended = {
+            name: pool.submit(stop, tmp_path / name, started[name], *way)
+            for name, way in ways.items()
+        }
+    counts = {name: future.result()[0] for name, future in ended.items()}
+    assert counts == {"ctrl-c": 4, "sigterm": 4, "sigkill": 4, "twice": 2}
+    for name in ("ctrl-c", "sigterm"):
+        assert "once more to drop them" in ended[name].result()[1]
+
+
 def test_a_trial_of_the_table(tmp_path):
     words = "reproduce table regression --seeds 1 --processes 1 --shorten 100 --out"
     assert main([*words.split(), str(tmp_path)]) == 0
@@ -239,31 +289,78 @@ def test_a_transformer_cell(rule):
     assert first["validation_variance"] > 0
 
 
-def test_a_group_of_batches_is_measured_as_one_batch():
-    """Of one length, so that autograd can have them in one tensor; and all compositions."""
+def test_padding_takes_no_part_in_a_transformer_student():
+    """Sequences of one length give the same with nothing behind them, and whatever is behind."""
     student = transformer_cells.draw_student(0)
-    x, y = torch.randint(16, (12, 5)), torch.randn(12, 32)
-    whole = composition.cosine(student, [(x, y)])
-    parts = composition.cosine(student, [(x[:4], y[:4]), (x[4:], y[4:])])
-    assert parts == pytest.approx(whole, abs=1e-5)
-    assert abs(whole - composition.cosine(student, [(x[:4], y[:4])])) > 1e-3
-    data = transformer_cells.batches(0, 64 * 33, 64, student)
-    found = composition.compositions(transformer_cells.draw_student(1), data)
-    assert list(found) == list(composition.NAMES)
-    assert found["6400"] != found["512"] != found["mixed"] != found["one"]
+    tokens = torch.randint(16, (6, 32))
+    tokens[:, 5:] = transformer_cells.PADDING
+    torch.testing.assert_close(student(tokens), student(tokens[:, :5]))
+    with torch.no_grad():
+        student.encode.tokens.weight[transformer_cells.PADDING] = 100.0
+    torch.testing.assert_close(student(tokens), student(tokens[:, :5]))
+
+
+def test_data_of_a_transformer_have_all_lengths():
+    student = transformer_cells.draw_student(0)
+    tokens, target = transformer_cells.draw_data(0, 640, student)
+    lengths = (tokens != transformer_cells.PADDING).sum(1)
+    assert lengths.unique().tolist() == list(range(1, 33))
+    assert ((tokens == transformer_cells.PADDING).int().diff(dim=1) >= 0).all()
+    torch.testing.assert_close(target[7:9], student(tokens[7:9]).detach())
+
+
+@pytest.mark.parametrize("rule", ["adam", "random"])
+def test_a_measurement_of_a_transformer_changes_nothing(rule):
+    """And is the cosine of what one step would have learned from, by hand."""
+    student = transformer_cells.draw_student(0)
+    parameters = list(student.parameters())
+    random = RandomNN(32, parameters, 0) if rule == "random" else None
+    tokens, target = transformer_cells.draw_data(1, 16, transformer_cells.draw_student(1))
+    before = [p.detach().clone() for p in parameters]
+    loss, cosine = transformer_cells.measure(student, random, tokens, target)
+    assert all(p.grad is None for p in parameters)
+    assert all(map(torch.equal, parameters, before))
+    assert float(transformer_cells.learn(student, random, tokens, target)[0]) == loss
+    h_a = student.head[:2](student.encode(tokens)).detach()
+    weight = student.second.weight
+    direction = (h_a @ weight.detach().T).T @ h_a
+    by_hand = torch.cosine_similarity(-weight.grad.flatten(), direction.flatten(), dim=0)
+    assert cosine == pytest.approx(float(by_hand), abs=1e-5)
+
+
+def test_the_whole_held_out_set_is_measured_in_one_batch():
+    """With as many steps as it takes to measure once, beside a Monitor on the same network."""
+    settings = sre.Students("sgd", 0.1, 10, 8, examples=16, validation=24, every=1, whole_every=9)
+    found = sre.train(settings, [3], torch.tensor([0.1]))
+    plain = dataclasses.replace(settings, steps=8, whole_every=None)
+    kept = []
+
+    def keep(stack, decay):
+        kept.append(stack)
+        return Learner(stack, "sgd", 0.1, decay, 3)
+
+    assert "whole" not in sre.train(plain, [3], torch.tensor([0.1]), make=keep)
+    x, y = sre.teach([3], 40)
+    model = single(kept[0], 0)
+    with Monitor(model) as monitor:
+        (model(x[0, 16:]) - y[0, 16:]).square().mean().backward()
+        assert found["whole"][0] == pytest.approx(
+            monitor.report()["2"]["batch"]["cosine"], abs=1e-5
+        )
 
 
 def test_weights_that_are_gone_are_told_as_collapse(tmp_path):
     arguments = {"decay": 5e-3}
     result = {
         "cosine": [float("nan")], "validation_loss": [1.0], "validation_variance": [1.0],
-        "weight_norm": [0.0], "initial_norm": [6.0],
+        "weight_norm": [0.0], "initial_norm": [6.0], "whole": [0.9],
     }  # fmt: skip
     stored = {"table-mlp-adam-0.005": {"arguments": arguments, "result": result}}
     section = table.summarize(stored, tmp_path)
     assert section.rows[0][-1] == "collapse (collapse)"
     result["validation_loss"], result["cosine"] = [0.1], [0.5]
-    assert table.summarize(stored, tmp_path).rows[0][-1] == "0.50 ± 0.00 (collapse)"
+    found = table.summarize(stored, tmp_path)
+    assert found.rows[0][-1] == "0.50 ± 0.00, 0.90 ± 0.00 (collapse)"
 
 
 def test_sce_on_fashion_mnist(fashion_mnist):
@@ -284,8 +381,8 @@ def test_cross_entropy_of_a_stack():
 
 def test_a_trial_of_the_other_experiments(tmp_path):
     names = (
-        "length-sgd length-dfa composition generalisation batch lr noise regularisers rules early"
-        " neurons"
+        "length-sgd length-dfa transformer-batch generalisation batch lr noise regularisers rules"
+        " early neurons"
     )
     words = f"reproduce {names} --seeds 1 --transformer-seeds 1 --processes 1 --shorten 100"
     assert main([*words.split(), "--out", str(tmp_path)]) == 0

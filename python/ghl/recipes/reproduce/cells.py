@@ -10,8 +10,13 @@ import concurrent.futures
 import importlib
 import json
 import multiprocessing
+import os
+import signal
+import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +25,8 @@ import torch
 from tqdm import tqdm
 
 from ghl.recipes.checkpoint import write_text
+
+_computing = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -39,19 +46,25 @@ class Cell:
         return {"function": self.function, "arguments": self.arguments}
 
 
-def compute(cell: Cell) -> dict[str, Any]:
-    """The cell's result with its wall and CPU seconds; on one thread, cells run side by side."""
+def compute(cell: Cell, out: Path) -> dict[str, Any]:
+    """The cell's result with its wall and CPU seconds, written where `finished` finds it.
+
+    On one thread: cells run side by side.
+    """
     torch.set_num_threads(1)
     module, _, name = cell.function.partition(":")
-    wall, cpu = time.perf_counter(), time.process_time()
-    result = getattr(importlib.import_module(module), name)(**cell.arguments)
-    return {
-        **cell.key(),
-        "result": result,
-        "wall_seconds": time.perf_counter() - wall,
-        "cpu_seconds": time.process_time() - cpu,
-        "torch": torch.__version__,
-    }
+    with _computing:
+        wall, cpu = time.perf_counter(), time.process_time()
+        result = getattr(importlib.import_module(module), name)(**cell.arguments)
+        found = {
+            **cell.key(),
+            "result": result,
+            "wall_seconds": time.perf_counter() - wall,
+            "cpu_seconds": time.process_time() - cpu,
+            "torch": torch.__version__,
+        }
+        write_text(path_of(out, cell), json.dumps(found, indent=1) + "\n")
+    return found
 
 
 def path_of(out: Path, cell: Cell) -> Path:
@@ -71,7 +84,8 @@ def finished(out: Path, cell: Cell) -> dict[str, Any] | None:
 def run(cells: Sequence[Cell], out: Path, processes: int, label: str) -> dict[str, dict[str, Any]]:
     """Results by name of the cell; those stored in `out` by an earlier run are not computed again.
 
-    An interrupt loses the cells in progress, at most one for each process.
+    An interrupt (Ctrl-C or SIGTERM), or the death of this process, lets several processes finish
+    the cells in progress and loses none; a second interrupt, or that of a single one, loses those.
     """
     results = {c.name: stored for c in cells if (stored := finished(out, c)) is not None}
     left = [c for c in cells if c.name not in results]
@@ -87,31 +101,89 @@ def run(cells: Sequence[Cell], out: Path, processes: int, label: str) -> dict[st
     )
 
     def keep(cell: Cell, result: dict[str, Any]) -> None:
-        write_text(path_of(out, cell), json.dumps(result, indent=1) + "\n")
         results[cell.name] = result
         bar.update(cell.cost)
         bar.set_postfix_str(f"{len(results)}/{len(cells)} {cell.name}")
 
-    with bar:
+    with bar, terminate_as_interrupt():
         if processes == 1:
             for cell in left:
-                keep(cell, compute(cell))
-        else:
-            _run_parallel(left, processes, keep)
+                keep(cell, compute(cell, out))
+        elif left:
+            _run_parallel(left, out, processes, keep)
     return results
 
 
-def _run_parallel(left: Sequence[Cell], processes: int, keep: Any) -> None:
+def _run_parallel(
+    left: Sequence[Cell], out: Path, processes: int, keep: Callable[[Cell, dict[str, Any]], None]
+) -> None:
     """The costliest first, so that no process is left alone with one at the end."""
     context = multiprocessing.get_context("spawn")
-    pool = concurrent.futures.ProcessPoolExecutor(processes, mp_context=context)
+    pool = concurrent.futures.ProcessPoolExecutor(processes, context, end_with_parent)
+    waiting = sorted(left, key=lambda c: c.cost)
+    running: dict[concurrent.futures.Future, Cell] = {}
+    interrupted = False
     try:
-        waiting = {pool.submit(compute, c): c for c in sorted(left, key=lambda c: -c.cost)}
-        for future in concurrent.futures.as_completed(waiting):
-            keep(waiting[future], future.result())
+        while running or (waiting and not interrupted):
+            try:
+                # no more than there are processes: what a pool has queued it cannot take back
+                while waiting and len(running) < processes and not interrupted:
+                    with interrupts_held():
+                        cell = waiting.pop()
+                        running[pool.submit(compute, cell, out)] = cell
+                done, _ = concurrent.futures.wait(running, return_when="FIRST_COMPLETED")
+                for future in done:
+                    keep(running.pop(future), future.result())
+            except KeyboardInterrupt:
+                if interrupted:
+                    raise
+                interrupted = True
+                names = ", ".join(cell.name for cell in running.values())
+                print(f"\nInterrupted: finishing {names}; once more to drop them", file=sys.stderr)
+        if interrupted:
+            raise KeyboardInterrupt
     except BaseException:
         for process in list((pool._processes or {}).values()):
             process.terminate()
         raise
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def end_with_parent() -> None:
+    """Let a process of the pool end when its parent is gone and its cell is written.
+
+    A pool's processes wait for their next task for ever, as each holds both ends of the queue.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        with _computing:
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+@contextmanager
+def interrupts_held() -> Iterator[None]:
+    """Ctrl-C waits; the processes that are started inside never get it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def terminate_as_interrupt() -> Iterator[None]:
+    """Inside, SIGTERM is an interrupt too, as a scheduler's end of a job is."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

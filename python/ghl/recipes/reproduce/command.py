@@ -13,7 +13,6 @@ from typing import Any
 
 from ghl.recipes.errors import check_integer
 from ghl.recipes.reproduce import (
-    composition,
     dynamics,
     phase_diagram,
     regression,
@@ -22,6 +21,7 @@ from ghl.recipes.reproduce import (
     sce,
     sweep,
     table,
+    transformer_batch,
 )
 from ghl.recipes.reproduce.cells import Cell, run
 from ghl.recipes.reproduce.report import Section, write
@@ -63,8 +63,9 @@ EXPERIMENTS = {
     "length-sgd": sweep_experiment("length-sgd"),
     "length-dfa": sweep_experiment("length-dfa"),
     "transformer": Experiment(table_cells("transformer"), table.summarize_transformer),
-    "composition": Experiment(
-        lambda s: composition.cells(s.transformer_seeds, s.shorten), composition.summarize
+    "transformer-batch": Experiment(
+        lambda s: transformer_batch.cells(s.transformer_seeds, s.shorten),
+        transformer_batch.summarize,
     ),
     "phase": Experiment(lambda s: phase_diagram.cells(s.seeds, s.shorten), phase_diagram.summarize),
     "regression": Experiment(regression.cells, regression.summarize),

@@ -34,6 +34,7 @@ class Students:
     layer: int = 1  # the second
     measured: float = 0.2  # the last part of training
     every: int = 7  # odd: signs may alternate
+    whole_every: int | None = None  # of the held-out examples, all in one batch
 
     def __post_init__(self) -> None:
         if self.steps * self.measured < self.every:
@@ -65,7 +66,8 @@ def train(
     make: the learner of a stack and its decay, where it is not the plain one of the settings.
 
     Each in the result (n): cosine, loss and validation loss, weight norm of the measured layer; the
-    cosine is the mean over the measured steps of training, of that step's batch.
+    cosine is the mean over the measured steps of training, of that step's batch. `whole`, where
+    whole_every asks for it, is that of all held-out examples.
     """
     distinct = list(dict.fromkeys(seeds))
     which = torch.tensor([distinct.index(s) for s in seeds])
@@ -79,7 +81,10 @@ def train(
     initial_norm = norms(stack, settings.layer)
     order = torch.Generator().manual_seed(distinct[0])
     per_epoch = settings.examples // settings.batch
-    cosines, losses = [], []
+    first = math.ceil(settings.steps * (1 - settings.measured))
+    held_out = slice(settings.examples, None)
+    x_out, y_out = x[:, held_out][which], y[:, held_out][which]
+    cosines, losses, whole = [], [], []
     for step in range(settings.steps):
         if step % per_epoch == 0:
             shuffled = torch.randperm(settings.examples, generator=order)
@@ -87,19 +92,21 @@ def train(
         rows = shuffled[start : start + settings.batch]
         x_step, y_step = x[:, rows][which], y[:, rows][which]
         learner.shake()
+        if settings.whole_every and step >= first and (step - first) % settings.whole_every == 0:
+            _, layers = learner.gradients(x_out, squared_error(y_out))
+            whole.append(alignment(stack, layers, settings.layer))
         loss, layers = learner.gradients(x_step, squared_error(y_step))
-        if step >= settings.steps * (1 - settings.measured) and step % settings.every == 0:
+        if step >= first and step % settings.every == 0:
             cosines.append(alignment(stack, layers, settings.layer))
             losses.append(loss)
         learner.step()
-    held_out = slice(settings.examples, None)
-    output = learner.predict(x[:, held_out][which])
-    validation = squared_error(y[:, held_out][which])(output)
-    return {
+    validation = squared_error(y_out)(learner.predict(x_out))
+    found = {"whole": torch.stack(whole).mean(0).tolist()} if whole else {}
+    return found | {
         "cosine": torch.stack(cosines).mean(0).tolist(),
         "loss": torch.stack(losses).mean(0).tolist(),
         "validation_loss": validation.tolist(),
-        "validation_variance": y[:, held_out].var((1, 2))[which].tolist(),
+        "validation_variance": y_out.var((1, 2)).tolist(),
         "weight_norm": norms(stack, settings.layer),
         "initial_norm": initial_norm,
     }

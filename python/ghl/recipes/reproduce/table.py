@@ -37,6 +37,7 @@ STEPS = {
     "transformer": {"adam": 2000, "sgd": 2000, "dfa": 2000, "random": 1500},
 }
 CLIP = 0.004
+WHOLE_EVERY = 50
 NAMES = {"adam": "Adam", "sgd": "SGD", "dfa": "DFA", "random": "RandomNN"}
 SHRUNK = 0.25  # of the initial norm
 COLLAPSED = 0.7  # of the targets' variance: an output that ignores its input leaves all of it
@@ -44,7 +45,9 @@ COLLAPSED = 0.7  # of the targets' variance: an output that ignores its input le
 
 def mlp_cell(rule: str, decay: float, seeds: Sequence[int], steps: int) -> dict[str, Any]:
     """All seeds of one rule and one γ, stacked."""
-    settings = sre.Students(rule=rule, lr=LR["mlp"][rule], steps=steps, clip=CLIP)
+    settings = sre.Students(
+        rule=rule, lr=LR["mlp"][rule], steps=steps, clip=CLIP, whole_every=WHOLE_EVERY
+    )
     return sre.train(settings, seeds, torch.full((len(seeds),), decay))
 
 
@@ -70,7 +73,7 @@ def cells(networks: Sequence[str], seeds: Mapping[str, int], shorten: int = 1) -
                         "seed": seed,
                         "lr": LR[network][rule],
                     }
-                    arguments |= {"steps": steps, "clip": CLIP}
+                    arguments |= {"steps": steps, "clip": CLIP, "whole_every": WHOLE_EVERY}
                     function = f"{here}.transformer:cell"
                     found.append(Cell(f"{name}-{seed}", function, arguments, cost=steps * 5))
     return found
@@ -117,29 +120,36 @@ def summarize(results: Mapping[str, dict[str, Any]], out: Path, name: str = "tab
             if quantities is None:
                 line.append("")
                 continue
-            mean, std = mean_std(quantities["cosine"])
+            found_here = [mean_std(quantities[name]) for name in ("cosine", "whole")]
             gone = collapsed(quantities)
             rows.append([
-                network, rule, decay, len(quantities["cosine"]), mean, std, gone,
-                mean_std(quantities["validation_loss"])[0], mean_std(quantities["weight_norm"])[0],
-                published[index] if published else None,
+                network, rule, decay, len(quantities["cosine"]), *found_here[0], *found_here[1],
+                gone, mean_std(quantities["validation_loss"])[0],
+                mean_std(quantities["weight_norm"])[0], published[index] if published else None,
             ])  # fmt: skip
-            ours = f"{mean:.2f} ± {std:.2f}" + (" collapse" if gone else "")
-            ours = "collapse" if math.isnan(mean) else ours  # weights of zero have no direction
-            line.append(f"{ours} ({published_text(published, index)})")
+            line.append(f"{ours(found_here, gone)} ({published_text(published, index)})")
         table.append(line)
-    head = "network rule decay seeds cosine std collapsed validation_loss weight_norm published"
+    head = "network rule decay seeds cosine std whole whole_std collapsed validation_loss"
+    head += " weight_norm published"
     write_csv(out / f"{name}.csv", head.split(), rows)
     save_figure(out / f"{name}.png", draw(rows))
     return Section(
         f"2. Alignment by rule and weight decay (SRE, {networks_of(found)})",
-        ["Cosine at the second layer of the MLP, mean ± standard deviation over seeds, in brackets "
-         "the published figure (–: none at hand)."],
+        ["Cosine at the second layer of the MLP, mean ± standard deviation over seeds: of a step's "
+         "batch of 64, then of the 2,000 held-out examples in one batch, and in brackets the "
+         "published figure (–: none at hand), of which we do not know what batch it is of."],
         ["", *(f"γ = {d:g}" for d in DECAYS)],
         table,
         f"{name}.png",
         notes(found),
     )  # fmt: skip
+
+
+def ours(found: Sequence[tuple[float, float]], gone: bool) -> str:
+    """Mean and deviation of each statistic; weights of zero have no direction."""
+    if any(math.isnan(mean) for mean, _ in found):
+        return "collapse"
+    return ", ".join(f"{mean:.2f} ± {std:.2f}" for mean, std in found) + gone * " collapse"
 
 
 def networks_of(found: Mapping[tuple[str, str, float], Any]) -> str:
@@ -168,10 +178,10 @@ def notes(found: Mapping[tuple[str, str, float], Any]) -> list[str]:
         "biases drawn as nn.Linear draws them; weight decay added to the gradient (for Adam too, "
         "before its scaling) and on biases too; the alignment is the mean over every 7th step of "
         "the last fifth of training, each of its own batch.",
-        "Where ours differ by more than their spread: the figures move with the length of "
-        "training, which the sections on it show for SGD and DFA; with the clip of RandomNN; and "
-        "with what the batch of a measurement is made of, which the section on it shows for the "
-        "transformer.",
+        "Where ours differ by more than their spread: the figures move with the size of the batch "
+        "that they are of, whose noise is anti-Hebbian (the two here lie on both sides of the "
+        "published ones where these differ); with the length of training, which the sections on it "
+        "show for SGD and DFA; and with the clip of RandomNN.",
         f"RandomNN: updates clipped to {CLIP:g} of a parameter's initial norm, that norm the "
         "target, normal biases of variance 1 in the random network. Where the norm hovers at its "
         "target, the mean cosine is proportional to γ/clip: it is set by the clip, not measured "
@@ -192,15 +202,17 @@ def draw(rows: Sequence[Sequence[Any]]) -> Figure:
         for index, rule in enumerate(NAMES):
             points = [row for row in rows if row[:2] == [network, rule]]
             places = [DECAYS.index(row[2]) for row in points]
-            means, stds = [row[4] for row in points], [row[5] for row in points]
-            axes.errorbar(places, means, stds, marker=".", color=f"C{index}", label=NAMES[rule])
-            known = [(p, row[9]) for p, row in zip(places, points, strict=True)]
+            for column, style in ((4, "-"), (6, "--")):
+                means, stds = ([row[c] for row in points] for c in (column, column + 1))
+                label = NAMES[rule] if column == 4 else None
+                axes.errorbar(places, means, stds, ls=style, color=f"C{index}", label=label)
+            known = [(p, row[11]) for p, row in zip(places, points, strict=True)]
             known = [(p, v) for p, v in known if v is not None]
             axes.plot(*zip(*known, strict=True), "x:", color=f"C{index}") if known else None
         axes.set_xticks(range(len(DECAYS)), [f"{d:g}" for d in DECAYS])
         axes.axhline(0, color="grey", lw=0.7)
         axes.set_xlabel("weight decay γ")
-        axes.set_title(f"{network} (dotted: published)")
+        axes.set_title(f"{network} (dashed: of 2,000 examples, dotted: published)")
     panels[0].set_ylabel("alignment, cosine")
     panels[0].legend()
     return figure
