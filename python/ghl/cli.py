@@ -68,6 +68,7 @@ def large_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("at full size (under torchrun: data parallel)")
     add = group.add_argument
     switch: dict[str, Any] = {"action": "store_true", "default": None}
+    add("--optimizer", help="sgd, or adamw, which has learning rates and decays of its own")
     add("--momentum", type=float, help="of SGD, for every parameter")
     add("--warmup", type=int, metavar="EPOCHS", help="over which learning rates rise linearly")
     add("--label-smoothing", type=float, metavar="SHARE")

@@ -122,6 +122,17 @@ def test_momentum_and_warm_up_reach_the_optimizer():
     assert fresh.lr == 0.25
 
 
+def test_adamw_has_settings_of_its_own():
+    """Beside those that are given, for the layers of a rule too."""
+    trainer, loss = trained(optimizer="adamw", lr_hebb=1e-3, epochs=2)
+    assert type(trainer.optimizer) is torch.optim.AdamW and math.isfinite(loss)
+    groups = {g["lr"] / trainer.optimizer.defaults["lr"]: g for g in trainer.optimizer.param_groups}
+    assert trainer.optimizer.defaults["lr"] == 3e-3
+    assert {g["initial_lr"] for g in groups.values()} == {3e-3, 1e-3}
+    assert {g["weight_decay"] for g in groups.values()} == {0.3}
+    assert Config.resolve({"optimizer": "sgd"}) == Config.resolve({})
+
+
 def test_average_of_parameters():
     model = torch.nn.Linear(1, 1, bias=False)
     average = Average(model, decay=0.5)
@@ -229,6 +240,8 @@ def test_decoding_on_the_device_trains(tmp_path):
         ({"decode": "gpu"}, "--decode is 'gpu', must be one of auto, workers, device"),
         ({"world_change": "ignore"}, "--world-change is 'ignore', must be one of refuse, rescale"),
         ({"ema": 1.0}, "--ema 1.0: expected a finite number of at least 0 and below 1"),
+        ({"optimizer": "lion"}, "--optimizer is 'lion', must be one of sgd, adamw"),
+        ({"optimizer": "adamw", "momentum": 0.9}, "--momentum 0.9: expected with --optimizer sgd"),
         ({"momentum": -0.1}, "--momentum -0.1: expected a finite number of at least 0"),
         ({"label_smoothing": math.nan}, "--label-smoothing nan: expected a finite number"),
         ({"damaged_share": 2}, "--damaged-share 2: expected .* below 1"),

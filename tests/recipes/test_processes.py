@@ -1,5 +1,6 @@
 """Runs of two processes: the same as one, with one lost, rescaled, sharded; and full disks."""
 
+import copy
 import errno
 import os
 import shutil
@@ -12,7 +13,7 @@ from torch.distributed import destroy_process_group, init_process_group
 from torch.distributed.checkpoint import FileSystemWriter
 
 from ghl.alignment.sinks import read_csv
-from ghl.recipes import checkpoint
+from ghl.recipes import checkpoint, sharded
 from ghl.recipes.config import Config
 from ghl.recipes.train import Run, evaluate, open_run, train
 from ghl.recipes.trainer import Trainer
@@ -281,6 +282,35 @@ def test_a_full_disk_keeps_the_last_shards(tmp_path, monkeypatch, capsys):
     assert [path.name for path in tmp_path.glob("shards-*")] == [state(tmp_path)["sharded"]]
     assert state(tmp_path)["sharded"] == "shards-0-2"
     evaluate(tmp_path, {})
+
+
+@pytest.mark.parametrize("fsdp", [True, False])
+@pytest.mark.parametrize("options", [{"momentum": 0.9}, {"optimizer": "adamw", "momentum": 0.0}])
+def test_an_optimizer_goes_on_where_it_was(tmp_path, options, fsdp):
+    """In a world of one, from shards and from a whole checkpoint; and not if it is forgotten."""
+    config = Config.resolve(SMALL | {"fsdp": fsdp, "limit_train": 96} | options)
+    init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        first = Trainer(config)
+        first.train_epoch()
+        state = copy.deepcopy(first.state())
+        sharded.save(tmp_path / "shards", first.tensors())
+        first.train_epoch()
+        found = []
+        for forget in (False, True):
+            again = Trainer(config)
+            tensors = again.tensors() if fsdp else None
+            if tensors:
+                sharded.load(tmp_path / "shards", tensors)
+            if forget:
+                (tensors or state)["optimizer"] = {} if fsdp else again.optimizer.state_dict()
+            again.restore(state, tensors)
+            again.train_epoch()
+            found.append(again.model.state_dict()["conv1.weight"])
+        same, other = (torch.equal(w, first.model.state_dict()["conv1.weight"]) for w in found)
+        assert same and not other
+    finally:
+        destroy_process_group()
 
 
 def test_other_errors_of_the_disk_stop_the_run(tmp_path, monkeypatch):

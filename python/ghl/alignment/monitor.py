@@ -59,8 +59,9 @@ class Monitor:
     Under a GradScaler inner products are those of the scaled loss; cosines are not affected.
 
     A step ends with `optimizer.step()` of the optimizer that has the weight, or with `step()`; all
-    backwards until then add up. A measured step keeps G, H0 and a copy of W, each of the weight's
-    size, and signs in int8 from the step before; the other steps cost a call per layer.
+    backwards until then add up. With the batch statistic a measured step keeps two tensors of the
+    weight's size, H0 and G, in whose place W is kept while the optimizer steps; `sign_flips` needs
+    the step before's signs, in int8. The other steps keep nothing and cost a call per layer.
     Raises ValueError or TypeError, naming the argument.
     """
 

@@ -192,6 +192,11 @@ class Sums:
             setattr(self, field, held)
         held[neurons] += value
 
+    def in_place_of_signal(self, weight: Tensor) -> Tensor:
+        """A copy of the weight, where G was if there is one: it has been measured by then."""
+        held, self.G = self.G, None
+        return weight.clone() if held is None else held.copy_(weight)
+
     def totals(self) -> Tensor:
         """Σu and the number of rows, as `merge` takes them."""
         assert self.u_sum is not None

@@ -83,7 +83,8 @@ class Track:
 
     def measurement(self, every: int, alone: bool) -> Measurement:
         """Of the step in progress where its backward has run, else of the last one measured."""
-        in_progress = self.steps % every == 0 and self.sums.answered > 0
+        stepping = self._before is not None
+        in_progress = self.steps % every == 0 and self.sums.answered > 0 and not stepping
         if alone and (in_progress or self.last is None):
             if in_progress and self.target.ruled and not is_update(self.grad):
                 gap = "its update is made in optimizer.step(): report after it"
@@ -104,7 +105,7 @@ class Track:
             self.last = self._measure()
             if update and "batch" in self.last.parts:
                 assert self.target.weight is not None
-                self._before = self.target.weight.detach().clone()
+                self._before = self.sums.in_place_of_signal(self.target.weight.detach())
         elif measured:
             self.last = self._measure()
         self._take_signs(measured, every)

@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 import ghl
-from ghl.recipes import models
+from ghl.recipes import models, optimizers
 from ghl.recipes.checkpoint import random_states, restore_random_states, seed_everything
 from ghl.recipes.config import Config
 from ghl.recipes.data import Data, load
@@ -96,8 +96,8 @@ class Trainer:
             wd=config.wd,
             wd_hebb=config.wd_hebb,
         )
-        self.optimizer = torch.optim.SGD(
-            groups, lr=config.lr, momentum=config.momentum, fused=config.fused or None
+        self.optimizer = optimizers.build(
+            config.optimizer, groups, config.lr, config.momentum, config.fused
         )
         several = torch.distributed.is_initialized() or config.accumulate > 1
         deferred = config.rule != "bp" and (several or config.amp == "fp16")
@@ -278,13 +278,11 @@ class Trainer:
         }
 
     def tensors(self) -> dict[str, Any]:
-        """What a sharded checkpoint holds: model, momenta and averages, by name."""
-        held: dict[str, Any] = {"model": self.model.state_dict()}
-        if self.config.momentum:
-            held["momentum"] = {
-                name: self.optimizer.state[p].get("momentum_buffer", torch.zeros_like(p))
-                for name, p in self.model.named_parameters()
-            }
+        """What a sharded checkpoint holds: model, the optimizer's state and averages, by name."""
+        held: dict[str, Any] = {
+            "model": self.model.state_dict(),
+            "optimizer": optimizers.state(self.optimizer, self.model),
+        }
         if self.average is not None:
             held["average"] = self.average.averages
         return held
@@ -298,8 +296,7 @@ class Trainer:
         self.restore_model(state, tensors)
         self.optimizer.load_state_dict(state["optimizer"])
         if tensors is not None:
-            for name, p in self.model.named_parameters() if "momentum" in tensors else ():
-                self.optimizer.state[p]["momentum_buffer"] = tensors["momentum"][name]
+            optimizers.restore(self.optimizer, self.model, tensors["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         self.scaler.load_state_dict(state["scaler"])
         self.epoch, self.step = state["epoch"], state["step"]
