@@ -59,6 +59,7 @@ test-integrations: install
 	$(BIN)/python -m pip install --quiet -c constraints.txt 'ghl-kernels[train,integrations]'
 	set -e; for example in $(EXAMPLES); do \
 	    echo "$$example"; $(BIN)/python -W ignore examples/$$example.py; done
+	$(BIN)/python -m pytest tests/alignment/test_hugging_face.py
 
 lint: install
 	$(BIN)/ruff check .
