@@ -39,6 +39,12 @@ STEPS = {
 CLIP = 0.004
 WHOLE_EVERY = 50
 NAMES = {"adam": "Adam", "sgd": "SGD", "dfa": "DFA", "random": "RandomNN"}
+ABOUT = {
+    "transformer": "Transformer: sequences of 1 to 32 random tokens each, padded and masked within "
+    "a batch; learned token and position embeddings, added; no dropout. Under DFA the encoder, "
+    "with the mean over its tokens, is one block, trained inside by backpropagation from its own "
+    "feedback."
+}
 SHRUNK = 0.25  # of the initial norm
 COLLAPSED = 0.7  # of the targets' variance: an output that ignores its input leaves all of it
 
@@ -178,16 +184,16 @@ def notes(found: Mapping[tuple[str, str, float], Any]) -> list[str]:
         "biases drawn as nn.Linear draws them; weight decay added to the gradient (for Adam too, "
         "before its scaling) and on biases too; the alignment is the mean over every 7th step of "
         "the last fifth of training, each of its own batch.",
-        "Where ours differ by more than their spread: the figures move with the size of the batch "
-        "that they are of, whose noise is anti-Hebbian (the two here lie on both sides of the "
-        "published ones where these differ); with the length of training, which the sections on it "
-        "show for SGD and DFA; and with the clip of RandomNN.",
+        "Where ours differ by more than their spread: a small batch's noise hides the mean signal, "
+        "so that the figures move with the batch that they are of (both columns, and the section "
+        "on the batch size of the transformer), with the length of training (the sections on it, "
+        "for SGD and DFA), and with the clip of RandomNN.",
         f"RandomNN: updates clipped to {CLIP:g} of a parameter's initial norm, that norm the "
         "target, normal biases of variance 1 in the random network. Where the norm hovers at its "
         "target, the mean cosine is proportional to γ/clip: it is set by the clip, not measured "
         "free of it.",
-        "DFA: feedback matrices normal with variance 1/32; in the transformer the encoder is one "
-        "block, trained inside by backpropagation from its own feedback.",
+        "DFA: feedback matrices normal with variance 1/32.",
+        *(ABOUT[network] for network in networks if network in ABOUT),
         f"Collapse: the held-out error is above {COLLAPSED:.0%} of the targets' variance, and the "
         f"layer's norm below {SHRUNK:.0%} of its initial one.",
     ]
