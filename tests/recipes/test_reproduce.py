@@ -33,6 +33,7 @@ from ghl.recipes.reproduce import (
     sre,
     sweep,
     table,
+    transformer_batch,
 )
 from ghl.recipes.reproduce import transformer as transformer_cells
 from ghl.recipes.reproduce.students import Learner, Stack, alignment, squared_error
@@ -379,7 +380,8 @@ def test_cross_entropy_of_a_stack():
     assert sce.cross_entropy(classes)(output).tolist() == pytest.approx(expected)
 
 
-def test_a_trial_of_the_other_experiments(tmp_path):
+def test_a_trial_of_the_other_experiments(tmp_path, monkeypatch):
+    monkeypatch.setattr(transformer_batch, "TRAININGS", ((5e-5, 8, 2000), (5e-4, 16, 2000)))
     names = (
         "length-sgd length-dfa transformer-batch generalisation batch lr noise regularisers rules"
         " early neurons"
