@@ -66,7 +66,8 @@ def summarize(results: Mapping[str, dict[str, Any]], out: Path) -> Section:
         ],
         "transformer-batch.png",
         [f"Learning rate {LR['transformer']['adam']:g}, {len(next(iter(found.values())))} seeds; "
-         "all else as in experiment 2."],
+         "all else as in experiment 2. What neither column nor more rows and steps make up for is "
+         "unexplained."],
     )  # fmt: skip
 
 
