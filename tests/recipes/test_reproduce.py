@@ -33,7 +33,7 @@ from ghl.recipes.reproduce import (
     sre,
     sweep,
     table,
-    transformer_batch,
+    transformer_noise,
 )
 from ghl.recipes.reproduce import transformer as transformer_cells
 from ghl.recipes.reproduce.students import Learner, Stack, alignment, squared_error
@@ -293,6 +293,8 @@ def test_a_transformer_cell(rule):
     first = transformer_cells.cell(rule, 0.01, 0, measured=0.5, **settings)
     assert first == transformer_cells.cell(rule, 0.01, 0, measured=0.5, **settings)
     assert -1 <= first["cosine"] <= 1
+    settled = transformer_cells.cell(rule, 0.01, 0, measured=0.5, settling=2, **settings)
+    assert settled["weight_norm"] != first["weight_norm"]
     assert first["validation_variance"] > 0
 
 
@@ -387,9 +389,11 @@ def test_cross_entropy_of_a_stack():
 
 
 def test_a_trial_of_the_other_experiments(tmp_path, monkeypatch):
-    monkeypatch.setattr(transformer_batch, "TRAININGS", ((5e-5, 8, 2000), (5e-4, 16, 2000)))
+    monkeypatch.setattr(
+        transformer_noise, "TRAININGS", ((5e-5, 8, 2000, 0), (5e-4, 16, 2000, 1000))
+    )
     names = (
-        "length-sgd length-dfa transformer-batch generalisation batch lr noise regularisers rules"
+        "length-sgd length-dfa transformer-noise generalisation batch lr noise regularisers rules"
         " early neurons"
     )
     words = f"reproduce {names} --seeds 1 --transformer-seeds 1 --processes 1 --shorten 100"

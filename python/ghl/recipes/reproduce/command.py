@@ -21,7 +21,7 @@ from ghl.recipes.reproduce import (
     sce,
     sweep,
     table,
-    transformer_batch,
+    transformer_noise,
 )
 from ghl.recipes.reproduce.cells import Cell, run
 from ghl.recipes.reproduce.report import Section, write
@@ -63,9 +63,9 @@ EXPERIMENTS = {
     "length-sgd": sweep_experiment("length-sgd"),
     "length-dfa": sweep_experiment("length-dfa"),
     "transformer": Experiment(table_cells("transformer"), table.summarize_transformer),
-    "transformer-batch": Experiment(
-        lambda s: transformer_batch.cells(s.transformer_seeds, s.shorten),
-        transformer_batch.summarize,
+    "transformer-noise": Experiment(
+        lambda s: transformer_noise.cells(s.transformer_seeds, s.shorten),
+        transformer_noise.summarize,
     ),
     "phase": Experiment(lambda s: phase_diagram.cells(s.seeds, s.shorten), phase_diagram.summarize),
     "regression": Experiment(regression.cells, regression.summarize),

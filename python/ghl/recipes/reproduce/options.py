@@ -11,7 +11,7 @@ EXPERIMENTS = {
     "length-sgd": "2. length of training: SGD",
     "length-dfa": "2. length of training: DFA",
     "transformer": "2. the table of SRE: transformer",
-    "transformer-batch": "2. its batch size, under Adam",
+    "transformer-noise": "2. with less noise, under Adam",
     "phase": "3. noise against weight decay: the boundary and its exponent",
     "regression": "3. linear regression against its closed form",
     "generalisation": "4. generalisation against alignment",

@@ -186,7 +186,7 @@ def notes(found: Mapping[tuple[str, str, float], Any]) -> list[str]:
         "the last fifth of training, each of its own batch.",
         "Where ours differ by more than their spread: a small batch's noise hides the mean signal, "
         "so that the figures move with the batch that they are of (both columns, and the section "
-        "on the batch size of the transformer), with the length of training (the sections on it, "
+        "on the transformer with less noise), with the length of training (the sections on it, "
         "for SGD and DFA), and with the clip of RandomNN.",
         f"RandomNN: updates clipped to {CLIP:g} of a parameter's initial norm, that norm the "
         "target, normal biases of variance 1 in the random network. Where the norm hovers at its "

@@ -109,9 +109,13 @@ def cell(
     measured: float = 0.2,
     every: int = 7,
     whole_every: int = 50,
+    settling: int = 0,
 ) -> dict[str, Any]:
     """Train one student; `cosine` is the mean over the measured steps of the last part, each of its
-    own batch, `whole` over every `whole_every` steps, of all held-out examples."""
+    own batch, `whole` over every `whole_every` steps, of all held-out examples.
+
+    settling: the last steps, which go at a tenth of the learning rate.
+    """
     teacher = draw_student(2_000_000 + seed)
     data = draw_data(1_000_000 + seed, examples, teacher)
     held_out = draw_data(3_000_000 + seed, validation, teacher)
@@ -131,6 +135,9 @@ def cell(
             loss, found = measure(student, random, tokens, target)
             losses.append(loss)
             cosines.append(found)
+        if step == steps - settling:
+            for group in optimizer.param_groups:
+                group["lr"] = lr / 10
         optimizer.zero_grad()
         learn(student, random, tokens, target)
         optimizer.step()
