@@ -76,7 +76,7 @@ def summarize(results: Mapping[str, dict[str, Any]], out: Path) -> Section:
          "all else as in experiment 2.",
          "Of 2,000 examples, within two standard deviations of the published "
          "figure: "
-         + (", ".join(name(t, " ") for t, pairs in found.items() if is_near(t, pairs)) or "none")
+         + ("; ".join(name(t, " ") for t, pairs in found.items() if is_near(t, pairs)) or "none")
          + "."],
     )  # fmt: skip
 
