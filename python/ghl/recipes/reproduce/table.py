@@ -49,10 +49,12 @@ SHRUNK = 0.25  # of the initial norm
 COLLAPSED = 0.7  # of the targets' variance: an output that ignores its input leaves all of it
 
 
-def mlp_cell(rule: str, decay: float, seeds: Sequence[int], steps: int) -> dict[str, Any]:
+def mlp_cell(
+    rule: str, decay: float, seeds: Sequence[int], steps: int, whole_every: int
+) -> dict[str, Any]:
     """All seeds of one rule and one γ, stacked."""
     settings = sre.Students(
-        rule=rule, lr=LR["mlp"][rule], steps=steps, clip=CLIP, whole_every=WHOLE_EVERY
+        rule=rule, lr=LR["mlp"][rule], steps=steps, clip=CLIP, whole_every=whole_every
     )
     return sre.train(settings, seeds, torch.full((len(seeds),), decay))
 
@@ -68,7 +70,7 @@ def cells(networks: Sequence[str], seeds: Mapping[str, int], shorten: int = 1) -
                 name = f"table-{network}-{rule}-{decay:g}"
                 if network == "mlp":
                     arguments = {"rule": rule, "decay": decay, "steps": steps}
-                    arguments["seeds"] = list(range(seeds["mlp"]))
+                    arguments |= {"seeds": list(range(seeds["mlp"])), "whole_every": WHOLE_EVERY}
                     function = f"{here}.table:mlp_cell"
                     found.append(Cell(name, function, arguments, cost=steps * seeds["mlp"] / 5))
                     continue
