@@ -124,10 +124,10 @@ def _run_parallel(
     running: dict[concurrent.futures.Future, Cell] = {}
     interrupted = False
     try:
-        while running or (waiting and not interrupted):
+        while running or waiting:
             try:
                 # no more than there are processes: what a pool has queued it cannot take back
-                while waiting and len(running) < processes and not interrupted:
+                while waiting and len(running) < processes:
                     with interrupts_held():
                         cell = waiting.pop()
                         running[pool.submit(compute, cell, out)] = cell
@@ -138,6 +138,7 @@ def _run_parallel(
                 if interrupted:
                     raise
                 interrupted = True
+                waiting.clear()
                 names = ", ".join(cell.name for cell in running.values())
                 print(f"\nInterrupted: finishing {names}; once more to drop them", file=sys.stderr)
         if interrupted:
