@@ -1,8 +1,8 @@
 """What a Monitor costs: training steps with one, at every step and every 50, against none.
 
 Run as `python -m bench.alignment_overhead [--device cuda] [--out FILE]`. One process, the runs
-interleaved in blocks of 50 steps, medians over blocks: a figure is a ratio within one run. On a CPU
-it is CPU time of one thread, on a GPU wall time.
+interleaved in blocks of steps, medians over blocks: a figure is a ratio within one run. On a CPU it
+is CPU time of one thread, on a GPU wall time.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from ghl.alignment import Monitor
 from ghl.recipes import models
 
-BLOCK, REPEATS = 50, 5
+# steps of a block where every 50th is measured, and where every one is; blocks of each variant
+BLOCK, BLOCK_OF_EVERY, REPEATS = 50, {"cpu": 50, "cuda": 10}, {"cpu": 5, "cuda": 3}
 Run = Callable[[], None]
 Case = Callable[[], tuple[nn.Module, Tensor]]
 
@@ -102,15 +103,17 @@ def measure(build: Case, device: str) -> dict[str, float]:
     for name, options in VARIANTS.items():
         torch.manual_seed(0)
         model, x = build()
-        model.to(device)
+        layout = {"memory_format": torch.channels_last} if device == "cuda" else {}
+        model.to(device, **layout)
         if options:
             monitors.append(Monitor(model, every=options[0], statistic=options[1]))
-        runs[name] = training_step(model, x.to(device))
+        runs[name] = training_step(model, x.to(device, **layout))
         seconds(runs[name], 2, device)
     found: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(REPEATS):
+    for _ in range(REPEATS[device]):
         for name, step in runs.items():
-            found[name].append(seconds(step, BLOCK, device))
+            steps = BLOCK_OF_EVERY[device] if name.startswith("every step") else BLOCK
+            found[name].append(seconds(step, steps, device))
     return {name: statistics.median(values) for name, values in found.items()}
 
 
@@ -121,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     where = torch.cuda.get_device_name() if args.device == "cuda" else "one thread, CPU time"
-    print(f"torch {torch.__version__}, {where}, medians of {REPEATS} blocks of {BLOCK}")
+    print(f"torch {torch.__version__}, {where}, medians of {REPEATS[args.device]} blocks")
     ratios = {}
     for name, build in CASES[args.device].items():
         found = measure(build, args.device)

@@ -1,8 +1,8 @@
 """Times a whole training step of one network under GHL, backpropagation and the natural layer.
 
-`python -m bench.train_step --arch resnet50 --batch-size 256 --amp bf16 --channels-last`: prints a
-table and writes bench/results/train-step-<machine>.json. Nothing is reported unless GHL's updates
-are those of the natural layer.
+`python -m bench.train_step --arch resnet50 --batch-size 256 --amp bf16 --channels-last --compile`:
+prints a table and writes bench/results/train-step-<machine>.json. Nothing is reported unless GHL's
+updates are those of the natural layer.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ CONTESTANTS: dict[str, Callable[[nn.Module], None]] = {
 class Contestant:
     """A network, its optimizer, and the step that is timed."""
 
-    def __init__(self, name: str, options: argparse.Namespace) -> None:
+    def __init__(self, name: str, options: argparse.Namespace, *, compiled: bool) -> None:
         torch.manual_seed(0)
         self.options = options
         self.model = models.build(options.arch, 3, CLASSES, options.size, options.width)
@@ -63,7 +63,7 @@ class Contestant:
         if options.channels_last:
             self.model.to(memory_format=torch.channels_last)
         CONTESTANTS[name](self.model)
-        if options.compile:
+        if compiled:
             self.model.compile()
         fused = options.device == "cuda"
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-4, fused=fused)
@@ -131,9 +131,12 @@ def peak_bytes(call: Callable[[], None], device: str) -> int:
 def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     """A row per contestant; their steps take turns, so that a busy machine slows all alike."""
     data = batch(options)
-    contestants = {name: Contestant(name, options) for name in CONTESTANTS}
-    tolerance = TOLERANCE[options.amp]
-    check_same_updates(contestants["ghl"], contestants["natural"], data, tolerance)
+    names = options.contestants
+    contestants = {name: Contestant(name, options, compiled=options.compile) for name in names}
+    if "ghl" in contestants:
+        exact = Contestant("natural", options, compiled=False)
+        check_same_updates(contestants["ghl"], exact, data, TOLERANCE[options.amp])
+        del exact
     steps = {name: (lambda c=c: c.step(*data)) for name, c in contestants.items()}
     for step in steps.values():
         for _ in range(options.warmup):
@@ -161,11 +164,22 @@ def row(name: str, times: list[float], peak: int, options: argparse.Namespace) -
     }
 
 
+def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Time and memory of each over those of backpropagation, if that was measured."""
+    of = {r["implementation"]: r for r in rows}
+    bp = of.pop("bp", None)
+    if bp is None:
+        return {}
+    times = {f"{name}_over_bp": r["p50_ms"] / bp["p50_ms"] for name, r in of.items()}
+    peaks = {f"{name}_memory_over_bp": r["peak_bytes"] / bp["peak_bytes"] for name, r in of.items()}
+    return times | peaks
+
+
 def print_table(rows: list[dict[str, Any]]) -> None:
     base = rows[0]
     print(
         f"{'':<9} {'p20 ms':>9} {'p50 ms':>9} {'p80 ms':>9} {'images/s':>9} {'peak MB':>9}"
-        f" {'time / bp':>10} {'memory / bp':>12}"
+        f" {'time / ' + base['implementation']:>10} {'memory':>12}"
     )
     for r in rows:
         print(
@@ -192,6 +206,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--amp", default="none", choices=tuple(DTYPES))
     add("--channels-last", action="store_true")
     add("--compile", action="store_true")
+    add("--contestants", nargs="+", default=list(CONTESTANTS), choices=tuple(CONTESTANTS))
     add("--warmup", type=int, default=3, help="steps before the timed ones")
     add("--steps", type=int, default=20, help="timed steps of each")
     add("--out", type=Path, help="by default bench/results/train-step-MACHINE.json")
@@ -204,7 +219,8 @@ def main(arguments: list[str] | None = None) -> None:
     print_table(rows)
     name = machine(options.device)
     settings = {key: value for key, value in vars(options).items() if key != "out"}
-    result = {**provenance(), "machine": name, "settings": settings, "rows": rows}
+    result = {**provenance(), "machine": name, "settings": settings, "ratios": ratios(rows)}
+    result["rows"] = rows
     path = options.out or RESULTS / f"train-step-{name}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(f"written to {path}")

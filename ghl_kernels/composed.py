@@ -35,12 +35,10 @@ def compete(y: Tensor, competition: str, tau: float) -> Tensor:
 
 
 def totals(u: Tensor, rows: int, sum_u: bool) -> Tensor:
-    """The sum of u for each neuron, or zeros, and last the number of rows."""
+    """The sum of u for each neuron, if it is asked for, and last the number of rows."""
     dtype = sum_dtype(u.dtype)
     if not sum_u:
-        return torch.cat(
-            [u.new_zeros(u.shape[1], dtype=dtype), u.new_full((1,), rows, dtype=dtype)]
-        )
+        return u.new_full((u.shape[1] + 1,), rows, dtype=dtype)
     neurons = u.to(dtype).movedim(1, 0).flatten(1).sum(1)
     return torch.cat([neurons, neurons.new_full((1,), rows)])
 
@@ -81,9 +79,9 @@ def conv2d_pair(
     if rows == 0:
         return no_rows(w, sum_dtype(x.dtype))
     u = compete(y, competition, tau)
+    shape = torch.empty_like(w, dtype=x.dtype)  # of the weight, nothing else is read
 
     def wgrad(signal: Tensor) -> Tensor:
-        shape = w.to(x.dtype)
         return torch.ops.aten.convolution_backward(
             signal, x, shape, None, stride, padding, dilation, False, [0, 0], groups,
             [False, True, False],

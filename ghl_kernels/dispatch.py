@@ -12,6 +12,7 @@ import importlib
 import warnings
 from collections.abc import Iterator
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,16 +53,19 @@ NATIVE_DEVICES = ("cpu",)
 FEWEST_GROUP_NEURONS = 8  # below it PyTorch's grouped kernels are faster: bench/FACTS.md
 LARGEST = 2**31 - 2**17  # 32-bit numbers that a step over the last tile cannot overflow
 MOST_GROUPS = 65535  # blocks in the third dimension of a grid
+MOST_SETTLED = 4096  # calls alike whose implementation is remembered
 
 _forced: str | None = None
 _last: dict[str, Backend] = {}
 _libraries: dict[str, Library] = {}
 _warned: set[str] = set()
+_settled: dict[tuple[Any, ...], Backend] = {}
 
 
 def set_libraries(**by_device: Library) -> None:
     """Tell the dispatcher which compiled library serves which type of device."""
     _libraries.update(by_device)
+    _settled.clear()
 
 
 def library(device_type: str) -> Library | None:
@@ -141,6 +145,9 @@ def sm90_unavailable(
         return f"the GPU has compute capability {major}.{minor}, not 9.0"
     if problem is not None and problem.dtype.itemsize != 2:
         return f"its products are of 16-bit numbers, not {problem.dtype}"
+    if problem and problem.groups > 1 and (problem.channels % 8 or problem.neurons % 8):
+        sizes = f"{problem.channels} channels and {problem.neurons} neurons"
+        return f"its copies take groups of multiples of 8, not of {sizes}"
     return None
 
 
@@ -270,9 +277,34 @@ def reason_of(entry: Entry, table: tiles.Table) -> str:
 
 def implementation(operator: str, first: Tensor, problem: Problem | None = None) -> ModuleType:
     """The module whose function `operator` is to be called, noted as the last that ran."""
-    backend = choose(operator, first, problem)
-    _last[operator] = backend
-    return importlib.import_module(IMPLEMENTATIONS[backend.name])
+    backend = _last[operator] = settled(operator, first, problem)
+    return module_of(backend.name)
+
+
+@functools.cache
+def module_of(name: str) -> ModuleType:
+    return importlib.import_module(IMPLEMENTATIONS[name])
+
+
+def settled(operator: str, first: Tensor, problem: Problem | None) -> Backend:
+    """`choose`, on a GPU remembered for calls alike: choosing takes as long as launching.
+
+    Not remembered where a later call may choose otherwise: in a graph's capture nothing is tried,
+    and memory that was lacking may be there the next time.
+    """
+    if _forced or first.device.type != "cuda":
+        return choose(operator, first, problem)
+    key: tuple[Any, ...] = operator, first.device, first.dtype, problem, tiles.used()
+    if problem is not None:
+        key += problem.image, problem.copied_bytes, dot_precision(problem)
+    backend = _settled.get(key)
+    if backend is None:
+        backend = choose(operator, first, problem)
+        if not (torch.cuda.is_current_stream_capturing() or trial.PASSING in backend.reason):
+            if len(_settled) >= MOST_SETTLED:
+                _settled.clear()
+            _settled[key] = backend
+    return backend
 
 
 def last(operator: str) -> Backend | None:

@@ -27,8 +27,14 @@ def memory_format(w: Tensor) -> torch.memory_format:
 
 
 def empty_rows(w: Tensor, dtype: torch.dtype) -> Tensor:
-    """Empty, of the shape of w: channels_last if w is, else contiguous."""
-    return torch.empty(w.shape, dtype=dtype, device=w.device, memory_format=memory_format(w))
+    """Empty, of the shape of w: channels_last if w is, else contiguous.
+
+    With the very strides of a w in either order, which differ where a dimension is one: a result
+    with others would have to be copied.
+    """
+    if w.is_contiguous() or is_channels_last(w):
+        return torch.empty_like(w, dtype=dtype)
+    return torch.empty(w.shape, dtype=dtype, device=w.device)
 
 
 def in_order_of(w: Tensor, t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -39,6 +45,8 @@ def in_order_of(w: Tensor, t: Tensor, dtype: torch.dtype | None = None) -> Tenso
 
 def like_weight(result: Tensor, w: Tensor, dtype: torch.dtype) -> Tensor:
     """`result` with the strides of torch.empty_like(w): a copy only for a w in neither layout."""
+    if w.stride() == result.stride() and dtype == result.dtype:  # as empty_like(w)'s: it is dense
+        return result
     like = torch.empty_like(w, dtype=dtype)
     if like.stride() == result.stride() and dtype == result.dtype:
         return result
@@ -84,6 +92,8 @@ def as_images(x: Tensor) -> Tensor:
 
 def copied_bytes(x: Tensor, *signals: Tensor) -> int:
     """Bytes read and written to bring x, y and g into the order that convolutions read."""
+    if all(t.is_contiguous(memory_format=torch.channels_last) for t in signals):
+        signals = ()
     copied = [] if channels_innermost(x) else [x]
     copied += [t for t in signals if view_as_matrix(t) is None]
     return sum(2 * t.numel() * t.element_size() for t in copied)

@@ -78,7 +78,8 @@ def logsumexp(y: Tensor, tau: float, dim: int) -> Tensor:
 def linear_pair(
     x: Tensor, y: Tensor, g: Tensor, w: Tensor, competition: str, tau: float, sum_u: bool = True
 ) -> Triple:
-    """`sum_u`: whether totals are wanted, which only `instar` needs; else their place holds 0."""
+    """`sum_u`: whether sums of u are wanted, which only `instar` needs; else only the last of the
+    totals, the number of rows, means anything."""
     checks.check_linear(x, y, g, w)
     check_rule(competition=competition, tau=tau)
     implementation = dispatch.implementation(
@@ -100,7 +101,8 @@ def conv2d_pair(
     tau: float,
     sum_u: bool = True,
 ) -> Triple:
-    """`sum_u`: whether totals are wanted, which only `instar` needs; else their place holds 0."""
+    """`sum_u`: whether sums of u are wanted, which only `instar` needs; else only the last of the
+    totals, the number of rows, means anything."""
     checks.check_conv2d(x, y, g, w, stride, padding, dilation, groups)
     check_rule(competition=competition, tau=tau)
     problem = Problem.of_conv2d(x, y, g, w, stride, padding, dilation, groups, competition, sum_u)
@@ -259,7 +261,10 @@ def on_their_device(operator: Callable[..., Any]) -> Callable[..., Any]:
 
     def call(first: Tensor | Tensors, *rest: Any, **named: Any) -> Any:
         tensors = [first] if isinstance(first, Tensor) else first
-        with torch.cuda.device(max((t.get_device() for t in tensors if t.is_cuda), default=-1)):
+        index = max((t.get_device() for t in tensors if t.is_cuda), default=-1)
+        if index < 0 or index == torch.cuda.current_device():
+            return operator(first, *rest, **named)
+        with torch.cuda.device(index):
             return operator(first, *rest, **named)
 
     return call

@@ -7,6 +7,7 @@ the order of the splits. There are no atomics: sign(G) would turn their order in
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ from ghl_kernels.tiles import Tile, programs
 FEWEST_BLOCKS = 4  # of rows that a split is worth
 
 
+@functools.cache
 def processors(device: torch.device) -> int:
     """Streaming multiprocessors of a GPU; what the interpreter pretends to have on a CPU."""
     if device.type != "cuda":
@@ -44,8 +46,8 @@ def split_rows(problem: Problem, tile: Tile, device: torch.device) -> tuple[int,
 
 
 class Sums(NamedTuple):
-    """G, H0: (K, columns), columns in the memory order of the weight; sums of u (K) and, in a
-    result, the number of rows. Or parts of them, (splits, ...)."""
+    """G, H0: (K, columns), columns in the memory order of the weight; sums of u (K), if they are
+    asked for, and, in a result, the number of rows. Or parts of them, (splits, ...)."""
 
     G: Tensor
     H0: Tensor
@@ -69,9 +71,7 @@ class Partials:
         splits, rows = split_rows(problem, tile, w.device)
         G, H0 = empty_rows(w, torch.float32), empty_rows(w, torch.float32)
         totals = torch.empty(w.shape[0] + 1, dtype=torch.float32, device=w.device)
-        totals[-1:].fill_(problem.rows)
-        if not sum_u:
-            totals[:-1].fill_(0)
+        (totals[-1:] if sum_u else totals).fill_(problem.rows)
         results = sums = Sums(G, H0, totals)
         if splits > 1:
             sizes = G.numel(), H0.numel(), w.shape[0]

@@ -82,6 +82,13 @@ def poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
+def unsettled() -> Iterator[None]:
+    """What the dispatcher remembers of a test's tables and libraries is no other test's."""
+    yield
+    dispatch._settled.clear()
+
+
+@pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
 

@@ -314,7 +314,9 @@ struct DualWgrad {
 
   // A warp has neurons of its own, so that every u is made once in a block, and all columns.
   GHL_DEVICE void multiply(int stage) {
-    GHL_UNROLL
+    // three products' operands at a time: those of the next rows beside them would not fit
+    constexpr int kAtOnce = Shape::PRECISION == Precision::tf32x3 ? 1 : Shape::ROWS / DEPTH;
+#pragma unroll kAtOnce
     for (int row = 0; row < Shape::ROWS; row += DEPTH) {
       uint32_t g[Shape::TILES_K][4], u[Shape::TILES_K][4];
       RowStatistics rows;
@@ -447,8 +449,11 @@ struct DualWgrad {
     } else {
       // Tensor cores round toward zero: what is kept for long is added outside of them.
       float part[4] = {};
-      multiply_add(part, low_a, high_b, T{});
-      multiply_add(part, high_a, low_b, T{});
+      uint32_t finite_a[4], finite_b[2];
+      keep_finite(finite_a, high_a);
+      keep_finite(finite_b, high_b);
+      multiply_add(part, low_a, finite_b, T{});
+      multiply_add(part, finite_a, low_b, T{});
       multiply_add(part, high_a, high_b, T{});
       GHL_UNROLL
       for (int i = 0; i < 4; ++i) sums[i] += part[i];
@@ -465,6 +470,12 @@ struct DualWgrad {
       const float left = bits_to_float(x[i]) - bits_to_float(high[i]);
       low[i] = left == left ? round_to_tf32(left) : 0;
     }
+  }
+  // An infinity times what the other number leaves would be one of either sign.
+  template <int N>
+  GHL_DEVICE static void keep_finite(uint32_t (&finite)[N], const uint32_t (&high)[N]) {
+    GHL_UNROLL
+    for (int i = 0; i < N; ++i) finite[i] = (~high[i] & 0x7f800000) ? high[i] : 0;
   }
 
   GHL_DEVICE void store() {

@@ -76,7 +76,8 @@ GHL_DEVICE void prefetch_map(const TensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
-// cp.async.bulk.tensor: a box of a matrix, innermost coordinate first; zeros outside it.
+// cp.async.bulk.tensor: a box of a matrix, innermost coordinate first; zeros outside it. An
+// innermost coordinate that is no multiple of 16 bytes is an illegal instruction (seen on an H100).
 GHL_DEVICE void load_box(void* shared, const TensorMap* map, uint64_t* barrier, int32_t column,
                          int32_t row) {
   asm volatile(

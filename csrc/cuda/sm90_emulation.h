@@ -142,8 +142,13 @@ inline void load_row(void* box, int row, const TensorMap& map, int32_t first, bo
   }
 }
 
+inline void check_column(int32_t column) {
+  if (column % 8 != 0) emulated::fail("an innermost coordinate that is no multiple of 16 bytes");
+}
+
 inline void load_box(void* box, const TensorMap* map, uint64_t* barrier, int32_t column,
                      int32_t row) {
+  check_column(column);
   for (int r = 0; r < 64; ++r)
     load_row(box, r, *map, column, uint64_t(row + r) < map->sizes[1], (row + r) * map->strides[0]);
   emulated::update(barrier, 0, -64 * 128);
@@ -151,6 +156,7 @@ inline void load_box(void* box, const TensorMap* map, uint64_t* barrier, int32_t
 
 inline void load_patches(void* box, const TensorMap* map, uint64_t* barrier, int32_t channel,
                          int32_t w, int32_t h, int32_t n, uint16_t tap_w, uint16_t tap_h) {
+  check_column(channel);
   const int32_t last_w = int32_t(map->sizes[1]) - 1 + map->upper[0];
   const int32_t last_h = int32_t(map->sizes[2]) - 1 + map->upper[1];
   if (w < map->lower[0] || w > last_w || h < map->lower[1] || h > last_h || tap_w > 255 ||

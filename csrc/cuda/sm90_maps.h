@@ -112,6 +112,8 @@ inline const char* unfit(const DualWgradParams& p) {
   if (p.rows <= 0 || p.neurons <= 0 || p.channels <= 0) return "the layer is empty";
   if (p.x.channel != 1 || !aligned(p.x.data))
     return "x must have channels side by side and begin at a multiple of 16 bytes";
+  if (p.groups > 1 && (p.channels % 8 != 0 || p.neurons % 8 != 0))
+    return "groups must have multiples of 8 neurons and 8 channels: copies begin at 16 bytes";
   const int64_t row = row_stride_of_x(p);
   if (row ? !fits_map(uint64_t(row) * 2) : images_unfit(p) != nullptr)
     return row ? "rows of x must lie at multiples of 16 bytes" : images_unfit(p);

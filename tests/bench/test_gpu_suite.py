@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from bench import suite
-from bench.suite import Stage, Suite
+from bench.suite import Running, Stage, Suite
 from ghl.cli import main as ghl
 
 ROOT = Path(__file__).parents[2]
@@ -91,7 +91,7 @@ def test_a_stage_and_its_children_are_stopped(
 def test_what_does_not_check_may_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stages = [Stage("measure", writes_measured(), 9),
               Stage("first_update", ("/no/such/program",), 9, checks=False),
-              Stage("train_step", (), 9, skipped="no bench/train_step.py")]  # fmt: skip
+              Stage("train_step", (), 9, skipped="a dry run")]  # fmt: skip
     status, result = run(tmp_path, stages, monkeypatch)
     assert status == 0
     assert [s["ok"] for s in result["stages"]] == [True, False, None]
@@ -102,23 +102,44 @@ def test_time_is_kept_for_later_stages(tmp_path: Path) -> None:
     given: list[int] = []
     with (tmp_path / "log").open("w") as log:
         here = Suite(tmp_path, tmp_path, time.monotonic() + 100, log)
-        here.run_one = lambda stage, seconds: given.append(round(seconds))  # type: ignore[method-assign]
+        here.run_together = lambda stages, left: given.extend(  # type: ignore[method-assign]
+            round(min(stage.seconds, left)) for stage in stages
+        )
         here.run([Stage("a", (), 80), Stage("b", (), 80, 40), Stage("c", (), 500, 20),
                   Stage("d", (), 5, 10, skipped="no")])  # fmt: skip
     assert given == [40, 80, 100, 5]
 
 
 def test_a_stage_is_told_to_end_before_it_is_stopped(tmp_path: Path) -> None:
-    with (tmp_path / "log").open("w") as log:
-        here = Suite(tmp_path, tmp_path, time.monotonic() + 100, log)
-        said = here.execute(Stage("a", python("import sys; print({1}, '{seconds}')"), 60), 60)
-    assert said == (0, "{1} 45\n")
+    stage = Stage("a", python("import sys; print({1}, '{seconds}')"), 60)
+    assert Running(stage, tmp_path, 60).outcome() == (0, "{1} 45\n")
+
+
+def test_stages_beside_each_other_take_the_time_of_the_longest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stages = [Stage(name, python(f"import time; time.sleep(2); exit({status})"), 9, beside="checks")
+              for status, name in enumerate(("tests", "kernels", "sanitize"))]  # fmt: skip
+    start = time.monotonic()
+    status, result = run(tmp_path, stages, monkeypatch)
+    assert time.monotonic() - start < 5.5  # and not six
+    assert status == 1
+    assert [s["how"] for s in result["stages"]] == ["ok", "failed (1)", "failed (2)"]
+
+
+HAZARD = """Race reported between Write access at measure_kernel+0x32 in merge.py:62
+=========     and {} access at measure_kernel+0x{} in merge.py:62 [9 hazards]
+"""
 
 
 @pytest.mark.parametrize(
     ("status", "log", "verdict", "bad"),
     [
         (0, "", "no errors", False),
+        (9, 2 * HAZARD.format("Write", 32), "one number stored by several warps", False),
+        (9, HAZARD.format("Write", 48), "errors in measure_kernel", True),
+        (9, HAZARD.format("Read", 32), "errors in measure_kernel", True),
+        (9, HAZARD.format("Write", 32).replace(".py", ".h"), "errors in measure_kernel", True),
         (9, "Invalid read at linear_wgrad_kernel", "errors in linear_wgrad_kernel", True),
         (9, "Invalid read at cutlass_kernel", "errors, none in a kernel of ours", False),
         (1, "", "the program ended with 1", True),
@@ -130,7 +151,8 @@ def test_a_stage_is_told_to_end_before_it_is_stopped(tmp_path: Path) -> None:
 def test_a_sanitizer_is_judged_by_whom_it_blames(
     status: int | None, log: str, verdict: str, bad: bool
 ) -> None:
-    assert suite.judge(status, log) == (verdict, bad)
+    said, blamed = suite.judge(status, log)
+    assert said.startswith(verdict) and blamed is bad
 
 
 def test_every_sanitizer_is_run_and_told(
@@ -158,7 +180,7 @@ def test_the_stages_are_those_of_the_issue(tmp_path: Path) -> None:
     stages = suite.stages(tmp_path, tmp_path, dry=False)
     assert [s.name for s in stages] == [
         "install", "tests", "kernels", "kernels_sm90", "sanitize", "tune", "measure",
-        "first_update", "train_step", "monitor",
+        "first_update", "train_step", "train_step_compiled", "monitor",
     ]  # fmt: skip
     assert sum(s.reserve for s in stages) < suite.SECONDS < 600
 

@@ -251,6 +251,10 @@ void test_unfit() {
   fits("too far a tap", layer(2, 8, 8, {300, 300}, {3, 3}, {1, 1}, {129, 129}, {129, 129}), false);
   p = layer(2, 8, 8, {6, 6}, {3, 3}, {1, 1}, {1, 1}, {1, 1}), p.x.image = 0;
   fits("expanded x", p, false);
+  p = layer(2, 8, 16, {6, 6}, {3, 3}, {1, 1}, {1, 1}, {1, 1}), p.groups = 2,
+  fits("groups", p, true);
+  p.neurons = 20, fits("groups of 20 neurons", p, false), p.neurons = 16;
+  p.channels = 12, fits("groups of 12 channels", p, false);
 }
 
 }  // namespace

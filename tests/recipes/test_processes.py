@@ -287,8 +287,12 @@ def test_a_full_disk_keeps_the_last_shards(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("fsdp", [True, False])
 @pytest.mark.parametrize("options", [{"momentum": 0.9}, {"optimizer": "adamw", "momentum": 0.0}])
 def test_an_optimizer_goes_on_where_it_was(tmp_path, options, fsdp):
-    """In a world of one, from shards and from a whole checkpoint; and not if it is forgotten."""
-    config = Config.resolve(SMALL | {"fsdp": fsdp, "limit_train": 96} | options)
+    """In a world of one, from shards and from a whole checkpoint; and not if it is forgotten.
+
+    With images in channels_last; weights too, but for fully_shard, which takes contiguous ones.
+    """
+    same = {"fsdp": fsdp, "channels_last": True, "limit_train": 96}
+    config = Config.resolve(SMALL | same | options)
     init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         first = Trainer(config)

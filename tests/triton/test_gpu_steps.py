@@ -209,15 +209,18 @@ def test_many_layers_are_merged_without_waiting(
 
 
 def peak_of(call: Callable[[], object]) -> int:
-    """Bytes that a call held at once beyond what was allocated before it, its results included."""
+    """Bytes that a call held at once beyond what was there before it, its results included.
+
+    As it asked for them: the blocks that an allocator gives for them may be a megabyte larger.
+    """
     call()
     gc.collect()
     torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
+    before = torch.cuda.memory_stats()["requested_bytes.all.current"]
     torch.cuda.reset_peak_memory_stats()
     call()
     torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
+    return torch.cuda.memory_stats()["requested_bytes.all.peak"] - before
 
 
 @gpu
@@ -230,7 +233,7 @@ def test_the_workspace_is_never_more_than_the_composition_needs(
     if isinstance(layer, Conv):
         tensors = [t.contiguous(memory_format=torch.channels_last) for t in tensors]
     _, y, _, w = tensors
-    results = 2 * 4 * w.numel() + 2**16  # and what an allocator rounds up
+    results = 2 * 4 * w.numel() + 4 * len(w) + 2**12  # and small tables
     with ghl_kernels.force("composed"):
         composed = peak_of(lambda: layer.pair(tensors, RULE))
     peak = peak_of(lambda: layer.pair(tensors, RULE))

@@ -13,6 +13,7 @@ from test_merge import RULES, assert_merge, assert_same_extremes, merge, sums
 from test_pair_by_triton import DTYPES
 from torch import Tensor
 
+import ghl_kernels
 from ghl_kernels import Rule
 from ghl_kernels.rule import CHOICES
 from ghl_kernels.triton import foreach_merge as many
@@ -101,7 +102,7 @@ def assert_each_as_alone(layers: list[list[Tensor]], rule: Rule) -> None:
     """The statistics may be summed in other blocks than alone, all else is the same."""
     for results, tensors in zip(together(layers, rule), layers, strict=True):
         for actual, alone in zip(results, merge(tensors, rule), strict=True):
-            torch.testing.assert_close(actual, alone, rtol=2e-6, atol=1e-7)
+            torch.testing.assert_close(actual, alone, rtol=4e-6, atol=1e-7)
             assert actual.stride() == alone.stride()
         assert_merge(tensors, rule)
 
@@ -135,7 +136,10 @@ def test_the_memory_of_shares_serves_a_second_step() -> None:
     many.remembered_shares.cache_clear()
     first = together(layers, Rule())
     second = together([[t.clone() for t in tensors] for tensors in layers], Rule())
-    assert many.remembered_shares.cache_info().hits >= 2
+    backend = ghl_kernels.last("foreach_merge")
+    assert backend
+    if backend.name == "triton":  # `cuda` sends its table with the launch
+        assert many.remembered_shares.cache_info().hits >= 2
     for one, again, tensors in zip(first, second, layers, strict=True):
         assert all(map(torch.equal, one, again))
         torch.testing.assert_close(one[0], merge(tensors, Rule())[0])

@@ -10,7 +10,6 @@ from ghl_kernels import Problem, tiles, trial
 from ghl_kernels.dispatch import IMPLEMENTATIONS
 from ghl_kernels.triton import conv_wgrad, fused
 
-CPU = torch.device("cpu")
 FLOAT = torch.float32
 PROBLEMS = {
     "linear": Problem(1, 20, 33, FLOAT, linear=True),
@@ -31,62 +30,70 @@ def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("strategy", tiles.BY_TRITON)
 @pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS)
-def test_what_is_right_is_taken(problem: Problem, strategy: str) -> None:
-    assert trial.disagreement(problem, CPU, IMPLEMENTATIONS[strategy]) is None
+def test_what_is_right_is_taken(problem: Problem, strategy: str, device: torch.device) -> None:
+    assert trial.disagreement(problem, device, IMPLEMENTATIONS[strategy]) is None
     for operator in ("merge", "logsumexp"):
-        assert trial.disagreement_of_sums(CPU, IMPLEMENTATIONS[strategy], operator) is None
+        assert trial.disagreement_of_sums(device, IMPLEMENTATIONS[strategy], operator) is None
 
 
-def test_the_batch_has_the_layers_layout() -> None:
+def test_the_batch_has_the_layers_layout(device: torch.device) -> None:
     """The memory order of the weight is a kernel of its own; the geometry is the layer's."""
-    (x, y, _, w), geometry = trial.small_batch(PROBLEMS["conv_dilated"], CPU)
+    (x, y, _, w), geometry = trial.small_batch(PROBLEMS["conv_dilated"], device)
     assert w.is_contiguous(memory_format=torch.channels_last) and w.shape == (18, 20, 3, 2)
     assert geometry == ([2, 1], [0, 0], [2, 3], 1)
     wanted = torch.nn.functional.conv2d(x, w, None, *geometry).shape
     assert y.shape == wanted
-    (*_, w), _ = trial.small_batch(PROBLEMS["conv"], CPU)
+    (*_, w), _ = trial.small_batch(PROBLEMS["conv"], device)
     assert w.is_contiguous()
 
 
-def test_what_computes_something_else_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_computes_something_else_is_not_taken(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A kernel with another temperature, say."""
     statistics, scale = conv_wgrad.statistics, conv_wgrad.exponent_scale
     monkeypatch.setattr(conv_wgrad, "statistics", lambda y, rule, tau: statistics(y, rule, tau / 2))
     monkeypatch.setattr(conv_wgrad, "exponent_scale", lambda tau: scale(tau / 2))
-    found = trial.disagreement(PROBLEMS["conv"], CPU, IMPLEMENTATIONS["triton"])
+    found = trial.disagreement(PROBLEMS["conv"], device, IMPLEMENTATIONS["triton"])
     assert found is not None and "is off from PyTorch's operators by" in found
 
 
-def test_what_does_not_run_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_does_not_run_is_not_taken(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*args: object) -> None:
         raise triton.CompilationError("no such instruction\nand much more")
 
     monkeypatch.setattr(fused, "conv_wgrad", fail)
     monkeypatch.setattr(fused, "merge", fail)
-    found = trial.disagreement(PROBLEMS["conv"], CPU, IMPLEMENTATIONS["triton"])
+    found = trial.disagreement(PROBLEMS["conv"], device, IMPLEMENTATIONS["triton"])
     assert found is not None and found.startswith("a trial of ghl_kernels.triton.fused raised")
     assert "\n" not in found
-    found = trial.disagreement_of_sums(CPU, IMPLEMENTATIONS["triton"], "merge")
+    found = trial.disagreement_of_sums(device, IMPLEMENTATIONS["triton"], "merge")
     assert found is not None and found.startswith("a trial of merge by ghl_kernels.triton.fused ra")
 
 
-def test_a_lack_of_memory_is_not_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lack_of_memory_is_not_remembered(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*args: object) -> None:
         raise torch.OutOfMemoryError("none left")
 
     problem = PROBLEMS["conv"]
-    entry = tiles.choose(problem, CPU)
+    entry = tiles.choose(problem, device)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     trial.remembered.cache_clear()
     with monkeypatch.context() as short:
         short.setattr(fused, "conv_wgrad", fail)
-        found = trial.failure(problem, entry, CPU, IMPLEMENTATIONS["triton"])
+        found = trial.failure(problem, entry, device, IMPLEMENTATIONS["triton"])
     assert found == "a trial of ghl_kernels.triton.fused found too little memory"
-    assert trial.failure(problem, entry, CPU, IMPLEMENTATIONS["triton"]) is None
+    assert trial.failure(problem, entry, device, IMPLEMENTATIONS["triton"]) is None
 
 
-def test_nothing_is_tried_in_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_tried_in_a_capture(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
     problem = PROBLEMS["linear"]
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert trial.failure(problem, tiles.choose(problem, CPU), CPU, "no such module") is None
-    assert trial.failure_of_sums(CPU, "no such module", "merge") is None
+    assert trial.failure(problem, tiles.choose(problem, device), device, "no such module") is None
+    assert trial.failure_of_sums(device, "no such module", "merge") is None

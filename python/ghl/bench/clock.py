@@ -19,6 +19,7 @@ SECONDS_PER_ROW = 0.03
 REPETITIONS = 20, 50
 FEWEST, LONGEST_SECONDS = 5, 0.6  # of a call that takes long
 GRAPH_BELOW_MS = 2.0
+LAUNCH_CYCLES = 2_000_000  # about a millisecond: a call from Python launches its kernels in less
 # what was seen on such GPUs before: bytes/s of a copy, FLOP/s of a bfloat16 product of 8192³
 SEEN = {"NVIDIA H200": (4.3e12, 788e12), "NVIDIA H100 80GB HBM3": (3.0e12, 798e12)}
 MODES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "tf32": torch.float32}
@@ -99,10 +100,13 @@ class GpuClock:
         """Fill the L2 cache with clean lines: written ones would be written back at our cost."""
         self.cold.sum()
 
-    def repeat(self, call: Call, count: int) -> list[float]:
+    def repeat(self, call: Call, count: int, ahead: bool = False) -> list[float]:
+        """`ahead`: the GPU sleeps until all of a call is launched, so that gaps do not count."""
         events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
         for start, end in events:
             self.flush()
+            if ahead:
+                torch.cuda._sleep(LAUNCH_CYCLES)
             start.record()
             call()
             end.record()
@@ -114,7 +118,7 @@ class GpuClock:
 
     def quick(self, call: Call) -> float:
         """Milliseconds to rank by, and to choose the number of repetitions."""
-        return self.repeat(call, 3)[1]
+        return self.repeat(call, 3, ahead=True)[1]
 
     def graph(self, call: Call) -> Timing | None:
         """Of replays of the call in a graph; None if it cannot be captured."""

@@ -82,7 +82,7 @@ class Trainer:
             models.check_takes(
                 self.model, config.arch, data.channels, config.resize_from, "--resize-from"
             )
-        if config.channels_last:
+        if config.channels_last and not config.fsdp:  # which shards contiguous weights only
             self.model.to(memory_format=torch.channels_last)
         self.rule = ghl.Rule.preset(config.rule).replace(normalize=config.normalize)
         self.swapped = ghl.swap(self.model, rule=self.rule, tau=config.tau)
