@@ -59,7 +59,9 @@ inline DualWgradArguments dual_wgrad_arguments(const DualWgradParams& p, int32_t
   a.positions = Division::by(p.out_height * p.out_width);
   a.width = Division::by(p.out_width);
   const int32_t vector = p.dtype == Dtype::float32 ? 4 : 8;
-  a.wide_x = is_wide(p.x.data, p.channels, p.x.channel, {p.x.image, p.x.height, p.x.width}, vector);
+  // the stride of a dimension of one, as a matrix has as an image, is any number
+  const int64_t height = p.in_height > 1 ? p.x.height : 0, width = p.in_width > 1 ? p.x.width : 0;
+  a.wide_x = is_wide(p.x.data, p.channels, p.x.channel, {p.x.image, height, width}, vector);
   a.wide_y = is_wide(p.y.data, p.neurons, p.y.column, {p.y.row}, vector);
   a.wide_g = is_wide(p.g.data, p.neurons, p.g.column, {p.g.row}, vector);
   return a;

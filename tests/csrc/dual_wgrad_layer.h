@@ -69,6 +69,8 @@ class DualWgradCase {
     const int64_t height = l.in_size[0], width = l.in_size[1], pixels = height * width;
     p.x = l.nchw ? Images{x_.data(), pixel_ * pixels, pixels, width, 1}
                  : Images{x_.data(), pixel_ * pixels, 1, pixel_ * width, pixel_};
+    if (height == 1) p.x.height = 1;  // as PyTorch's views of a matrix have it
+    if (width == 1) p.x.width = 1;
     p.y = matrix(y_), p.g = l.expanded_g ? Matrix{g_.data(), 0, 0} : matrix(g_);
     p.dtype = sizeof(T) == 4                ? Dtype::float32
               : std::is_same_v<T, bfloat16> ? Dtype::bfloat16

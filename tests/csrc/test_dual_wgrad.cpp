@@ -247,6 +247,26 @@ void test(int every) {
     if (number++ % every == 0) run<T, P>(layer);
 }
 
+// What can be copied 16 bytes at a time is: number by number a layer takes ten times as long.
+void test_wide_copies() {
+  const Layer dense[] = {
+      {.name = "wide linear", .batch = 3, .groups = 1, .neurons = 24, .channels = 16},
+      {.name = "wide image",
+       .batch = 1,
+       .groups = 2,
+       .neurons = 8,
+       .channels = 8,
+       .in_size = {3, 4},
+       .kernel = {3, 3},
+       .padding = {1, 1}},
+  };
+  for (const Layer& layer : dense) {
+    DualWgradCase<bfloat16> one(layer, Precision::tf32, 32);
+    const DualWgradArguments a = dual_wgrad_arguments(one.params(), 64);
+    check::near(layer.name, "wide", 0, a.wide_x && a.wide_y && a.wide_g, true, 0);
+  }
+}
+
 void test_division() {
   for (int64_t divisor : {1, 2, 3, 7, 49, 3136, 50176, 65537, 2147418111}) {
     const Division division = Division::by(int32_t(divisor));
@@ -263,6 +283,7 @@ void test_division() {
 int main(int count, char** names) {
   using namespace ghl::cuda;
   test_division();
+  test_wide_copies();
   const auto asked = [&](const std::string& name) {
     return count < 2 || std::find(names + 1, names + count, name) != names + count;
   };
