@@ -23,7 +23,24 @@ def test_reports_all_three(tmp_path: Path, options: list[str]) -> None:
         assert row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"]
         assert row["images_per_second"] == pytest.approx(4 / row["p50_ms"] * 1e3)
     assert result["settings"]["batch_size"] == 4
+    bp, ghl, natural = result["rows"]
+    assert result["ratios"] == pytest.approx(
+        {
+            "ghl_over_bp": ghl["p50_ms"] / bp["p50_ms"],
+            "natural_over_bp": natural["p50_ms"] / bp["p50_ms"],
+            "memory_over_bp": ghl["peak_bytes"] / bp["peak_bytes"],
+        }
+    )
     assert {"machine", "torch", "commit", "kernel_source_hash"} <= result.keys()
+
+
+def test_what_is_left_out_is_not_reported(tmp_path: Path) -> None:
+    """The natural layer still tells whether the updates are right."""
+    path = tmp_path / "result.json"
+    train_step.main([*SMALL, "--contestants", "ghl", "--out", str(path)])
+    result = json.loads(path.read_text())
+    assert [row["implementation"] for row in result["rows"]] == ["ghl"]
+    assert result["ratios"] == {}
 
 
 def test_reports_nothing_where_updates_differ(
