@@ -28,7 +28,6 @@ SCHEMA = 1
 LEAVING = 15  # seconds in which a stage that minds its time starts and ends
 TAIL = 6  # lines of a failed stage that are worth the screen
 SANITIZERS = "memcheck", "racecheck", "synccheck", "initcheck"
-SECONDS_OF_HOPPER = 60  # of a sanitizer on kernels that might not end
 LINES_OF_A_LOG = 80  # that are worth keeping of a sanitizer's
 HAZARD = re.compile(r"Race reported between (.+) access at (.+)\n.* and (.+) access at (.+) \[")
 STEPS = {"train_step": "resnet50_b256_eager", "train_step_compiled": "resnet50_b256"}
@@ -193,7 +192,6 @@ def stages(work: Path, out: Path, dry: bool) -> list[Stage]:
     missing = None if tool("compute-sanitizer") else "compute-sanitizer is not installed"
     no_gpu = "a dry run" if dry else None
     kernels = (python, "-W", "ignore", "-m", "bench.sanitize", "--device", device)
-    of_hopper = (*kernels, "--implementations", "cuda_sm90")
     sanitizers = (python, "-m", "bench.suite", "--sanitize", str(work))
     eager = (*train, "--out", f"{work}/train_step.json")
     compiled_step = (*train, *compiled, "--out", f"{work}/train_step_compiled.json")
@@ -201,7 +199,6 @@ def stages(work: Path, out: Path, dry: bool) -> list[Stage]:
         Stage("install", tuple(pip), 150, 30),
         Stage("tests", (*pytest, *tests), 150, 60, beside="checks"),
         Stage("kernels", kernels, 75, environment=interpret, beside="checks"),
-        Stage("kernels_sm90", of_hopper, 75, skipped=no_gpu, beside="checks"),
         Stage("sanitize", sanitizers, 150, skipped=no_gpu or missing, beside="checks"),
         Stage("tune", tuple(tune), 130, 60, skipped=no_gpu, environment=tables),
         Stage("measure", (*measured, "--seconds", "{seconds}"), 240, 130, environment=tables),
@@ -223,38 +220,28 @@ def kernel_names() -> set[str]:
 
 def sanitize(work: Path) -> int:
     """Run all of compute-sanitizer's tools side by side; 1 if one blames a kernel of ours."""
-    start = time.monotonic()
-    running = {name: watched(work, name, name) for name in SANITIZERS}
-    hopper = ["--implementations", "cuda_sm90"]
-    apart = {f"{n}, cuda_sm90": watched(work, n, f"{n}-sm90", hopper) for n in SANITIZERS}
+    running = {name: watched(work, name) for name in SANITIZERS}
     blamed = 0
-    for name, (process, log) in (running | apart).items():
-        try:
-            patience = start + SECONDS_OF_HOPPER - time.monotonic() if name in apart else None
-            status: int | None = process.wait(None if patience is None else max(patience, 0.1))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            status = None
+    for name, (process, log) in running.items():
+        status = process.wait()
         text = log.read_text(errors="replace") if log.exists() else ""
         print("\n".join(list(dict.fromkeys(text.splitlines()))[:LINES_OF_A_LOG]))
         verdict, bad = judge(status, text)
         blamed += bad
-        print(f"{name}: {verdict}")
+        print(f"{name}: {verdict}", flush=True)
     return 1 if blamed else 0
 
 
-def watched(
-    work: Path, tool_name: str, log_name: str, options: Sequence[str] = ()
-) -> tuple[subprocess.Popen[bytes], Path]:
+def watched(work: Path, name: str) -> tuple[subprocess.Popen[bytes], Path]:
     """`bench.sanitize` under a tool, and where that writes what it sees.
 
     Each allocation is one of CUDA's, or a read beyond a tensor would hit its neighbour unseen.
     """
     sanitizer = tool("compute-sanitizer")
     assert sanitizer, "the stage is skipped without it"
-    log = work / f"{log_name}.log"
-    command = [sanitizer, "--tool", tool_name, "--error-exitcode", "9", "--log-file", str(log)]
-    command += [sys.executable, "-m", "bench.sanitize", *options]
+    log = work / f"{name}.log"
+    command = [sanitizer, "--tool", name, "--error-exitcode", "9", "--log-file", str(log)]
+    command += [sys.executable, "-m", "bench.sanitize"]
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL,
@@ -263,11 +250,9 @@ def watched(
     return process, log
 
 
-def judge(status: int | None, log: str) -> tuple[str, bool]:
+def judge(status: int, log: str) -> tuple[str, bool]:
     """What a sanitizer's exit status and log mean, and whether kernels of ours are to blame."""
     ours = sorted(name for name in kernel_names() if name in log)
-    if status is None:
-        return "no end in time", True
     if "Device not supported" in log:
         return "the tool does not support this machine", False
     if status == 0:

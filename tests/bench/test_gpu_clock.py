@@ -52,6 +52,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> GpuClock:
         "stream": lambda stream: contextlib.nullcontext(),
         "graph": lambda graph: contextlib.nullcontext(),
         "synchronize": lambda *device: None, "empty_cache": lambda: None,
+        "_sleep": lambda cycles: Event.log.append("sleep"),
     }  # fmt: skip
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
@@ -64,7 +65,13 @@ def test_each_call_is_timed_alone_and_cold(clock: GpuClock) -> None:
     timing = clock.eager(lambda: Event.log.append("call"))
     assert timing.method == "events"
     assert set(timing.times) == {2.0}
-    assert Event.log[:4] == ["flush", "event", "call", "event"]
+    assert Event.log[-4:] == ["flush", "event", "call", "event"]
+
+
+def test_what_ranks_counts_no_gaps_between_launches(clock: GpuClock) -> None:
+    """The GPU sleeps while they are made."""
+    assert clock.quick(lambda: Event.log.append("call")) == 2.0
+    assert Event.log[:5] == ["flush", "sleep", "event", "call", "event"]
 
 
 def test_a_graph_is_replayed_not_called(clock: GpuClock) -> None:

@@ -145,11 +145,10 @@ HAZARD = """Race reported between Write access at measure_kernel+0x32 in merge.p
         (1, "", "the program ended with 1", True),
         (1, "Device not supported", "the tool does not support this machine", False),
         (9, "Race at dual_wgrad_kernel<...>", "errors in dual_wgrad_kernel", True),
-        (None, "", "no end in time", True),
     ],
 )
 def test_a_sanitizer_is_judged_by_whom_it_blames(
-    status: int | None, log: str, verdict: str, bad: bool
+    status: int, log: str, verdict: str, bad: bool
 ) -> None:
     said, blamed = suite.judge(status, log)
     assert said.startswith(verdict) and blamed is bad
@@ -160,26 +159,22 @@ def test_every_sanitizer_is_run_and_told(
 ) -> None:
     program = tmp_path / "compute-sanitizer"
     program.write_text(
-        '#!/bin/bash\n[[ "$2 $*" = "synccheck "*cuda_sm90 ]] && exec sleep 60\n'
-        '[[ "$2" = racecheck && "$*" != *cuda_sm90 ]] || exit 0\n'
+        '#!/bin/bash\n[[ "$2" = racecheck ]] || exit 0\n'
         'echo "Race reported in merge_kernel? no: measure_kernel" > "$6"; exit 9\n'
     )
     program.chmod(0o755)
     monkeypatch.setattr(suite, "tool", lambda name: str(program))
-    monkeypatch.setattr(suite, "SECONDS_OF_HOPPER", 1)
     assert suite.main(["--sanitize", str(tmp_path)]) == 1
     told = capsys.readouterr().out
     assert "memcheck: no errors" in told
     assert "racecheck: errors in measure_kernel" in told
     assert "initcheck: no errors" in told
-    assert "racecheck, cuda_sm90: no errors" in told
-    assert "synccheck, cuda_sm90: no end in time" in told
 
 
 def test_the_stages_are_those_of_the_issue(tmp_path: Path) -> None:
     stages = suite.stages(tmp_path, tmp_path, dry=False)
     assert [s.name for s in stages] == [
-        "install", "tests", "kernels", "kernels_sm90", "sanitize", "tune", "measure",
+        "install", "tests", "kernels", "sanitize", "tune", "measure",
         "first_update", "train_step", "train_step_compiled", "monitor",
     ]  # fmt: skip
     assert sum(s.reserve for s in stages) < suite.SECONDS < 600

@@ -5,8 +5,6 @@ The tests of tests/triton run with `cuda` forced as well where there is a GPU th
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Iterator
 
 import pytest
@@ -18,7 +16,6 @@ from ghl_kernels import Rule, dispatch, tiles
 from ghl_kernels.cuda import kernels
 from ghl_kernels.tiles import Entry
 
-SECONDS_OF_HOPPER = 120  # of kernels that were never run, and might not end
 DTYPES = torch.float32, torch.bfloat16, torch.float16
 LAYERS: dict[str, Layer] = {
     "linear": Linear(4096, 256, 256),
@@ -27,6 +24,7 @@ LAYERS: dict[str, Layer] = {
     "conv_tail": Conv(5, 67, (13, 14), 35, (3, 3), (2, 1), (1, 0), (1, 2)),
     "three_channels": Conv(8, 3, (16, 16), 64, padding=(1, 1)),
     "groups": Conv(5, 12, (13, 14), 134, (3, 2), (2, 1), (1, 0), (1, 2), groups=2),
+    "groups_of_8": Conv(5, 16, (13, 14), 144, (3, 2), (2, 1), (1, 0), (1, 2), groups=2),
     "depthwise": Conv(5, 67, (13, 14), 134, (7, 7), (2, 1), (3, 2), groups=67),
 }
 
@@ -46,19 +44,27 @@ def on_gpu() -> Iterator[torch.device]:
         yield device
 
 
+@pytest.mark.parametrize("strategy", tiles.BY_CUDA)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", LAYERS)
-def test_every_tile_on_many_seeds(name: str, dtype: torch.dtype, on_gpu: torch.device) -> None:
+def test_every_tile_on_many_seeds(
+    name: str, dtype: torch.dtype, strategy: str, on_gpu: torch.device
+) -> None:
+    """And the same bits twice."""
     layer = LAYERS[name]
     problem = problem_of(layer, dtype)
-    known = kernels.tiles_for("cuda", problem)
+    if reason := dispatch.unavailable(strategy, torch.empty(0, device="cuda"), problem):
+        pytest.skip(reason)
+    known = kernels.tiles_for(strategy, problem)
     assert known
     for _, tile in known:
-        entry = Entry(tiles.kind(problem), 8 * dtype.itemsize, 1, 1, 1, "cuda", tile)
+        entry = Entry(tiles.kind(problem), 8 * dtype.itemsize, 1, 1, 1, strategy, tile)
         for seed, competition in enumerate(("softmax", "softhebb", "hard", "linear")):
             torch.manual_seed(seed)
-            with tiles.use(entry), ghl_kernels.force("cuda"):
-                assert_pair(layer, layer.tensors(dtype), Rule(competition=competition))
+            tensors, rule = layer.tensors(dtype), Rule(competition=competition)
+            with tiles.use(entry), ghl_kernels.force(strategy):
+                assert_pair(layer, tensors, rule)
+                assert all(map(torch.equal, *(layer.pair(tensors, rule) for _ in range(2))))
 
 
 def test_a_gpu_that_nothing_was_compiled_for_is_an_error_with_its_cause(
@@ -69,36 +75,3 @@ def test_a_gpu_that_nothing_was_compiled_for_is_an_error_with_its_cause(
     with ghl_kernels.force("cuda"), pytest.raises(RuntimeError, match=r"compiled for 3\.5, none"):
         torch.ops.ghl_kernels.logsumexp(torch.randn(3, 4), 1.0, 1)
     torch.cuda.synchronize()
-
-
-HOPPER = """
-import torch
-import ghl_kernels
-from cases import Conv, Linear, assert_pair
-torch.set_default_device("cuda")
-layers = Linear(4096, 256, 256), Linear(3000, 264, 136), Conv(8, 64, (16, 16), 128, padding=(1, 1))
-with ghl_kernels.force("cuda_sm90"):
-    for layer in layers:
-        for dtype in (torch.bfloat16, torch.float16):
-            tensors = layer.tensors(dtype)
-            if isinstance(layer, Conv):
-                tensors = [t.contiguous(memory_format=torch.channels_last) for t in tensors]
-            assert_pair(layer, tensors)
-            once, again = (layer.pair(tensors, ghl_kernels.Rule()) for _ in range(2))
-            assert all(map(torch.equal, once, again))
-print("right")
-"""
-
-
-def test_hoppers_own_instructions() -> None:
-    """In a process of its own, which is ended if a kernel is not."""
-    if reason := missing("cuda_sm90"):
-        pytest.skip(reason)
-    environment_path = [p for p in sys.path if p]
-    program = f"import sys; sys.path[:0] = {environment_path!r}\n{HOPPER}"
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True,
-        timeout=SECONDS_OF_HOPPER, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert done.stdout.strip() == "right"

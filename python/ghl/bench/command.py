@@ -19,8 +19,6 @@ from ghl.bench.layers import layers_of
 from ghl.bench.measure import DEFINITIONS, Bench, Row, measure, summarize
 from ghl_kernels import dispatch
 
-SECONDS_TO_BAR = 40  # in which a kernel that was never run has to show that it ends
-
 
 def device_of(name: str) -> torch.device:
     """ValueError in one line for a device that is not here."""
@@ -68,8 +66,7 @@ def layers(args: argparse.Namespace) -> int:
             began = list(dict.fromkeys(row["workload"] for row in rows))
             write(rows, began[-1:] + [w for w in args.workloads if w not in began])
 
-        barred = tuning.barred(args.workloads, device, SECONDS_TO_BAR)
-        bench = Bench(clock, ceilings, start + args.seconds, barred)
+        bench = Bench(clock, ceilings, start + args.seconds)
         rows, unfinished = measure(bench, args.workloads, done)
     write(rows, unfinished)
     print_report(rows, ceilings, unfinished)

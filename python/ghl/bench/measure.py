@@ -42,16 +42,11 @@ def modes_of(workload: str) -> tuple[str, ...]:
 
 @dataclasses.dataclass
 class Bench:
-    """What measuring needs: the clock of a device, its ceilings, and until when.
-
-    barred: why an implementation must not run a layer (by layer, implementation and mode): one that
-    never ends would take everything with it.
-    """
+    """What measuring needs: the clock of a device, its ceilings, and until when."""
 
     clock: Clock
     ceilings: Ceilings
     deadline: float = float("inf")
-    barred: dict[tuple[Layer, str, str], str] = dataclasses.field(default_factory=dict)
 
     @property
     def late(self) -> bool:
@@ -59,8 +54,6 @@ class Bench:
 
     def row(self, layer: Layer, name: str, mode: str, tensors: Tensors, expected: Expected) -> Row:
         """The times of one implementation, or why there are none."""
-        if reason := self.barred.get((layer, name, mode)):
-            return {"refused": reason}
         try:
             with forced(name), precision(mode):
                 if name in OURS:

@@ -176,10 +176,8 @@ def compile_all(
     deadline = time.monotonic() + seconds
     alike = {compiled_alike(*job): job for job in jobs if job[2].strategy != "library"}
     todo, failed = list(alike.values()), {}
-    of_hopper = [job for job in todo if job[2].strategy == "cuda_sm90"]  # one may never end
-    todo = [job for job in todo if job not in of_hopper]
     number = max(1, min(MOST_PROCESSES, (os.cpu_count() or 2) - 2, len(todo)))
-    parts = [todo[i::number] for i in range(number)] + [of_hopper]
+    parts = [todo[i::number] for i in range(number)]
     workers = {w.results: w for w in (Worker.start(p, compile_one) for p in parts if p)}
     try:
         while workers and (left := deadline - time.monotonic()) > 0:
@@ -199,25 +197,6 @@ def compile_all(
             unanswered = (job for job in worker.jobs if job[2].strategy in tiles.BY_CUDA)
             failed.update((compiled_alike(*job), "no answer in time") for job in unanswered)
     return failed
-
-
-def barred(
-    workloads: Iterable[str], device: torch.device, seconds: float
-) -> dict[tuple[Layer, str, str], str]:
-    """Why cuda_sm90 must not run layers here: it failed in a process of its own, or never ended."""
-    some = torch.empty(0, dtype=torch.bfloat16, device=device)
-    if device.type != "cuda" or dispatch.unavailable("cuda_sm90", some, None):
-        return {}
-    jobs = []
-    for layer in dict.fromkeys(layer for workload in workloads for layer in layers_of(workload)):
-        problem = problem_of(layer, "bfloat16")
-        jobs.append((layer, "bfloat16", kernels.choose("cuda_sm90", problem, device)))
-    failed = compile_all(jobs, seconds)
-    return {
-        (layer, "cuda_sm90", mode): failed[compiled_alike(layer, mode, entry)]
-        for layer, mode, entry in jobs
-        if compiled_alike(layer, mode, entry) in failed
-    }
 
 
 class Measure:
