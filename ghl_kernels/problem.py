@@ -18,7 +18,8 @@ class Problem:
 
     rows: batch, or batch × output positions. neurons, channels: of one group. channels_last: the
     memory order of the weight. image: numbers in one image of x. copied_bytes: what is read and
-    written first because the activations are not in channels_last order.
+    written first because the activations are not in channels_last order. held: bytes of a copy of x
+    that the sums are made from.
     """
 
     rows: int
@@ -36,6 +37,7 @@ class Problem:
     channels_last: bool = False
     image: int = dataclasses.field(default=0, compare=False)
     copied_bytes: int = dataclasses.field(default=0, compare=False)
+    held: int = dataclasses.field(default=0, compare=False)
 
     @classmethod
     def of_linear(
@@ -100,6 +102,13 @@ class Problem:
     @property
     def depthwise(self) -> bool:
         return self.channels == 1 and self.groups > 1
+
+    @property
+    def foldable(self) -> bool:
+        """Whether the taps of a row can be laid side by side, and stride_h rows of them."""
+        taps = zip(self.kernel_size, self.dilation, strict=True)
+        apart_h, apart_w = (size > 1 and dilation > 1 for size, dilation in taps)
+        return self.groups == 1 and not apart_w and not (apart_h and self.stride[0] > 1)
 
 
 def dot_precision(problem: Problem) -> str:

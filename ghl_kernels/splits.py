@@ -33,12 +33,12 @@ def split_rows(problem: Problem, tile: Tile, device: torch.device) -> tuple[int,
     """Number of splits and rows of each, a multiple of the tile's rows; none is empty.
 
     As many as fill the GPU once, if each has rows enough and the workspace stays below the
-    u that a composition of PyTorch's operators would store.
+    u that a composition of PyTorch's operators would store, with what is held beside it.
     """
     wanted = processors(device) * tile.programs // programs(problem, tile)
     by_rows = problem.rows // (FEWEST_BLOCKS * tile.block_m)
     stored = problem.rows * problem.all_neurons * problem.dtype.itemsize
-    by_memory = stored // (8 * problem.all_neurons * problem.columns)
+    by_memory = (stored - problem.held) // (8 * problem.all_neurons * problem.columns)
     splits = max(1, min(wanted, by_rows, by_memory))
     rows = -(-problem.rows // splits)
     rows = -(-rows // tile.block_m) * tile.block_m

@@ -39,9 +39,9 @@ class Tile:
     """One program's share and how it runs.
 
     block_m rows a step, block_k neurons, block_c inputs (of one tap unless `packed`, as those of
-    `cuda` always are); `taps` of a kernel's row at once; `descriptors`: by the tensor memory
-    accelerator where the layout allows; `programs`: how many per multiprocessor to split the rows
-    for.
+    `cuda` always are; a layer of few channels is folded for a tile that is not); `taps` of a
+    kernel's row at once; `descriptors`: by the tensor memory accelerator where the layout allows;
+    `programs`: how many per multiprocessor to split the rows for.
     """
 
     block_m: int
@@ -114,6 +114,11 @@ def kind(problem: Problem) -> str:
     if problem.pointwise:
         return "pointwise"
     return "packed" if problem.channels < FEW_CHANNELS else "conv"
+
+
+def folds(problem: Problem) -> bool:
+    """Whether a layer may take the form of many channels (fold.py)."""
+    return kind(problem) == "packed" and problem.foldable
 
 
 def least_block(numbers: int) -> int:
@@ -210,6 +215,8 @@ def nearest(
     like = kind(problem), 8 * problem.dtype.itemsize
     entries = table(device).entries
     alike = [e for e in entries if (e.kind, e.bits) == like and e.strategy in among]
+    if like[0] == "packed" and not problem.foldable:
+        alike = [e for e in alike if e.tile.packed] or alike
     if not alike:
         return None
     wanted = [e for e in alike if strategy in (None, e.strategy)] or alike
@@ -228,7 +235,11 @@ def loads_one_by_one(problem: Problem, tile: Tile) -> bool:
 
 
 def fitting(entry: Entry, problem: Problem) -> Entry:
-    """The entry, its tile of one tap where the rows of the kernel are not made of its taps."""
-    if problem.kernel_size[1] % entry.tile.taps == 0:
-        return entry
-    return dataclasses.replace(entry, tile=dataclasses.replace(entry.tile, taps=1))
+    """The entry, its tile of one tap where the rows of the kernel are not made of its taps, and
+    packed where the layer would be folded and cannot be."""
+    tile, few = entry.tile, kind(problem) == "packed"
+    if few and not tile.packed:
+        tile = dataclasses.replace(tile, taps=1, packed=not problem.foldable)
+    elif problem.kernel_size[1] % tile.taps:
+        tile = dataclasses.replace(tile, taps=1)
+    return dataclasses.replace(entry, tile=tile)

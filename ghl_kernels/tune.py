@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ghl_kernels import tiles
+from ghl_kernels.fold import Fold
 from ghl_kernels.problem import Problem
 from ghl_kernels.tiles import BY_TRITON, Entry, Tile, least_block
 
@@ -67,6 +68,11 @@ TILES: dict[tuple[str, int], tuple[tuple[Shape, dict[str, Any]], ...]] = {
         ((64, 128, 64, 8, 3, 1), PACKED),
         ((64, 128, 32, 4, 3, 2), PACKED),
         ((64, 16, 64, 4, 3, 3), PACKED),
+        ((64, 64, 64, 4, 3, 3), {}),
+        ((64, 64, 128, 4, 3, 2), {}),
+        ((64, 128, 128, 8, 3, 1), {}),
+        ((64, 128, 64, 8, 3, 1), {}),
+        ((64, 64, 32, 4, 3, 3), {}),
     ),
     ("pointwise", 32): (
         ((32, 64, 64, 4, 3, 2), {}),
@@ -84,6 +90,8 @@ TILES: dict[tuple[str, int], tuple[tuple[Shape, dict[str, Any]], ...]] = {
         ((32, 64, 64, 4, 2, 2), PACKED),
         ((32, 64, 32, 4, 3, 3), PACKED),
         ((32, 128, 64, 8, 2, 1), PACKED),
+        ((32, 64, 64, 4, 3, 2), {}),
+        ((32, 128, 64, 8, 3, 1), {}),
     ),
     ("depthwise", 16): (((4, 64, 16, 4, 2, 4), {}), ((8, 32, 16, 4, 2, 4), {})),
     ("depthwise", 32): (((4, 64, 16, 4, 2, 4), {}), ((8, 32, 16, 4, 2, 4), {})),
@@ -118,9 +126,17 @@ def shared_memory(tile: Tile, itemsize: int) -> int:
 
 
 def useful(problem: Problem, tile: Tile) -> bool:
-    """Whether a tile can suit a layer: it divides its taps, is not mostly empty, and may fit."""
+    """Whether a tile can suit a layer: it divides its taps, is not mostly empty, and may fit.
+
+    A tile that a layer is folded for does if the folded x is hardly larger than a stored u.
+    """
     if problem.depthwise:
         return True
+    if tiles.kind(problem) == "packed" and not tile.packed:
+        fold = Fold.of(problem) if problem.foldable else None
+        if fold is None or fold.step > problem.neurons:
+            return False
+        problem = fold.folded()
     across = problem.columns if tile.packed else problem.channels
     return (
         problem.kernel_size[1] % tile.taps == 0

@@ -21,7 +21,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
 
 import ghl_kernels
-from ghl_kernels import composed, dispatch, layout, merges, native, splits
+from ghl_kernels import composed, dispatch, fold, layout, merges, native, splits
 from ghl_kernels.cuda import kernels
 
 settings.register_profile(
@@ -33,7 +33,7 @@ settings.register_profile(
 )
 settings.load_profile("ghl")
 
-ALLOCATING = ("logsumexp", "store_u")  # of ghl_kernels.triton
+ALLOCATING = ("fold", "logsumexp", "store_u")  # of ghl_kernels.triton
 
 
 def poison(t: torch.Tensor) -> torch.Tensor:
@@ -74,7 +74,7 @@ def poisoned_workspace() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
-    modules = [native, composed, layout, merges, splits, kernels]
+    modules = [native, composed, fold, layout, merges, splits, kernels]
     if not dispatch.triton_missing():
         modules += [importlib.import_module(f"ghl_kernels.triton.{name}") for name in ALLOCATING]
     for module in modules:

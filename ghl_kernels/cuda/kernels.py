@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ghl_kernels import dispatch, layout, tiles
+from ghl_kernels.fold import Fold, fold_images
 from ghl_kernels.merges import Layer, foreach_merge_of, merge_of
 from ghl_kernels.native import code, logsumexp_by
 from ghl_kernels.pairs import Geometry, Kernels, as_it_lies
@@ -68,6 +69,12 @@ def tiles_for(strategy: str, problem: Problem) -> tuple[tuple[int, Tile], ...]:
     return compiled_tiles(strategy, problem.dtype, tf32, problem.pointwise, most_shared_bytes())
 
 
+def as_run(problem: Problem) -> Problem:
+    """The layer that the kernels see: few channels are folded wherever they can be, because wide
+    copies need it."""
+    return Fold.of(problem).folded() if tiles.folds(problem) else problem
+
+
 def suits(problem: Problem, tile: Tile) -> bool:
     """Whether a tile is not mostly empty."""
     neurons, columns = (tiles.least_block(n) for n in (problem.neurons, problem.columns))
@@ -89,7 +96,7 @@ def by_rule(problem: Problem, known: Sequence[tuple[int, Tile]]) -> Tile:
 def candidates(strategy: str, problem: Problem) -> list[Tile]:
     """What a tuner tries for a layer: the tiles that suit it, with one to three waves of splits."""
     known = [tile for _, tile in tiles_for(strategy, problem)]
-    suitable = [tile for tile in known if suits(problem, tile)] or known
+    suitable = [tile for tile in known if suits(as_run(problem), tile)] or known
     return [dataclasses.replace(t, programs=n * t.programs) for t in suitable for n in (1, 2, 3)]
 
 
@@ -115,7 +122,7 @@ def remembered(strategy: str, problem: Problem, device: torch.device, precision:
         return entry
     kind, bits = tiles.kind(problem), 8 * problem.dtype.itemsize
     sizes = problem.rows, problem.neurons, problem.columns
-    return Entry(kind, bits, *sizes, strategy, by_rule(problem, known))
+    return Entry(kind, bits, *sizes, strategy, by_rule(as_run(problem), known))
 
 
 def number_of(tile: Tile, strategy: str, problem: Problem) -> int | None:
@@ -207,7 +214,10 @@ def kernels(strategy: str) -> Kernels:
         pairs = [problem.kernel_size, *geometry.pairs, geometry.out_size]
         wgrad(strategy, images, pairs, y, g, partials, problem, competition, tau, tile)
 
-    return Kernels(tile, as_it_lies, of_rows, of_images, sum_splits)
+    def folds(problem: Problem, tile: Tile) -> bool:
+        return tiles.folds(problem)
+
+    return Kernels(tile, as_it_lies, of_rows, of_images, sum_splits, folds, fold_images)
 
 
 def fill_layers(layers: Sequence[Layer], decay: str, gate: str, normalize: str) -> None:

@@ -6,6 +6,7 @@ For: all of kernel size, stride, padding, dilation and groups, in three forms of
 tile. One tap and BLOCK_C channels: channels_last with 16 channels or more. TAPS = 3 taps of the
 same row of the kernel: few neurons, as K = 64, where u is made once for three products. PACKED:
 any columns of the weight, taps and channels mixed: three input channels, small groups, 1×1.
+Few channels may come folded (`ghl_kernels/fold.py`): one tap of many channels then.
 
 Rows become image positions by multiplication and shift, and row addresses are 64-bit; within an
 image offsets are 32-bit. As in `linear_wgrad.py`, the product with g comes first and u is the
@@ -24,7 +25,7 @@ from ghl_kernels.splits import Partials
 from ghl_kernels.tiles import Tile, programs
 from ghl_kernels.triton.competition import exponent_scale, u_of_tile
 from ghl_kernels.triton.logsumexp import Statistics, statistics
-from ghl_kernels.triton.split_k import without_spills
+from ghl_kernels.triton.split_k import in_units, without_spills
 
 
 @triton.jit
@@ -55,7 +56,7 @@ def conv_wgrad_kernel(
     x_image, x_channel, x_height, x_width, y_row, y_column, g_row, g_column, scale,
     KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     COMPETITION: tl.constexpr, IN_TILE: tl.constexpr, SUM_U: tl.constexpr,
-    PRECISION: tl.constexpr, PACKED: tl.constexpr, TAPS: tl.constexpr,
+    PRECISION: tl.constexpr, PACKED: tl.constexpr, TAPS: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     tile, split, group = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -99,11 +100,11 @@ def conv_wgrad_kernel(
         out_h = divide(position, width_multiplier, width_shift)
         h = out_h * stride_h - padding_h
         w = (position - out_h * out_width) * stride_w - padding_w
-        x_rows = image.to(tl.int64) * x_image + (h * x_height + w * x_width)
+        x_rows = (image.to(tl.int64) * x_image + (h * x_height + w * x_width)) * UNIT
         xT = ()
         for t in tl.static_range(TAPS):
             w_of_tap = tap_w + t * dilation_w
-            offset = tap_h * x_height + w_of_tap * x_width + c * x_channel
+            offset = (tap_h * x_height + w_of_tap * x_width) * UNIT + c * x_channel
             if PACKED:
                 at_h, at_w = h[:, None] + tap_h[None, :], w[:, None] + w_of_tap[None, :]
             else:
@@ -150,13 +151,17 @@ def conv_wgrad_kernel(
         tl.store(u_sums + split * neurons + first_neuron + k, u_sum, kept_u)
 
 
-def image_arguments(x: Tensor, y: Tensor, g: Tensor, geometry: Geometry, tau: float) -> tuple:
+def image_arguments(
+    x: Tensor, y: Tensor, g: Tensor, geometry: Geometry, tau: float, unit: int = 1
+) -> tuple:
     """What a kernel over images is told of them, from `in_height` to `scale`."""
     height, width = geometry.out_size
+    x_image, x_channel, x_height, x_width = x.stride()
     return (
         *x.shape[2:], height * width, *division_by(height * width), width, *division_by(width),
         *(number for pair in geometry.pairs for number in pair),
-        *x.stride(), *y.stride(), *g.stride(), exponent_scale(tau),
+        x_image // unit, x_channel, x_height // unit, x_width // unit,
+        *y.stride(), *g.stride(), exponent_scale(tau),
     )  # fmt: skip
 
 
@@ -172,7 +177,8 @@ def conv_wgrad(
     tile: Tile,
 ) -> None:
     """Fill `partials` from x (N, C·groups, H, W), y and g (M, K·groups), matrices."""
-    tile = without_spills(tile, problem, y, g, *([] if tile.packed else [x]))
+    unit = 1 if tile.packed else in_units(x)
+    tile = without_spills(tile, problem, y, g, *([] if tile.packed or unit > 1 else [x]))
     in_tile = problem.groups == 1 and problem.neurons <= tile.block_k
     row_statistics = Statistics(*partials.sums)
     if competition != "linear" and not in_tile:
@@ -181,9 +187,9 @@ def conv_wgrad(
     conv_wgrad_kernel[(in_group, partials.splits, problem.groups)](
         x, y, g, *row_statistics, *partials.sums,
         problem.rows, problem.neurons, problem.channels, problem.columns, partials.rows_per_split,
-        *image_arguments(x, y, g, geometry, tau),
+        *image_arguments(x, y, g, geometry, tau, unit),
         *problem.kernel_size, partials.channels_last, competition, in_tile, partials.sum_u,
-        dot_precision(problem), tile.packed, tile.taps,
+        dot_precision(problem), tile.packed, tile.taps, unit,
         tile.block_m, tile.block_k, tile.block_c,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

@@ -17,6 +17,7 @@ from ghl_kernels.splits import Partials
 from ghl_kernels.tiles import Tile
 from ghl_kernels.triton.conv_wgrad import conv_wgrad
 from ghl_kernels.triton.depthwise_wgrad import depthwise_wgrad
+from ghl_kernels.triton.fold import fold_images
 from ghl_kernels.triton.foreach_merge import foreach_merge
 from ghl_kernels.triton.linear_wgrad import linear_wgrad
 from ghl_kernels.triton.logsumexp import logsumexp
@@ -55,7 +56,10 @@ def kernels(strategy: str, signal: Any = as_it_lies) -> Kernels:
     def tile(problem: Problem, w: Tensor) -> Tile:
         return tiles.choose(problem, w.device, strategy).tile
 
-    return Kernels(tile, signal, wgrad_of_rows, wgrad_of_images, sum_splits)
+    def folds(problem: Problem, tile: Tile) -> bool:
+        return tiles.folds(problem) and not tile.packed
+
+    return Kernels(tile, signal, wgrad_of_rows, wgrad_of_images, sum_splits, folds, fold_images)
 
 
 linear_pair, conv2d_pair = pairs(kernels("triton"))

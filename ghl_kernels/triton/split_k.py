@@ -27,6 +27,19 @@ def loads_wide(t: Tensor) -> bool:
     return t.data_ptr() % 16 == 0 and multiples and 1 in t.stride()
 
 
+def in_units(x: Tensor) -> int:
+    """The unit of the strides of images (N, C, H, W) with which the compiler sees wide loads.
+
+    It knows a stride's divisibility by 16 alone. Strides that are multiples of 16 bytes only, as
+    those of a folded x, it is told in units of so many numbers; any others in units of 1.
+    """
+    unit = 16 // x.element_size()
+    apart = [stride for dim, stride in enumerate(x.stride()) if dim != 1]
+    wide = x.data_ptr() % 16 == 0 and x.stride(1) == 1 and x.shape[1] % ALIGNED == 0
+    wide = wide and all(stride % unit == 0 for stride in apart)
+    return unit if wide and any(stride % ALIGNED for stride in apart) else 1
+
+
 def without_spills(tile: Tile, problem: Problem, *tensors: Tensor) -> Tile:
     """The tile; a smaller one where numbers wait in registers for the product.
 

@@ -1,5 +1,6 @@
 """Which layers reach every kernel and every tile of the shipped tables, and their launches.
 
+And those for which a tuner folds few channels, as long as no table has one.
 A case is a tile and a way to use it; its sizes follow from the tile, its tensors have no memory.
 """
 
@@ -13,16 +14,20 @@ import torch
 from torch import Tensor
 
 from ghl_kernels import tiles
+from ghl_kernels.fold import Fold
+from ghl_kernels.problem import Problem
 from ghl_kernels.tiles import SHIPPED, Entry, Table, Tile
 from ghl_kernels.triton import fused, merge, store_u, stored
+from ghl_kernels.triton.fold import fold_images
 from ghl_kernels.triton.foreach_merge import foreach_merge
+from ghl_kernels.tune import TILES
 
 ARCHITECTURES = (80, 90, 100)
 DTYPES = {16: torch.bfloat16, 32: torch.float32}
 ROWS = 4096
 WGRAD = ("linear_wgrad_kernel", "conv_wgrad_kernel", "depthwise_wgrad_kernel")
 OTHERS = ("statistics_kernel", "store_u_kernel", "sum_splits_kernel", "measure_kernel")
-OTHERS += ("combine_kernel", "foreach_measure_kernel", "foreach_combine_kernel")
+OTHERS += ("combine_kernel", "foreach_measure_kernel", "foreach_combine_kernel", "fold_kernel")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +90,8 @@ def ways(arch: int, kind: str, bits: int, tile: Tile) -> Iterator[Case]:
     if kind == "depthwise":
         return
     yield case("in_tile")
+    if kind == "packed" and not tile.packed:
+        return
     if bits == 16:
         yield case("statistics", sum_u=True)
         yield case("stored", half=True) if tile.packed else case("in_tile", half=True)
@@ -99,6 +106,12 @@ def ways(arch: int, kind: str, bits: int, tile: Tile) -> Iterator[Case]:
         yield case("in_tile", kernel=5)
 
 
+def folded_tiles(bits: int) -> list[Tile]:
+    """Those of the tuner's; their sizes are a Hopper's."""
+    listed = [Tile(*shape, **options) for shape, options in TILES["packed", bits]]
+    return [tile for tile in listed if not tile.packed]
+
+
 def cases() -> list[Case]:
     """Every case once, those of one tile side by side."""
     found: dict[Case, None] = {}
@@ -110,6 +123,8 @@ def cases() -> list[Case]:
         for (kind, bits, tile), most in programs.items():
             found |= dict.fromkeys(ways(arch, kind, bits, dataclasses.replace(tile, programs=most)))
         for bits in DTYPES:
+            for tile in folded_tiles(bits) if arch == 90 else ():
+                found |= dict.fromkeys(ways(arch, "packed", bits, tile))
             found[Case(arch, "pointwise", bits, Tile(64, 64, 64, 4, 3, programs=8), "rest")] = None
     return list(found)
 
@@ -144,7 +159,7 @@ def launch_layer(case: Case) -> None:
 
 
 def launch_rest(case: Case) -> None:
-    """Rows in a tile and longer ones, a layer's merge, and that of two layers."""
+    """Rows in a tile and longer ones, a layer's merge and that of two layers, a folded x."""
     for neurons in (1000, 5000):
         y = empty(ROWS, neurons, dtype=case.dtype)
         fused.logsumexp(y, 1.0, 1)
@@ -155,6 +170,10 @@ def launch_rest(case: Case) -> None:
     for decay, gate, normalize in (("oja", "sign", "absmax"), ("instar", "hebb", "mean")):
         merge.merge(*sums, w, decay, gate, normalize)
         foreach_merge(*([t, t] for t in (*sums, w)), decay, gate, normalize)
+    for stride in ((1, 1), (2, 2), (3, 3)):
+        layer = Problem(ROWS, 64, 3, case.dtype, (7, 7), stride, padded=True)
+        x, shape = images(case, 3, 32), Fold.of(layer).shape(ROWS // 256, (10, 10))
+        fold_images(x, shape, [3, 3])
 
 
 def launch_case(case: Case) -> None:

@@ -21,6 +21,7 @@ struct Layer {
   int tile = 0, splits = 1;
   // Numbers between rows, or pixels, that belong to others: as many, up to a multiple of 8.
   int spare = 0;
+  int step = 0;  // numbers from a pixel to the next, fewer than they have where they overlap
   bool in_tile = false;  // the kernel makes the row statistics
   bool channels_last = true, nchw = false, expanded_g = false, sums_u = true;
   double tau = 1.0, poison = 0.0;  // poison: put into one y of the second row
@@ -41,7 +42,7 @@ class DualWgradCase {
   DualWgradCase(const Layer& layer, Precision precision, int tile_rows)
       : l(layer),
         precision_(precision),
-        pixel_(apart(l.all_channels())),
+        pixel_(l.step ? l.step : apart(l.all_channels())),
         row_(apart(l.all_neurons())) {
     std::mt19937 random(7);
     std::normal_distribution<float> normal;
@@ -49,7 +50,8 @@ class DualWgradCase {
       numbers.resize(size);
       for (auto& number : numbers) number = from_float<T>(normal(random));
     };
-    fill(x_, size_t(l.batch) * l.in_size[0] * l.in_size[1] * pixel_);
+    const int beyond = l.step ? l.all_channels() - l.step : 0;
+    fill(x_, size_t(l.batch) * l.in_size[0] * l.in_size[1] * pixel_ + beyond);
     fill(y_, size_t(l.rows()) * row_);
     fill(g_, l.expanded_g ? 1 : y_.size());
     if (l.poison != 0) y_[y_at(1, 1)] = from_float<T>(l.poison);

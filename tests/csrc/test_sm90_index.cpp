@@ -244,6 +244,9 @@ void test_unfit() {
   p = linear(70, 24, 36), p.y.row = p.g.row = 40, fits("neurons no multiple of 8", p, true);
   p.statistics.largest = nullptr, fits("the same in the tile", p, false);
   fits("stem", layer(2, 3, 64, {32, 32}, {7, 7}, {2, 2}, {3, 3}, {1, 1}), false);
+  p = layer(2, 64, 64, {35, 32}, {4, 1}, {1, 1}, {0, 0}, {1, 1});
+  p.x.width = 16, p.x.height = 70 * 8, p.x.image = 35 * 70 * 8;
+  fits("the stem folded", p, true);
   fits("stride 8", layer(2, 8, 8, {32, 32}, {2, 2}, {8, 8}, {0, 0}, {1, 1}), true);
   fits("stride 9", layer(2, 8, 8, {32, 32}, {2, 2}, {9, 1}, {0, 0}, {1, 1}), false);
   fits("a long kernel", layer(2, 8, 8, {300, 300}, {3, 3}, {1, 1}, {64, 64}, {64, 64}), true);

@@ -242,6 +242,21 @@ def test_the_rule_of_thumb(neurons: int, columns: int, tile: Tile, machine: Mach
     assert kernels.choose("cuda", layer, GPU).tile == tile
 
 
+@pytest.mark.parametrize(("dilation", "tile"), [((1, 1), LARGE), ((1, 2), SMALL)])
+def test_the_tile_of_few_channels_is_one_for_the_folded_layer(
+    dilation: tuple[int, int], tile: Tile, machine: Machine
+) -> None:
+    """Of 96 columns instead of 27; its entry has the layer's own sizes, so that it is found."""
+    layer = Problem(4096, 128, 3, HALF, (3, 3), padded=True, dilation=dilation)
+    machine.table()
+    chosen = kernels.choose("cuda", layer, GPU)
+    assert (chosen.kind, chosen.columns, chosen.tile) == ("packed", 27, tile)
+    assert (LARGE in kernels.candidates("cuda", layer)) is (tile == LARGE)
+    measured = dataclasses.replace(chosen, tile=SMALL)
+    machine.table(measured)
+    assert kernels.choose("cuda", layer, GPU) == measured
+
+
 def test_nothing_compiled_for_a_layer(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "compiled_tiles", lambda *of: ())
     with pytest.raises(RuntimeError, match=r"has no tile of cuda for torch\.float16"):

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import LAYOUTS, Conv, Layer, Linear, assert_pair
+from cases import LAYOUTS, Conv, Layer, Linear, assert_pair, problem_of
+from torch import Tensor
 
 import ghl_kernels
-from ghl_kernels import Rule, composed
+from ghl_kernels import Rule, composed, tiles
+from ghl_kernels.cuda import kernels
 
 pytestmark = pytest.mark.usefixtures("emulated")
 HALF, BFLOAT, FLOAT = torch.float16, torch.bfloat16, torch.float32
@@ -26,6 +28,11 @@ LAYERS: dict[str, tuple[Layer, torch.dtype, str]] = {
     "conv": (Conv(2, 8, (5, 6), 16, padding=(1, 1)), HALF, "softmax"),
     "conv_geometry": (Conv(2, 8, (7, 9), 72, (3, 2), (2, 1), (1, 0), (1, 2)), HALF, "softmax"),
     "conv_three_channels": (Conv(2, 3, (6, 5), 16, padding=(1, 1)), FLOAT, "softmax"),
+    "conv_folded_as_resnet": (Conv(2, 3, (9, 8), 16, (7, 7), (2, 2), (3, 3)), HALF, "softmax"),
+    "conv_folded_one_position": (Conv(9, 3, (4, 4), 16, (4, 4), (4, 4)), FLOAT, "softmax"),
+    "conv_folded_one_tap": (Conv(2, 4, (5, 6), 16, (1, 2), (2, 1)), BFLOAT, "softhebb"),
+    "conv_folded_dilated": (Conv(2, 1, (7, 5), 72, (3, 2), dilation=(2, 1)), FLOAT, "hard"),
+    "conv_not_foldable": (Conv(2, 3, (5, 7), 16, (2, 2), dilation=(1, 2)), HALF, "softmax"),
     "groups": (Conv(2, 16, (4, 5), 16, padding=(1, 1), groups=2), BFLOAT, "hard"),
     "depthwise": (Conv(1, 4, (5, 4), 8, padding=(1, 1), groups=4), HALF, "softmax"),
 }
@@ -40,9 +47,32 @@ def test_a_layer(name: str) -> None:
     )
 
 
+@pytest.mark.parametrize("name", [name for name in LAYERS if name.startswith("conv")])
+def test_few_channels_are_copied_wide_where_they_can_be(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the kernels are told then are 16 channels or more, of one column and no padding."""
+    layer, dtype, _ = LAYERS[name]
+    told, own = [], kernels.wgrad
+
+    def wgrad(strategy: str, images: Tensor, geometry: object, *rest: object) -> None:
+        told.append((images.shape[1], geometry))
+        own(strategy, images, geometry, *rest)
+
+    monkeypatch.setattr(kernels, "wgrad", wgrad)
+    layer.pair(layer.tensors(dtype), Rule())
+    ((channels, (kernel, stride, padding, *_)),) = told
+    if tiles.folds(problem_of(layer, dtype)):
+        assert channels % 16 == 0 and kernel[1] == 1
+        assert [*stride, *padding] == [1, 1, 0, 0]
+    else:
+        assert channels == layer.channels
+
+
+@pytest.mark.parametrize("channels", [16, 3], ids=["conv", "few_channels"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_of_a_convolution(layout: str) -> None:
-    layer = Conv(2, 16, (4, 5), 8, padding=(1, 1))
+def test_every_layout_of_a_convolution(layout: str, channels: int) -> None:
+    layer = Conv(2, channels, (4, 5), 8, padding=(1, 1))
     assert_pair(layer, [LAYOUTS[layout](t) for t in layer.tensors(HALF)])
 
 

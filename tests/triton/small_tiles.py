@@ -25,6 +25,7 @@ class Form:
     """Blocks of rows, neurons and inputs; of depthwise layers, 8 rows and 4 taps.
 
     splits: as many as the rows give, whatever the workspace; None leaves the kernels' own choice.
+    folded: layers of few channels that can be are folded.
     """
 
     block_m: int = 16
@@ -34,6 +35,7 @@ class Form:
     taps: int = 1
     packed: bool = False
     descriptors: bool = False
+    folded: bool = False
 
     def tile(self, kind: str) -> Tile:
         return Tile(
@@ -44,7 +46,7 @@ class Form:
             stages=2,
             programs=8,
             taps=self.taps if kind == "conv" else 1,
-            packed=self.packed or kind == "packed",
+            packed=self.packed or (kind == "packed" and not self.folded),
             descriptors=self.descriptors,
         )
 
@@ -91,3 +93,5 @@ THREE_TAPS = Form(taps=3, splits=2)
 THREE_TAPS_WHOLE_ROWS = Form(taps=3, block_k=64, block_c=32)
 PACKED = Form(packed=True, block_c=32, splits=2)
 PACKED_WHOLE_ROWS = Form(packed=True, block_k=64, block_c=64)
+FOLDED = Form(folded=True, splits=2)
+FOLDED_WHOLE_ROWS = Form(folded=True, block_k=64, block_c=64)
