@@ -21,7 +21,7 @@ from ghl_kernels.triton import split_k
 LAYERS: dict[str, Layer] = {
     "linear": Linear(140, 17, 18),
     "conv": Conv(5, 16, (6, 6), 18, kernel=(1, 2)),
-    "packed": Conv(5, 3, (5, 6), 18, kernel=(2, 2)),
+    "packed": Conv(20, 3, (5, 6), 18, kernel=(2, 2)),
     "depthwise": Conv(5, 4, (5, 6), 4, kernel=(2, 2), groups=4),
 }
 layers = pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
