@@ -7,6 +7,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ghl.alignment import Monitor
 from ghl.recipes.distributed import process_group
+from ghl_kernels import Rule
 from tests.alignment.oracle import assert_same_report
 
 
@@ -49,7 +50,8 @@ def measure(rank, x, results):
     torch.save(found, f"{results}/{rank}-gap.pt")
 
 
-CASES = ((1, "hebb"), (2, "hebb"), (1, "ghl"))
+INSTAR = Rule(competition="softmax", decay="instar")
+CASES = ((1, "hebb"), (2, "hebb"), (1, "ghl"), (2, INSTAR))
 
 
 def test_two_ranks_are_one_batch(tmp_path):

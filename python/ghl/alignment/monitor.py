@@ -1,7 +1,7 @@
 """The Monitor: which steps are measured, what the hooks of a step add up to, the report.
 
 Trains nothing and changes nothing; which weights there are is in `targets.py`, arithmetic in
-`sums.py`, `samples.py` and `statistics.py`.
+`sums.py`, `samples.py`, `ending.py` and `statistics.py`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.optim.optimizer import (
 )
 
 import ghl_kernels.ops  # noqa: F401  registers torch.ops.ghl_kernels
-from ghl.alignment import hooks
+from ghl.alignment import ending, hooks
 from ghl.alignment.attention import Projections
 from ghl.alignment.statistics import to_numbers
 from ghl.alignment.sums import Use
@@ -161,7 +161,7 @@ class Monitor:
     @property
     def measuring(self) -> bool:
         """Whether the step in progress is measured."""
-        return any(t.steps % self.every == 0 for t in self._tracks if t.target.gap is None)
+        return any(t.is_measured(self.every) for t in self._tracks if t.target.gap is None)
 
     @property
     def steps(self) -> int:
@@ -178,8 +178,11 @@ class Monitor:
         `gaps`: {name of the part, or `layer`: reason}.
         """
         alone = not self._is_distributed()
-        found = {id(t): to_numbers(t.measurement(self.every, alone)) for t in self._tracks}
-        return {name: found[id(track)] for name, track in self._by_name.items()}
+        reported = {track: track.reported(self.every, alone) for track in self._tracks}
+        fresh = ending.measure([track for track, found in reported.items() if found is None])
+        found = to_numbers([reported[track] or fresh[track] for track in self._tracks])
+        numbers = dict(zip(self._tracks, found, strict=True))
+        return {name: numbers[track] for name, track in self._by_name.items()}
 
     def measure(self, name: str, signal: Tensor) -> None:
         """Take `signal`, of the weight's shape, as what a rule adds to the weight before decay.
@@ -199,14 +202,13 @@ class Monitor:
                 f"signal has shape {tuple(signal.shape)}, must be {tuple(weight.shape)} like the "
                 f"weight of {name!r}"
             )
-        if track.steps % self.every == 0:
+        if track.is_measured(self.every):
             track.give(signal)
 
     def step(self) -> None:
         """End a step by hand, where no torch.optim optimizer does; `update` is then a gap."""
-        for track in self._tracks:
-            track.close(self.every, self._is_distributed())
-            track.after(None)
+        ending.close(self._tracks, self.every, self._is_distributed())
+        ending.after(self._tracks)
 
     def _is_distributed(self) -> bool:
         ready = self._distributed and dist.is_available() and dist.is_initialized()
@@ -218,10 +220,10 @@ class Monitor:
         track = self._by_weight.get(id(weight))
         if track is None or weight is None:
             for other in self._tracks:
-                if module in other.target.classes and other.steps % self.every == 0:
+                if module in other.target.classes and other.is_measured(self.every):
                     other.sums.problem = "its weight is another one than when the Monitor was made"
             return
-        if track.steps % self.every:
+        if not track.is_measured(self.every):
             return
         x = args[0] if args else kwargs["input"]
         if track.target.gap is None and self._wanted(track, module, y):
@@ -264,7 +266,7 @@ class Monitor:
         self._depth = 0
         observed = module.training if self.given else torch.is_grad_enabled()
         measured = any(
-            track.steps % self.every == 0 and module in track.target.classes
+            track.is_measured(self.every) and module in track.target.classes
             for track in self._tracks
         )
         mode = Projections(partial(self._projection, module)) if observed and measured else None
@@ -287,7 +289,7 @@ class Monitor:
     ) -> None:
         whole: Any = weight if id(weight) in self._by_weight else weight._base
         track = self._by_weight.get(id(whole))
-        if track is None or track.steps % self.every or track.target.gap is not None:
+        if track is None or not track.is_measured(self.every) or track.target.gap is not None:
             return
         neurons = slice(None)
         if whole is not weight:
@@ -322,10 +324,11 @@ class Monitor:
             return
         self._closed = True
         closure = any(callable(a) for a in (*args[1:], *kwargs.values()))
-        for track in self._of(optimizer):
-            if closure:
+        tracks = self._of(optimizer)
+        if closure:
+            for track in tracks:
                 track.sums.problem = "optimizer.step was given a closure, which is not supported"
-            track.close(self.every, self._is_distributed(), update=True)
+        ending.close(tracks, self.every, self._is_distributed(), update=True)
 
     def _after_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         self._depth -= 1
@@ -333,8 +336,7 @@ class Monitor:
             return
         self._depth = 0
         self._leave_step()
-        for track in self._of(optimizer):
-            track.after(optimizer)
+        ending.after(self._of(optimizer))
 
 
 def weak(owned: Any, method: str) -> Any:

@@ -1,31 +1,47 @@
-"""From sums of a step to what a Monitor reports: tensors first, numbers when they are asked for.
+"""From sums of a step to what a Monitor reports: a step keeps products, a report makes cosines.
 
 Cosines, inner products, norms and shares are defined here; how the sums came about is not.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ghl import ranks
 from ghl.alignment.sums import Sums
 
 PARTS = ("batch", "sample", "update")
 FIELDS = (*PARTS, "weight_norm", "hebbian_share", "anti_hebbian_share", "sign_flips")
 
 
-@dataclass
-class Alignment:
-    """Cosine and inner product of a signal with the Hebbian direction, on the device.
+@dataclass(eq=False)
+class Part:
+    """What cosines and an inner product are made of, on the device; reports make them.
 
-    cosine, inner: (); neurons: (K) cosines. NaN where a signal or a direction is zero.
+    neurons (3, K), layer (3): sums, of which the first is the inner product's and `ratio` makes a
+    cosine of all three. rows: their number. The inner product is layer[0] factor /
+    rows^powers_of_rows; cosines have the sign of the factor.
     """
 
-    cosine: Tensor
-    inner: Tensor
+    neurons: Tensor
+    layer: Tensor
+    rows: float | Tensor
+    ratio: Callable[[Tensor, Tensor, Tensor], Tensor]
+    factor: float = 1.0
+    powers_of_rows: int = 1
+
+
+class Ratios(NamedTuple):
+    """A part's first sum, and what `ratio` makes of a layer's sums and of its neurons' (K)."""
+
+    inner: float
+    layer: float
     neurons: Tensor
 
 
@@ -35,46 +51,67 @@ class Measurement:
 
     step: int
     weight_norm: Tensor | None = None
-    parts: dict[str, Alignment] = field(default_factory=dict)
-    sign_flips: Tensor | None = None
+    parts: dict[str, Part] = field(default_factory=dict)
+    sign_flips: tuple[Tensor, Tensor] | None = None
     gaps: dict[str, str] = field(default_factory=dict)
     elsewhere: Tensor | None = None  # how many ranks have a gap
     zeroed: Tensor | None = None  # whether weight.grad was zero where a backward had been
 
+    def scalars(self) -> list[Tensor]:
+        """All tensors of one number."""
+        rows = [part.rows for part in self.parts.values() if isinstance(part.rows, Tensor)]
+        others = (self.weight_norm, self.elsewhere, self.zeroed, *(self.sign_flips or ()))
+        return rows + [t for t in others if t is not None]
+
 
 def of_batch(
-    signal: Tensor, sums: Sums, weight: Tensor, sign: int = 1, of_sum: bool = False
-) -> Alignment:
-    """Of sign · `signal` (K, ...) and the mean Hebbian direction.
+    signals: Sequence[Tensor], sums: Sequence[Sums], weights: Sequence[Tensor]
+) -> list[Part]:
+    """Each signal (K, ...) with its mean Hebbian direction; all of one dtype on one device.
 
-    One pass over the weight's numbers: `merge` gives ⟨G, H⟩, ‖G‖² and ‖H‖² of every neuron.
-    of_sum: the signal is a sum over rows and its mean is meant.
+    One pass over the weights' numbers: `merge` gives ⟨S, H⟩, ‖S‖² and ‖H‖² of every neuron. What
+    it gives besides, S once more, is as large as the signals together.
     """
-    assert sums.H0 is not None
-    rule, used = sums.rule, weight.to(sums.compute_dtype)
-    _, neurons, layer = torch.ops.ghl_kernels.merge(
-        signal.to(sums.H0.dtype), sums.H0, sums.totals(), used, rule.decay, "gradient", "none"
-    )
-    rows = sums.count(layer)
-    cosines = sign * cosine(*torch.cat([neurons, layer[:, None]], 1))
-    return Alignment(
-        cosine=cosines[-1],
-        inner=sign * layer[0] / (rows * rows if of_sum else rows),
-        neurons=cosines[:-1],
+    if not signals:
+        return []
+    decay = sums[0].rule.decay
+    if decay != "none":  # which alone reads weights: as the forward used them
+        weights = [w.to(s.compute_dtype) for w, s in zip(weights, sums, strict=True)]
+    directions = [s.H0 for s in sums if s.H0 is not None]
+    _, neurons, layers = torch.ops.ghl_kernels.foreach_merge(
+        [signal.to(H0.dtype) for signal, H0 in zip(signals, directions, strict=True)],
+        directions, totals(sums), weights, decay, "gradient", "none",
+    )  # fmt: skip
+    return [
+        Part(of_neurons, of_layer, s.rows, cosine)
+        for of_neurons, of_layer, s in zip(neurons, layers, sums, strict=True)
+    ]
+
+
+def totals(sums: Sequence[Sums]) -> Sequence[Tensor]:
+    """Σu and a number of rows (K + 1), as `merge` takes them: only `instar` reads Σu, and the
+    number nothing without a normalisation."""
+    H0 = sums[0].H0
+    assert H0 is not None
+    lengths = [s.shape[0] + 1 for s in sums]
+    if sums[0].rule.decay != "instar":
+        return H0.new_zeros(sum(lengths)).split(lengths)
+    rows = H0.new_zeros(1)
+    return torch.cat([t for s in sums if s.u_sum is not None for t in (s.u_sum, rows)]).split(
+        lengths
     )
 
 
-def of_samples(sums: Sums, mean_loss: bool) -> Alignment:
+def of_samples(sums: Sums, mean_loss: bool) -> Part:
     """Means over rows, from the sums of `samples.measure`; 0 / 0 rows make NaN."""
     assert sums.neurons is not None and sums.layer is not None
-    inner, cosines, count = sums.layer
-    rows = sums.count(inner)
-    return Alignment(
-        cosine=cosines / count,
-        # a mean over `rows` has made every row's own gradient that many times smaller
-        inner=inner if mean_loss else inner / rows,
-        neurons=sums.neurons[:, 1] / sums.neurons[:, 2],
-    )
+    # a mean over rows has made every row's own gradient that many times smaller
+    powers = 0 if mean_loss else 1
+    return Part(sums.neurons.T, sums.layer, sums.rows, mean_cosine, sums.scale, powers)
+
+
+def mean_cosine(inner: Tensor, cosines: Tensor, count: Tensor) -> Tensor:
+    return cosines / count
 
 
 def cosine(inner: Tensor, signal2: Tensor, hebbian2: Tensor) -> Tensor:
@@ -89,53 +126,96 @@ def in_range(square: Tensor) -> Tensor:
     return (square >= limits.tiny / limits.eps) & (square <= limits.max)
 
 
-def flips(before: Tensor, now: Tensor) -> Tensor:
-    """The share of signs (int8), of those not 0 in either, that are opposite; NaN if there is none.
+def flips(before: list[Tensor], now: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Of signs (int8) that are 0 neither before nor now: equal less opposite ones, and all.
 
-    Sums of products: comparing and counting takes a CPU several times as long.
+    Sums of products: comparing and counting takes a CPU several times as long. `before` is
+    overwritten by the products.
     """
-    product = before * now
-    same_less_opposite, both = product.sum(), (product * product).sum()
-    return (both - same_less_opposite) / (2 * both)
+    if not before:
+        return []
+    torch._foreach_mul_(before, now)
+    differences = [product.sum() for product in before]
+    torch._foreach_mul_(before, before)
+    return list(zip(differences, [product.sum() for product in before], strict=True))
 
 
-def to_numbers(measurement: Measurement) -> dict[str, Any]:
-    """What `Monitor.report` gives for a layer; here, and only here, the host waits."""
+def to_numbers(measurements: Sequence[Measurement]) -> list[dict[str, Any]]:
+    """What `Monitor.report` gives for each layer; here, and only here, the host waits."""
+    host = on_host([t for measurement in measurements for t in measurement.scalars()])
+    ratios = ratios_of([part for m in measurements for part in m.parts.values()])
+    return [numbers_of(measurement, host, ratios) for measurement in measurements]
+
+
+def on_host(scalars: Sequence[Tensor]) -> dict[Tensor, float]:
+    """Tensors () as numbers, with one wait for all of a dtype on a device."""
+    found: dict[Tensor, float] = {}
+    for indices in ranks.buckets(scalars):
+        alike = [scalars[i] for i in indices]
+        found |= zip(alike, torch.stack(alike).tolist(), strict=True)
+    return found
+
+
+def ratios_of(parts: Sequence[Part]) -> dict[Part, Ratios]:
+    """Of every part, all of a kind at once."""
+    kinds: dict[Any, list[Part]] = {}
+    for part in parts:
+        kinds.setdefault((part.ratio, part.layer.dtype, part.layer.device), []).append(part)
+    found: dict[Part, Ratios] = {}
+    for (ratio, *_), alike in kinds.items():
+        neurons = torch.cat([part.neurons for part in alike], 1).cpu()
+        layers = torch.stack([part.layer for part in alike], 1).cpu()
+        of_neurons = ratio(*neurons).split([part.neurons.shape[1] for part in alike])
+        columns = layers[0].tolist(), ratio(*layers).tolist(), of_neurons
+        found |= zip(alike, map(Ratios, *columns), strict=True)
+    return found
+
+
+def numbers_of(
+    measurement: Measurement, host: dict[Tensor, float], ratios: dict[Part, Ratios]
+) -> dict[str, Any]:
     gaps = dict(measurement.gaps)
-    if measurement.elsewhere is not None and measurement.elsewhere > 0 and "layer" not in gaps:
-        gaps["layer"] = "a gap on another rank"
-    if measurement.zeroed is not None and measurement.zeroed and "layer" not in gaps:
-        gaps["layer"] = (
+    if measurement.elsewhere is not None and host[measurement.elsewhere] > 0:
+        gaps.setdefault("layer", "a gap on another rank")
+    if measurement.zeroed is not None and host[measurement.zeroed]:
+        gaps.setdefault(
+            "layer",
             "weight.grad was zero when a second backward of the step came: if it was set to zero "
-            "without an optimizer step, use zero_grad(set_to_none=True)"
+            "without an optimizer step, use zero_grad(set_to_none=True)",
         )
     result: dict[str, Any] = dict.fromkeys(FIELDS)
     result["step"] = measurement.step
     if measurement.weight_norm is not None:
-        result["weight_norm"] = float(measurement.weight_norm)
+        result["weight_norm"] = host[measurement.weight_norm]
     if "layer" not in gaps:
         for name, part in measurement.parts.items():
-            numbers, gap = part_to_numbers(part)
+            rows = host[part.rows] if isinstance(part.rows, Tensor) else part.rows
+            numbers, gap = part_to_numbers(part, ratios[part], rows)
             result[name] = numbers
             if gap:
                 gaps[name] = gap
         result.update(shares(result["batch"] or result["sample"]))
         if measurement.sign_flips is not None:
-            rate = float(measurement.sign_flips)
-            result["sign_flips"] = None if rate != rate else rate
-            if rate != rate:
+            difference, both = (host[t] for t in measurement.sign_flips)
+            if both:
+                result["sign_flips"] = (both - difference) / (2 * both)
+            else:
                 gaps["sign_flips"] = "no entry of the gradient had a sign in both steps"
     result["gaps"] = gaps
     return result
 
 
-def part_to_numbers(part: Alignment) -> tuple[dict[str, Any] | None, str | None]:
-    inner, value = float(part.inner), float(part.cosine)
-    if inner != inner or abs(inner) == float("inf"):
+def part_to_numbers(
+    part: Part, ratios: Ratios, rows: float
+) -> tuple[dict[str, Any] | None, str | None]:
+    inner = part.factor * ratios.inner / rows**part.powers_of_rows if rows else math.nan
+    if not math.isfinite(inner):
         return None, "the signal or the Hebbian direction holds NaN or infinity"
+    sign = math.copysign(1, part.factor)
+    value = sign * ratios.layer
     if value != value:
         return None, "there is no cosine: a norm is zero, or its square beyond the dtype's range"
-    return {"cosine": value, "inner": inner, "neurons": part.neurons.cpu()}, None
+    return {"cosine": value, "inner": inner, "neurons": sign * ratios.neurons}, None
 
 
 def shares(part: dict[str, Any] | None) -> dict[str, float | None]:
@@ -144,6 +224,6 @@ def shares(part: dict[str, Any] | None) -> dict[str, float | None]:
         return {"hebbian_share": None, "anti_hebbian_share": None}
     neurons = part["neurons"]
     return {
-        "hebbian_share": float((neurons > 0).double().mean()),
-        "anti_hebbian_share": float((neurons < 0).double().mean()),
+        "hebbian_share": int((neurons > 0).sum()) / len(neurons),
+        "anti_hebbian_share": int((neurons < 0).sum()) / len(neurons),
     }

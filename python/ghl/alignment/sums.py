@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from ghl.alignment import samples
@@ -102,11 +101,11 @@ class Sums:
         self.uses = self.answered = 0
         self.arrived: set[int] = set()  # backwards that came through a use
         self.accumulated: set[int] = set()  # and those that reached weight.grad
-        self.rows = 0.0
-        self._all_rows: Tensor | None = None  # of all ranks
+        self.rows: float | Tensor = 0.0  # a Tensor once it is of all ranks
+        self.scale = 1.0  # of the signal, which is not multiplied by it
         self.G: Tensor | None = None
         self.H0: Tensor | None = None
-        self.u_sum: Tensor | None = None
+        self.u_sum: Tensor | None = None  # only a decay asks for it: instar
         self.neurons: Tensor | None = None  # (K, 3), of samples.measure
         self.layer: Tensor | None = None  # (3)
 
@@ -160,8 +159,9 @@ class Sums:
         if use.arrivals == 1:
             H0 = use.weight_gradient(x, u)
             self._accumulate("H0", H0.to(self.dtype), use.neurons)
-            u_sum = totals(u, 0, self.rule.decay == "instar")[:-1]
-            self._accumulate("u_sum", u_sum.to(self.dtype), use.neurons)
+            if self.rule.decay == "instar":
+                u_sum = totals(u, 0, True)[:-1]
+                self._accumulate("u_sum", u_sum.to(self.dtype), use.neurons)
 
     def _add_samples(self, use: Use, x: Tensor, u: Tensor, h: Tensor, g: Tensor) -> None:
         if use.arrivals > 1:
@@ -190,54 +190,25 @@ class Sums:
         if held is None:
             held = value.new_zeros((self.shape[0], *value.shape[1:]))
             setattr(self, field, held)
-        held[neurons] += value
+        held[neurons].add_(value)  # += would copy the sum onto itself
 
-    def in_place_of_signal(self, weight: Tensor) -> Tensor:
-        """A copy of the weight, where G was if there is one: it has been measured by then."""
-        held, self.G = self.G, None
-        return weight.clone() if held is None else held.copy_(weight)
-
-    def totals(self) -> Tensor:
-        """Σu and the number of rows, as `merge` takes them."""
-        assert self.u_sum is not None
-        return torch.cat([self.u_sum, self.count(self.u_sum).view(1)])
-
-    def count(self, like: Tensor) -> Tensor:
-        """The number of rows as a tensor () where `like` is, without a copy from the host."""
-        return like.new_full((), self.rows) if self._all_rows is None else self._all_rows.to(like)
-
-    def reduce(self, mean_loss: bool) -> None:
-        """Sum over all ranks, with one collective; every rank must call it for every weight.
-
-        A loss that is a mean is averaged over ranks, as DDP averages gradients.
-        """
-        problems = float(self.problem is not None)
-        fields = {"elsewhere": self._full((), problems), "_all_rows": self._full((), self.rows)}
+    def fill_in(self) -> list[str]:
+        """Zeros where this rank has nothing; the names of the fields that all ranks add up."""
+        self.elsewhere = self._full((), float(self.problem is not None))
+        if not isinstance(self.rows, Tensor):
+            self.rows = self._full((), self.rows)
         neurons = self.shape[0]
         shapes: dict[str, tuple[int, ...]] = {}
-        if self.batch and self.signal:
-            shapes["G"] = self.shape
         if self.batch:
-            shapes |= {"H0": self.shape, "u_sum": (neurons,)}
+            shapes["H0"] = self.shape
+            shapes |= {"G": self.shape} if self.signal else {}
+            shapes |= {"u_sum": (neurons,)} if self.rule.decay == "instar" else {}
         if self.sample:
             shapes |= {"neurons": (neurons, 3), "layer": (3,)}
         for name, shape in shapes.items():
-            held = getattr(self, name)
-            fields[name] = self._full(shape, 0.0) if held is None else held
-        flat = torch.cat([t.reshape(-1) for t in fields.values()])
-        dist.all_reduce(flat)
-        parts = flat.split([t.numel() for t in fields.values()])
-        for (name, t), part in zip(fields.items(), parts, strict=True):
-            setattr(self, name, part.view(t.shape))
-        if mean_loss:
-            self._scale_signal(1 / dist.get_world_size())
+            if getattr(self, name) is None:
+                setattr(self, name, self._full(shape, 0.0))
+        return ["elsewhere", "rows", *shapes]
 
     def _full(self, shape: tuple[int, ...], value: float) -> Tensor:
         return torch.full(shape, value, dtype=self.dtype, device=self.device)
-
-    def _scale_signal(self, factor: float) -> None:
-        if self.G is not None:
-            self.G *= factor
-        if self.neurons is not None and self.layer is not None:
-            self.neurons[:, 0] *= factor
-            self.layer[0] *= factor

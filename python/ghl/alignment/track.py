@@ -1,6 +1,6 @@
 """One weight over the steps of a training run: what is kept from step to step, and the last result.
 
-A step is measured between `begin` and `close`; the optimizer's own part ends with `after`.
+What the end of a step computes, for many weights at once, is in `ending.py`.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ghl.alignment import statistics
-from ghl.alignment.statistics import Measurement
+from ghl.alignment.statistics import Measurement, of_samples
 from ghl.alignment.sums import Sums
 from ghl.alignment.targets import Target
 from ghl.guards import is_update
@@ -36,8 +35,8 @@ class Track:
         self.takes_signals = takes_signals
         self.steps = start
         self.last: Measurement | None = None
-        self._before: Tensor | None = None  # the weight before the optimizer's step
-        self._signs: Tensor | None = None  # of weight.grad in the step before
+        self.before: Tensor | None = None  # the weight before the optimizer's step
+        self.signs: Tensor | None = None  # of weight.grad in the step before, int8
         self._given = False
         self.sums = self._new_sums()
 
@@ -57,9 +56,29 @@ class Track:
         self.sums.accumulated.add(torch._C._current_graph_task_id())
 
     @property
+    def weight(self) -> Tensor:
+        """Of a target without a gap."""
+        assert self.target.weight is not None
+        return self.target.weight
+
+    @property
     def grad(self) -> Tensor | None:
         weight = self.target.weight
         return None if weight is None else weight.grad
+
+    @property
+    def signal(self) -> Tensor | None:
+        """-S (K, ...): of the backwards, as given, or the update of a rule."""
+        return self.grad if self.target.ruled else self.sums.G
+
+    @property
+    def of_sum(self) -> bool:
+        """Whether the signal is a sum over rows, of which the mean is meant."""
+        return not (self.mean_loss or self.target.ruled or self._given)
+
+    def is_measured(self, every: int, ahead: int = 0) -> bool:
+        """Whether the step in progress is, or the one `ahead` of it."""
+        return (self.steps + ahead) % every == 0
 
     def begin(self) -> None:
         """A forward: gradients that zero_grad has dropped since do not count."""
@@ -81,63 +100,30 @@ class Track:
         self.sums.G = held + G if self._given and held is not None else G
         self._given = True
 
-    def measurement(self, every: int, alone: bool) -> Measurement:
-        """Of the step in progress where its backward has run, else of the last one measured."""
-        stepping = self._before is not None
-        in_progress = self.steps % every == 0 and self.sums.answered > 0 and not stepping
+    def reported(self, every: int, alone: bool) -> Measurement | None:
+        """The last measured step's; None where the one in progress is, and has yet to be measured.
+
+        That is once its backward has run. alone: whether no other rank adds to it.
+        """
+        stepping = self.before is not None
+        in_progress = self.is_measured(every) and self.sums.answered > 0 and not stepping
         if alone and (in_progress or self.last is None):
             if in_progress and self.target.ruled and not is_update(self.grad):
                 gap = "its update is made in optimizer.step(): report after it"
                 return Measurement(self.steps, gaps={"layer": gap})
-            return self._measure()
+            return None
         if self.last is not None:
             return self.last
         gap = self.target.gap or "no step has ended yet"
         return Measurement(self.steps, gaps={"layer": gap})
 
-    def close(self, every: int, distributed: bool, update: bool = False) -> None:
-        """The end of a step, before the optimizer changes the weight."""
-        measured = self.steps % every == 0
-        if measured and not self.target.gap:
-            if distributed:
-                self.sums.problem = self._problem() or self.sums.sample_problem
-                self.sums.reduce(self.mean_loss)
-            self.last = self._measure()
-            if update and "batch" in self.last.parts:
-                assert self.target.weight is not None
-                self._before = self.sums.in_place_of_signal(self.target.weight.detach())
-        elif measured:
-            self.last = self._measure()
-        self._take_signs(measured, every)
-
-    def _take_signs(self, measured: bool, every: int) -> None:
-        if self.target.gap or not (measured or (self.steps + 1) % every == 0):
-            self._signs = None
-            return
-        now = None if self.grad is None else self.grad.sign().to(torch.int8)
-        if measured and self.last is not None:
-            if now is None:
-                self.last.gaps["sign_flips"] = "weight.grad is None"
-            elif self._signs is None:
-                self.last.gaps["sign_flips"] = "there is no gradient of the step before"
-            else:
-                self.last.sign_flips = statistics.flips(self._signs, now)
-                self.last.gaps.pop("sign_flips", None)
-        self._signs = now if (self.steps + 1) % every == 0 else None
-
-    @torch.no_grad()
-    def after(self, optimizer: Any) -> None:
-        """The end of a step, after the optimizer has changed the weight."""
-        if self._before is not None and self.last is not None and self.target.weight is not None:
-            change = self.target.weight.detach() - self._before
-            self.last.parts["update"] = statistics.of_batch(change, self.sums, self._before)
-            self.last.gaps.pop("update", None)
-        self._before = None
+    def next_step(self) -> None:
+        self.before = None
         self.steps += 1
         self._given = False
         self.sums = self._new_sums()
 
-    def _problem(self) -> str | None:
+    def problem(self) -> str | None:
         """Why the sums of this step must not be reported."""
         sums = self.sums
         if self.target.gap or sums.problem:
@@ -156,38 +142,24 @@ class Track:
             return "ran, but measure() was given no signal"
         return None
 
-    @torch.no_grad()
-    def _measure(self) -> Measurement:
-        weight = self.target.weight
+    def finding(self) -> Measurement:
+        """What the step says without a pass over the weight's numbers."""
         found = Measurement(self.steps, zeroed=self.sums.zeroed)
-        found.gaps["update"] = "no optimizer has made a step with it"
-        found.gaps["sign_flips"] = "the step has not ended"
-        problem = self._problem()
-        if weight is not None and not self.target.gap:
-            found.weight_norm = weight.detach().norm()
-        if problem:
+        if problem := self.problem():
             found.gaps = {"layer": problem}
             return found
-        assert weight is not None
-        self._measure_parts(found, weight.detach())
-        return found
-
-    def _measure_parts(self, found: Measurement, weight: Tensor) -> None:
-        sums, ruled = self.sums, self.target.ruled
-        found.elsewhere = sums.elsewhere
+        found.elsewhere = self.sums.elsewhere
+        found.gaps["update"] = "no optimizer has made a step with it"
+        found.gaps["sign_flips"] = "the step has not ended"
         if not self.batch:
             found.gaps["update"] = "needs statistic='batch' or 'both'"
-        elif sums.H0 is None:
+        elif self.sums.H0 is None:
             found.gaps["batch"] = "there is no Hebbian direction of this step"
-        else:
-            signal = self.grad if ruled else sums.G
-            if signal is None:
-                found.gaps["batch"] = "weight.grad is None, though a rule trains the layer"
-            else:
-                of_sum = not (self.mean_loss or ruled or self._given)
-                found.parts["batch"] = statistics.of_batch(signal, sums, weight, -1, of_sum)
-        if sums.sample and sums.sample_problem is None:
-            found.parts["sample"] = statistics.of_samples(sums, self.mean_loss)
+        elif self.signal is None:
+            found.gaps["batch"] = "weight.grad is None, though a rule trains the layer"
+        if self.sums.sample and self.sums.sample_problem is None:
+            found.parts["sample"] = of_samples(self.sums, self.mean_loss)
         elif self.sample:
             rule = "its signal is made of the whole batch by a rule"
-            found.gaps["sample"] = sums.sample_problem or rule
+            found.gaps["sample"] = self.sums.sample_problem or rule
+        return found
