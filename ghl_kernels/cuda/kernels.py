@@ -94,10 +94,10 @@ def by_rule(problem: Problem, known: Sequence[tuple[int, Tile]]) -> Tile:
 
 
 def candidates(strategy: str, problem: Problem) -> list[Tile]:
-    """What a tuner tries for a layer: the tiles that suit it, with one to three waves of splits."""
+    """What a tuner tries for a layer: the tiles that suit it, and each with twice the splits."""
     known = [tile for _, tile in tiles_for(strategy, problem)]
     suitable = [tile for tile in known if suits(as_run(problem), tile)] or known
-    return [dataclasses.replace(t, programs=n * t.programs) for t in suitable for n in (1, 2, 3)]
+    return [dataclasses.replace(t, programs=n * t.programs) for t in suitable for n in (1, 2)]
 
 
 def choose(strategy: str, problem: Problem, device: torch.device) -> Entry:

@@ -265,6 +265,6 @@ def test_nothing_compiled_for_a_layer(machine: Machine, monkeypatch: pytest.Monk
 
 def test_a_tuner_tries_what_suits_a_layer_and_more_splits(machine: Machine) -> None:
     tried = kernels.candidates("cuda", LAYER)
-    assert tried == [SMALL, *(dataclasses.replace(SMALL, programs=n) for n in (6, 9))]
+    assert tried == [SMALL, dataclasses.replace(SMALL, programs=6)]
     large = dataclasses.replace(LAYER, neurons=512)
     assert {tile.block_k for tile in kernels.candidates("cuda", large)} == {64, 256}
