@@ -44,8 +44,9 @@ def in_order_of(w: Tensor, t: Tensor, dtype: torch.dtype | None = None) -> Tenso
 
 
 def like_weight(result: Tensor, w: Tensor, dtype: torch.dtype) -> Tensor:
-    """`result` with the strides of torch.empty_like(w): a copy only for a w in neither layout."""
-    if w.stride() == result.stride() and dtype == result.dtype:  # as empty_like(w)'s: it is dense
+    """`result`, dense, with the strides of torch.empty_like(w): a copy only for a w in neither
+    layout."""
+    if w.stride() == result.stride() and dtype == result.dtype:
         return result
     like = torch.empty_like(w, dtype=dtype)
     if like.stride() == result.stride() and dtype == result.dtype:
