@@ -268,7 +268,7 @@ def compiled_entry(problem: Problem, device: torch.device) -> Entry:
 
 
 def reason_of(entry: Entry, table: tiles.Table) -> str:
-    origin = "measured" if table.measured else "computed"
+    origin = f"measured on {table.measured['gpu']}" if table.measured else "computed"
     return (
         f"nearest in table {table.name} ({origin}): {entry.kind}, {entry.rows} rows, "
         f"{entry.neurons} neurons of {entry.columns} weights"

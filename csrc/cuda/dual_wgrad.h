@@ -258,15 +258,20 @@ struct DualWgrad {
     constexpr int chunks = Shape::ROWS / 4;
     const int array = thread / chunks, row = thread % chunks * 4;
     if (array > (p.competition == Competition::softmax ? 1 : 2)) return;
-    const void* from = array == 0   ? static_cast<const void*>(p.statistics.largest)
-                       : array == 1 ? static_cast<const void*>(p.statistics.inverse)
-                                    : static_cast<const void*>(p.statistics.winner);
-    void* to = array == 0   ? static_cast<void*>(shared.largest[stage] + row)
-               : array == 1 ? static_cast<void*>(shared.inverse[stage] + row)
-                            : static_cast<void*>(shared.winner[stage] + row);
-    const int count = min(max(p.rows - first_row - row, 0), 4);
-    const int64_t offset = count ? 4 * (int64_t(first_row) + row) : 0;
-    copy_async(to, static_cast<const char*>(from) + offset, 4 * count);
+    const int32_t count = p.rows - first_row - row;  // 0 or fewer beyond the last row
+    if (array == 0)
+      load_four(shared.largest[stage] + row, p.statistics.largest, first_row + row, count);
+    else if (array == 1)
+      load_four(shared.inverse[stage] + row, p.statistics.inverse, first_row + row, count);
+    else
+      load_four(shared.winner[stage] + row, p.statistics.winner, first_row + row, count);
+  }
+
+  // Numbers of four rows, of which `count` are left: no copy reaches beyond the last.
+  template <class Number>
+  GHL_DEVICE static void load_four(Number* to, const Number* from, int32_t first, int32_t count) {
+    if (count >= 4) return copy_async(to, from + first, 16);
+    for (int i = 0; i < 4; ++i) to[i] = i < count ? from[first + i] : Number{};
   }
 
   // The statistics of rows that lie whole in the tile: neighbouring lanes share a row.

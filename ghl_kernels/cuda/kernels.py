@@ -137,17 +137,11 @@ Statistics = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 def statistics(y: Tensor, competition: str, tau: float) -> Statistics:
-    """The largest, the inverse and, where it is asked for, the winner of each row of y (M, K).
-
-    The memory of each ends at 16 bytes, in which kernels fetch them.
-    """
-    rows = y.shape[0]
-
-    def room(dtype: torch.dtype) -> Tensor:
-        return torch.empty(-(-rows // 4) * 4, dtype=dtype, device=y.device)[:rows]
-
-    largest, inverse = room(torch.float32), room(torch.float32)
-    winner = None if competition == "softmax" else room(torch.int32)
+    """The largest, the inverse and, where it is asked for, the winner of each row of y (M, K)."""
+    largest, inverse = (
+        torch.empty(y.shape[0], dtype=torch.float32, device=y.device) for _ in range(2)
+    )
+    winner = None if competition == "softmax" else torch.empty_like(largest, dtype=torch.int32)
     torch.ops.ghl_kernels.statistics.cuda(
         y[:, :, None, None], largest, inverse, winner, code("competition", competition), tau
     )

@@ -130,13 +130,21 @@ def test_stages_beside_each_other_take_the_time_of_the_longest(
 HAZARD = """Race reported between Write access at measure_kernel+0x32 in merge.py:62
 =========     and {} access at measure_kernel+0x{} in merge.py:62 [9 hazards]
 """
+STATISTICS = """Error: Race reported between Write access at D<T>::describe(int)+0xf in sm90.h:8
+=========     and Read access at make_u<T>(int)+0xf40 in sm90.h:56 [128 hazards]
+=========     and Read access at make_u<T>(int)+0xf50 in sm90.h:56 [64 hazards]
+=========     in dual_wgrad_kernel(
+"""
 
 
 @pytest.mark.parametrize(
     ("status", "log", "verdict", "bad"),
     [
         (0, "", "no errors", False),
-        (9, 2 * HAZARD.format("Write", 32), "one number stored by several warps", False),
+        (9, 2 * HAZARD.format("Write", 32), "hazards that the tool sees where none is", False),
+        (9, HAZARD.format("Write", 32) + STATISTICS, "hazards that the tool", False),
+        (9, STATISTICS.replace("make_u", "multiply"), "errors in dual_wgrad_kernel", True),
+        (9, STATISTICS + HAZARD.format("Read", 32), "errors in dual_wgrad_kernel, measure", True),
         (9, HAZARD.format("Write", 48), "errors in measure_kernel", True),
         (9, HAZARD.format("Read", 32), "errors in measure_kernel", True),
         (9, HAZARD.format("Write", 32).replace(".py", ".h"), "errors in measure_kernel", True),

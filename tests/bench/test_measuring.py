@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -153,6 +154,28 @@ def test_a_refused_layer_refuses_its_ratios() -> None:
 def test_after_the_deadline_no_layer_begins(bench: Bench) -> None:
     bench.deadline = 0.0
     assert measure.measure(bench, ["deephebb_b1"]) == ([], ["deephebb_b1"])
+
+
+def test_what_a_summary_needs_comes_first_for_all_workloads() -> None:
+    asked: list[tuple[str, set[str]]] = []
+
+    def layer(workload: str, layer: Layer, mode: str, wanted: list[str]) -> list[dict[str, str]]:
+        asked.append((workload, set(wanted)))
+        return [{"workload": workload}]
+
+    bench = SimpleNamespace(
+        clock=SimpleNamespace(device=torch.device("cuda")), late=False, layer=layer
+    )
+    told: list[list[str]] = []
+    workloads = ["deephebb_b1", "deephebb_b2"]
+    rows, unfinished = measure.measure(bench, workloads, lambda rows, late: told.append([*late]))
+    assert (len(rows), unfinished) == (len(asked), [])
+    alone = {"triton", "triton_stored", "cuda", "cuda_sm90"}
+    half = len(asked) // 2
+    assert all("trick" in names and not names & alone for _, names in asked[:half])
+    assert all(names == alone for _, names in asked[half:])
+    assert [w for w, _ in asked[:half]] == [w for w, _ in asked[half:]]
+    assert told[0] == workloads and told[half - 1] == workloads[1:] and told[-1] == []
 
 
 def test_repetitions_follow_the_time_of_one() -> None:

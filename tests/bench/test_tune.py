@@ -130,8 +130,21 @@ def test_a_table_keeps_what_was_not_tuned(tmp_path: Path) -> None:
     )
     tune.write(tmp_path / "t.json", tune.merged(SHIPPED.entries, [tuned]), MEASURED)
     table = Table.read(tmp_path / "t.json")
-    assert table.entries == (tuned, *SHIPPED.entries[1:])
+    others = (e for e in SHIPPED.entries if tune.sizes(e) != tune.sizes(tuned))
+    assert table.entries == (tuned, *others)
     assert os.listdir(tmp_path) == ["t.json"]
+
+
+def test_layers_of_equal_sizes_take_what_is_fastest_for_all(tmp_path: Path) -> None:
+    """A table cannot tell them apart: a slow layer's choice must not be a fast one's loss."""
+    layers = [(1.0, 1.1, 0.5), (4.0, 3.0, None)]
+    tuned = []
+    for times in layers:
+        entries = (entry(name) for name in ("triton", "library", "cuda"))
+        attempts = (Attempt(e, ms) for e, ms in zip(entries, times, strict=True))
+        tuned.append(Tuned(*LAYERS[0], tuple(attempts)))
+    assert tuning.choices(tuned) == [entry("library"), entry("triton")]
+    assert tuning.choices(tuned[:1]) == [entry("cuda"), entry("triton"), entry("library")]
 
 
 def test_a_failed_write_leaves_the_table_as_it_was(

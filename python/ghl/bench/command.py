@@ -62,12 +62,8 @@ def layers(args: argparse.Namespace) -> int:
             if args.out:
                 report.write_json(args.out, {**content, "layers": rows})
 
-        def done(rows: list[Row]) -> None:
-            began = list(dict.fromkeys(row["workload"] for row in rows))
-            write(rows, began[-1:] + [w for w in args.workloads if w not in began])
-
         bench = Bench(clock, ceilings, start + args.seconds)
-        rows, unfinished = measure(bench, args.workloads, done)
+        rows, unfinished = measure(bench, args.workloads, write)
     write(rows, unfinished)
     print_report(rows, ceilings, unfinished)
     for name, share in bandwidth.items():

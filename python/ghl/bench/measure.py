@@ -6,6 +6,7 @@ A row whose result is wrong, or whose implementation fails, says so and carries 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from ghl.bench.implementations import BY_LIBRARY, OURS, Tensors, call, forced, n
 from ghl.bench.layers import Layer, layers_of
 
 Row = dict[str, Any]
+ALONE = tuple(name for name in OURS if name not in ("ghl", *BY_LIBRARY))  # no summary's
 AGAINST = {"vs_trick": "trick", "vs_natural_compiled": "natural.compiled"}
 AGAINST |= {"vs_natural_eager": "natural"}
 DEFINITIONS = {
@@ -125,23 +127,30 @@ class Bench:
 
 
 def measure(
-    bench: Bench, workloads: Iterable[str], done: Callable[[list[Row]], None] = lambda rows: None
+    bench: Bench,
+    workloads: Iterable[str],
+    done: Callable[[list[Row], list[str]], None] = lambda rows, unfinished: None,
 ) -> tuple[list[Row], list[str]]:
-    """The rows of the workloads in their order, and those not finished by the deadline.
+    """The rows of the workloads, and those whose summary has not all of its rows by the deadline.
 
-    `done` is told the rows so far after every layer.
+    What a summary is made of comes first, for all workloads; then each of ours by itself. `done` is
+    told both after every layer.
     """
     rows: list[Row] = []
-    unfinished = []
-    for workload in workloads:
-        for mode in modes_of(workload):
-            for layer in layers_of(workload):
+    workloads = list(dict.fromkeys(workloads))
+    unfinished = list(workloads)
+    for alone in (False, True):
+        for workload in workloads:
+            for mode, layer in itertools.product(modes_of(workload), layers_of(workload)):
                 if bench.late:
-                    unfinished.append(workload)
-                    break
-                rows += bench.layer(workload, layer, mode)
-                done(rows)
-    return rows, list(dict.fromkeys(unfinished))
+                    return rows, unfinished
+                of_layer = names(layer, mode, bench.clock.device)
+                if wanted := [name for name in of_layer if (name in ALONE) == alone]:
+                    rows += bench.layer(workload, layer, mode, wanted)
+                    done(rows, unfinished)
+            if not alone:
+                unfinished.remove(workload)
+    return rows, unfinished
 
 
 def total(rows: Sequence[Row], workload: str, implementation: str, mode: str) -> float | None:

@@ -318,8 +318,24 @@ def as_log(tuned: Sequence[Tuned]) -> list[dict[str, Any]]:
 
 
 def choices(tuned: Sequence[Tuned]) -> list[Entry]:
-    """The entries of a table: of each layer its best strategies, the fastest first."""
-    return [a.entry for t in tuned for a in tune.best(t.attempts)]
+    """The entries of a table: of each layer its best strategies, the fastest first.
+
+    A table does not tell layers of equal sizes apart, as those of another stride: they take what is
+    the fastest for all of them together, of what was tried for each.
+    """
+    alike: dict[tuple[Any, ...], list[Tuned]] = {}
+    for t in tuned:
+        alike.setdefault(tune.sizes(t.attempts[0].entry), []).append(t)
+    entries = []
+    for group in alike.values():
+        times: dict[Entry, list[float]] = {}
+        for t in group:
+            for a in t.attempts:
+                if a.milliseconds is not None:
+                    times.setdefault(a.entry, []).append(a.milliseconds)
+        of_all = [Attempt(e, sum(ms)) for e, ms in times.items() if len(ms) == len(group)]
+        entries += [attempt.entry for attempt in tune.best(of_all)]
+    return entries
 
 
 def tune_gpu(
