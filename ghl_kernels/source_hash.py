@@ -23,7 +23,7 @@ def gpu_source_hash() -> str:
 
     Not of the tables of tiles, which a measurement writes.
     """
-    paths = [PACKAGE / f"{name}.py" for name in ("merges", "pairs", "splits")]
+    paths = [PACKAGE / f"{name}.py" for name in ("fold", "merges", "pairs", "splits")]
     paths += (p for part in ("triton", "cuda") for p in (PACKAGE / part).rglob("*.py"))
     if SOURCES.is_dir():
         paths += (p for p in SOURCES.rglob("*") if p.is_file())
