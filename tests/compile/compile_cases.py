@@ -28,6 +28,8 @@ ROWS = 4096
 WGRAD = ("linear_wgrad_kernel", "conv_wgrad_kernel", "depthwise_wgrad_kernel")
 OTHERS = ("statistics_kernel", "store_u_kernel", "sum_splits_kernel", "measure_kernel")
 OTHERS += ("combine_kernel", "foreach_measure_kernel", "foreach_combine_kernel", "fold_kernel")
+FORMS = {"triton": {"in_tile", "statistics"}, "triton_stored": {"stored"}}
+EVERY_FORM = set().union(*FORMS.values())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,8 +80,12 @@ class Case:
         return 2 * self.tile.block_c - (not self.aligned)
 
 
-def ways(arch: int, kind: str, bits: int, tile: Tile) -> Iterator[Case]:
-    """The ways in which layers use a tile, each different to the compiler."""
+def ways(arch: int, kind: str, bits: int, tile: Tile, forms: set[str]) -> Iterator[Case]:
+    """The ways in which layers use a tile, of these forms, each different to the compiler."""
+    return (case for case in every_way(arch, kind, bits, tile) if case.form in forms)
+
+
+def every_way(arch: int, kind: str, bits: int, tile: Tile) -> Iterator[Case]:
 
     def case(form: str, **options: Any) -> Case:
         return Case(arch, kind, bits, tile, form, **options)
@@ -112,19 +118,34 @@ def folded_tiles(bits: int) -> list[Tile]:
     return [tile for tile in listed if not tile.packed]
 
 
+def tabled(arch: int) -> Iterator[tuple[str, int, Tile, set[str]]]:
+    """Kind, bits and tile of a shipped table's entries, each once, and the forms they are used in.
+
+    One of a computed table may be taken in any; one that was measured is where it was the fastest,
+    however many of its programs fit a multiprocessor.
+    """
+    table = Table.read(SHIPPED / f"sm{arch}.json")
+    programs: dict[tuple[str, int, Tile], int] = {}
+    forms: dict[tuple[str, int, Tile], set[str]] = {}
+    for entry in table.entries:
+        if entry.strategy in FORMS:
+            key = entry.kind, entry.bits, dataclasses.replace(entry.tile, programs=0)
+            programs[key] = 1 if table.measured else max(entry.tile.programs, programs.get(key, 0))
+            used = FORMS[entry.strategy] if table.measured else EVERY_FORM
+            forms.setdefault(key, set()).update(used)
+    for (kind, bits, tile), most in programs.items():
+        yield kind, bits, dataclasses.replace(tile, programs=most), forms[kind, bits, tile]
+
+
 def cases() -> list[Case]:
     """Every case once, those of one tile side by side."""
     found: dict[Case, None] = {}
     for arch in ARCHITECTURES:
-        programs: dict[tuple[str, int, Tile], int] = {}
-        for entry in Table.read(SHIPPED / f"sm{arch}.json").entries:
-            key = entry.kind, entry.bits, dataclasses.replace(entry.tile, programs=0)
-            programs[key] = max(entry.tile.programs, programs.get(key, 0))
-        for (kind, bits, tile), most in programs.items():
-            found |= dict.fromkeys(ways(arch, kind, bits, dataclasses.replace(tile, programs=most)))
+        for kind, bits, tile, forms in tabled(arch):
+            found |= dict.fromkeys(ways(arch, kind, bits, tile, forms))
         for bits in DTYPES:
             for tile in folded_tiles(bits) if arch == 90 else ():
-                found |= dict.fromkeys(ways(arch, "packed", bits, tile))
+                found |= dict.fromkeys(ways(arch, "packed", bits, tile, EVERY_FORM))
             found[Case(arch, "pointwise", bits, Tile(64, 64, 64, 4, 3, programs=8), "rest")] = None
     return list(found)
 
