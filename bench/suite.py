@@ -202,13 +202,14 @@ def stages(work: Path, out: Path, dry: bool) -> list[Stage]:
         Stage("tests", (*pytest, *tests), 150, 60, beside="checks"),
         Stage("kernels", kernels, 75, environment=interpret, beside="checks"),
         Stage("sanitize", sanitizers, 150, skipped=no_gpu or missing, beside="checks"),
-        Stage("tune", tuple(tune), 130, 60, skipped=no_gpu, environment=tables),
-        Stage("measure", (*measured, "--seconds", "{seconds}"), 240, 130, environment=tables),
+        Stage("tune", tuple(tune), 110, 60, skipped=no_gpu, environment=tables),
         Stage("first_update", tuple(first), 60, 20, checks=False, environment=tables),
         Stage("train_step", eager, 60, 25, checks=False, environment=tables, skipped=no_gpu),
-        Stage("train_step_compiled", compiled_step, 120, 60, checks=False, environment=tables,
+        Stage("train_step_compiled", compiled_step, 120, 90, checks=False, environment=tables,
               skipped=no_gpu),
-        Stage("monitor", tuple(monitor), 60, 30, checks=False, skipped=no_gpu),
+        Stage("monitor", tuple(monitor), 60, 40, checks=False, skipped=no_gpu),
+        # last, because it ends at any time with what it has
+        Stage("measure", (*measured, "--seconds", "{seconds}"), 400, 130, environment=tables),
     ]  # fmt: skip
 
 
