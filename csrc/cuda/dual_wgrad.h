@@ -321,9 +321,7 @@ struct DualWgrad {
 
   // A warp has neurons of its own, so that every u is made once in a block, and all columns.
   GHL_DEVICE void multiply(int stage) {
-    // three products' operands at a time: those of the next rows beside them would not fit
-    constexpr int kAtOnce = Shape::PRECISION == Precision::tf32x3 ? 1 : Shape::ROWS / DEPTH;
-#pragma unroll kAtOnce
+    GHL_UNROLL
     for (int row = 0; row < Shape::ROWS; row += DEPTH) {
       uint32_t g[Shape::TILES_K][4], u[Shape::TILES_K][4];
       RowStatistics rows;
@@ -537,6 +535,9 @@ template <class T, Precision PRECISION, bool POINTWISE, int TILE>
 struct CompiledShape;
 template <class T, Precision P, bool POINTWISE>
 struct CompiledShape<T, P, POINTWISE, 0> : DualWgradShape<T, P, POINTWISE, 64, 64, 4, 4> {};
+template <class T, bool POINTWISE>  // whose operands in parts take the registers of the other sums
+struct CompiledShape<T, Precision::tf32x3, POINTWISE, 0>
+    : DualWgradShape<T, Precision::tf32x3, POINTWISE, 64, 32, 4, 4> {};
 template <class T, Precision P, bool POINTWISE>
 struct CompiledShape<T, P, POINTWISE, 1> : DualWgradShape<T, P, POINTWISE, 128, 128, 8, 3> {};
 template <class T, Precision P>
