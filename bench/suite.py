@@ -83,8 +83,9 @@ class Running:
             except subprocess.TimeoutExpired:
                 status = None
             self.stop()
-        self.output.seek(0)
-        return status, self.output.read()
+        with self.output as output:
+            output.seek(0)
+            return status, output.read()
 
     def stop(self) -> None:
         if self.process is not None:
