@@ -65,6 +65,11 @@ _settled: dict[tuple[Any, ...], Backend] = {}
 def set_libraries(**by_device: Library) -> None:
     """Tell the dispatcher which compiled library serves which type of device."""
     _libraries.update(by_device)
+    unsettle()
+
+
+def unsettle() -> None:
+    """Forget what calls took: a library or a table of tiles is another one now."""
     _settled.clear()
 
 

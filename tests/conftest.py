@@ -85,7 +85,7 @@ def poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
 def unsettled() -> Iterator[None]:
     """What the dispatcher remembers of a test's tables and libraries is no other test's."""
     yield
-    dispatch._settled.clear()
+    dispatch.unsettle()
 
 
 @pytest.fixture(autouse=True)

@@ -197,6 +197,35 @@ def test_a_gpu_takes_the_strategy_of_the_nearest_entry_and_says_which(hopper: No
     assert ghl_kernels.backend("merge", on_gpu()).name == "triton"
 
 
+def test_a_choice_is_made_once_but_not_where_it_may_change(
+    hopper: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other layouts are other calls; a graph's capture and a lack of memory settle nothing."""
+    made, capturing = [], False
+    backend = Backend("triton", "why")
+
+    def choose(*arguments: object) -> Backend:
+        made.append(arguments)
+        return backend
+
+    monkeypatch.setattr(dispatch, "choose", choose)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+
+    def calls(of: Problem) -> int:
+        before = len(made)
+        for _ in range(2):
+            dispatch.settled("conv2d_pair", on_gpu(), of)
+        return len(made) - before
+
+    assert [calls(problem()), calls(problem())] == [1, 0]
+    assert calls(dataclasses.replace(problem(), copied_bytes=8)) == 1
+    dispatch.unsettle()
+    capturing = True
+    assert calls(problem()) == 2
+    capturing, backend = False, Backend("cuda", "a trial found too little memory")
+    assert [calls(problem()), calls(problem())] == [2, 2]
+
+
 def test_float32_takes_tensor_cores_only_where_tf32_is_allowed(hopper: None) -> None:
     """By the switch of convolutions; the library's products follow it by themselves."""
     conv, before = torch.backends.cudnn.conv, torch.backends.cudnn.conv.fp32_precision

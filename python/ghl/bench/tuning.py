@@ -380,4 +380,5 @@ def tune_gpu(
     tiles.table.cache_clear()
     tiles.nearest.cache_clear()
     kernels.remembered.cache_clear()
+    dispatch.unsettle()
     return tuned, path
