@@ -44,7 +44,8 @@ class Stage:
     """A step: its command, the most seconds it gets, and those kept for it from earlier ones.
 
     `{seconds}` in the command is replaced by what it has, less what starting and ending take.
-    checks: if it fails, all has failed. beside: stages in a row with the same run together.
+    checks: if it fails, all has failed. beside: stages in a row with the same run together, those
+    `after` another from its end on.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Stage:
     environment: dict[str, str] = dataclasses.field(default_factory=dict)
     skipped: str | None = None
     beside: str | None = None
+    after: str | None = None
 
 
 class Running:
@@ -114,20 +116,31 @@ class Suite:
 
     def run_together(self, stages: Sequence[Stage], left: float) -> None:
         """Run stages beside each other, each within its time, and note how they went."""
-        running: list[Running] = []
+        until = time.monotonic() + left
+        running = self.started(stages, None, until)
         try:
-            for stage in stages:
-                seconds = min(stage.seconds, left)
-                if stage.skipped or seconds < 1:
-                    reason = stage.skipped or "no time left"
-                    self.note(stage, None if stage.skipped else False, 0.0, f"skipped: {reason}")
-                else:
-                    running.append(Running(stage, self.work, seconds))
             for one in running:
                 self.tell(one, *one.outcome())
+                running += self.started(stages, one.stage.name, until)
         finally:
             for one in running:
                 one.stop()
+
+    def started(self, stages: Sequence[Stage], ended: str | None, until: float) -> list[Running]:
+        """Those of the stages that wait for the one that has ended, None in the beginning."""
+        names = {stage.name for stage in stages}
+        running = []
+        for stage in stages:
+            if (stage.after if stage.after in names else None) != ended:
+                continue
+            seconds = min(stage.seconds, until - time.monotonic())
+            if stage.skipped or seconds < 1:
+                reason = stage.skipped or "no time left"
+                self.note(stage, None if stage.skipped else False, 0.0, f"skipped: {reason}")
+                running += self.started(stages, stage.name, until)
+            else:
+                running.append(Running(stage, self.work, seconds))
+        return running
 
     def tell(self, one: Running, status: int | None, output: str) -> None:
         self.log.write(f"--- {one.stage.name}\n{output}\n")
@@ -198,11 +211,20 @@ def stages(work: Path, out: Path, dry: bool) -> list[Stage]:
     sanitizers = (python, "-m", "bench.suite", "--sanitize", str(work))
     eager = (*train, "--out", f"{work}/train_step.json")
     compiled_step = (*train, *compiled, "--out", f"{work}/train_step_compiled.json")
+    once = (*train, *compiled, "--warmup", "1", "--steps", "1", "--out", f"{work}/ahead.json")
+    ahead = (python, "-m", "bench.compile_ahead")
+    # choices between kernels are not made beside other work
+    no_choice = {"TORCHINDUCTOR_AUTOTUNE_LOCAL_CACHE": "0", "TORCHINDUCTOR_COMPILE_THREADS": "4"}
     return [
         Stage("install", tuple(pip), 150, 30),
         Stage("tests", (*pytest, *tests), 150, 60, beside="checks"),
         Stage("kernels", kernels, 75, environment=interpret, beside="checks"),
         Stage("sanitize", sanitizers, 150, skipped=no_gpu or missing, beside="checks"),
+        # the tests of more than 2^31 numbers want the memory
+        Stage("compile_steps", once, 110, checks=False, environment=no_choice, skipped=no_gpu,
+              beside="checks", after="tests"),
+        Stage("compile_layers", ahead, 110, checks=False, environment=no_choice, skipped=no_gpu,
+              beside="checks", after="tests"),
         Stage("tune", tuple(tune), 110, 60, skipped=no_gpu, environment=tables),
         Stage("first_update", tuple(first), 60, 20, checks=False, environment=tables),
         Stage("train_step", eager, 60, 25, checks=False, environment=tables, skipped=no_gpu),

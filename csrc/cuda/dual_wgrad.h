@@ -18,24 +18,10 @@
 #include "chunk.h"
 #include "competition.h"
 #include "device.h"
+#include "division.h"
 #include "params.h"
 
 namespace ghl::cuda {
-
-// Division of 0 <= n < 2^31 by a constant of the launch, as multiplication and shift.
-struct Division {
-  uint32_t divisor, multiplier, shift;
-
-  static Division by(int32_t divisor) {
-    uint32_t shift = 0;
-    while (int64_t{1} << shift < divisor) ++shift;
-    const uint64_t gap = (uint64_t{1} << shift) - uint64_t(divisor);
-    return {uint32_t(divisor), uint32_t((gap << 32) / uint64_t(divisor) + 1), shift};
-  }
-  GHL_HOST_DEVICE uint32_t of(uint32_t n) const {
-    return uint32_t((uint64_t(n) * multiplier >> 32) + n) >> shift;
-  }
-};
 
 // What the kernel is told beyond the layer's parameters; computed once, on the host.
 struct DualWgradArguments : DualWgradParams {
@@ -82,6 +68,11 @@ struct DualWgradShape {
   static constexpr int TILES_K = WARP_NEURONS / 16, TILES_C = COLUMNS / 8;  // mma's of a warp
   static constexpr int STAGE_NUMBERS = ROWS * (COLUMNS + 2 * NEURONS);
   static constexpr int THREADS_PER_ROW = THREADS / ROWS;
+  // Where the table of columns has a column: those that the threads of a warp read at once, of a
+  // chunk each, lie side by side, or they would all be in the same banks.
+  static constexpr GHL_HOST_DEVICE int slot(int column) {
+    return column % VECTOR * (COLUMNS / VECTOR) + column / VECTOR;
+  }
   static_assert(WARP_NEURONS % 16 == 0 && TILES_C % 2 == 0 && THREADS_PER_ROW <= 32);
 
   static constexpr Tile tile();
@@ -179,13 +170,14 @@ struct DualWgrad {
   GHL_DEVICE void find_columns() {
     for (int i = thread; i < Shape::COLUMNS; i += Shape::THREADS) {
       const int column = first_column + i;
+      Column& known = shared.columns[Shape::slot(i)];
       if (column >= p.columns) {
-        shared.columns[i] = {0, 1 << 30, 0};
+        known = {0, 1 << 30, 0};
         continue;
       }
       const int tap = column / p.channels, channel = column % p.channels;
       const int h = tap / p.kernel_w * p.dilation_h, w = tap % p.kernel_w * p.dilation_w;
-      shared.columns[i] = {h * p.x.height + w * p.x.width + channel * p.x.channel, h, w};
+      known = {h * p.x.height + w * p.x.width + channel * p.x.channel, h, w};
     }
   }
 
@@ -238,12 +230,12 @@ struct DualWgrad {
         base = image * p.x.image + h * p.x.height + w * p.x.width;
       }
       if (p.wide_x) {
-        const Column column = shared.columns[chunk * VECTOR];
+        const Column column = shared.columns[Shape::slot(chunk * VECTOR)];
         const bool live = inside && on_image(h + column.h, w + column.w);
         copy_async(to, live ? x + base + column.offset : x, live ? 16 : 0);
       } else {
         for (int i = 0; i < VECTOR; ++i) {
-          const Column column = shared.columns[chunk * VECTOR + i];
+          const Column column = shared.columns[Shape::slot(chunk * VECTOR + i)];
           const bool live = inside && on_image(h + column.h, w + column.w);
           to[i] = live ? x[base + column.offset] : from_float<T>(0.0f);
         }

@@ -13,6 +13,7 @@
 
 #include "chunk.h"
 #include "competition.h"
+#include "division.h"
 #include "params.h"
 #include "reduce.h"
 
@@ -23,9 +24,15 @@ constexpr int kLoads = 4;
 
 struct StatisticsArguments {
   StatisticsParams p;
-  bool wide;        // chunks of 16 bytes
-  bool side;        // rows lie side by side: a warp has a row in each lane
-  int32_t members;  // threads of a row
+  bool wide;             // chunks of 16 bytes
+  bool side;             // rows lie side by side: a warp has a row in each lane
+  int32_t log2_members;  // of the number of threads of a row
+  Division inner;        // of a row by the inner rows of y
+
+  GHL_HOST_DEVICE int members() const { return 1 << log2_members; }
+  GHL_HOST_DEVICE int rows_of_block(int threads) const {
+    return side ? kWarp : threads >> log2_members;
+  }
 };
 
 // What a thread, or a whole row, knows so far. `total` is relative to the largest number; for
@@ -41,17 +48,20 @@ GHL_DEVICE float rescaled(float total, float from, float to, float scale) {
   return total == 0.0f ? 0.0f : total * factor;
 }
 
-template <Competition COMPETITION>
-GHL_DEVICE Running joined(const Running& a, const Running& b, float scale) {
-  Running both;
-  both.largest = fmaxf(a.largest, b.largest);
-  both.total = COMPETITION == Competition::hard
-                   ? a.total + b.total
-                   : rescaled(a.total, a.largest, both.largest, scale) +
-                         rescaled(b.total, b.largest, both.largest, scale);
-  const bool b_wins = b.largest > a.largest || (b.largest == a.largest && b.winner < a.winner);
-  both.winner = b_wins ? b.winner : a.winner;
-  return both;
+// What the threads of a row know together. `reduce` gives all of them one value of theirs.
+template <Competition COMPETITION, class Reduce>
+GHL_DEVICE Running joined(const Running& own, float scale, Reduce reduce) {
+  const auto sum = [](float a, float b) { return a + b; };
+  Running all;
+  all.largest = reduce(own.largest, [](float a, float b) { return fmaxf(a, b); });
+  if (COMPETITION == Competition::hard)
+    all.total = reduce(own.total, sum);
+  else
+    all.total = reduce(rescaled(own.total, own.largest, all.largest, scale), sum);
+  if (COMPETITION != Competition::softmax)
+    all.winner = reduce(own.largest == all.largest ? own.winner : INT32_MAX,
+                        [](int32_t a, int32_t b) { return min(a, b); });
+  return all;
 }
 
 // Adds y[j][i], the row's number (first + j * step) * N + i; -inf where there is none.
@@ -148,31 +158,33 @@ template <class T, Competition COMPETITION, bool WIDE>
 GHL_KERNEL void GHL_LAUNCH_BOUNDS(kStatisticsThreads, 4)
     statistics_kernel(const StatisticsArguments a) {
   const StatisticsParams& p = a.p;
-  const int thread = threadIdx.x, threads = blockDim.x;
-  const int rows_here = a.side ? kWarp : threads / a.members;
-  const int member = a.side ? thread / kWarp : thread % a.members;
-  const int row_here = a.side ? thread % kWarp : thread / a.members;
-  const int64_t row = int64_t(blockIdx.x) * rows_here + row_here;
+  const int thread = threadIdx.x, members = a.members();
+  const int member = a.side ? thread / kWarp : thread & (members - 1);
+  const int row_here = a.side ? thread % kWarp : thread >> a.log2_members;
+  const int64_t row = int64_t(blockIdx.x) * a.rows_of_block(blockDim.x) + row_here;
   const bool live = row < p.rows;
 
   Running running;
   if (live) {
-    const int32_t outer = int32_t(row) / p.inner, inner = int32_t(row) % p.inner;
+    const uint32_t outer = a.inner.of(uint32_t(row)), inner = uint32_t(row) - outer * p.inner;
     const T* y = static_cast<const T*>(p.y.data) + outer * p.y.row + inner * p.inner_stride;
     int begin = 0;
     if constexpr (WIDE) {
       const int chunks = p.neurons / int(16 / sizeof(T));
-      add_chunks<T, COMPETITION>(running, y, member, a.members, chunks, p.scale);
+      add_chunks<T, COMPETITION>(running, y, member, members, chunks, p.scale);
       begin = chunks * int(16 / sizeof(T));
     }
-    add_numbers<T, COMPETITION>(running, y, p.y.column, begin + member, a.members, p.neurons,
+    add_numbers<T, COMPETITION>(running, y, p.y.column, begin + member, members, p.neurons,
                                 p.scale);
   }
-  const auto join = [&](const Running& x, const Running& y) {
-    return joined<COMPETITION>(x, y, p.scale);
+  const auto over_lanes = [&](auto value, auto combine) {
+    return reduce_lanes(value, min(members, kWarp), combine);
   };
-  if (!a.side) running = reduce_lanes(running, min(a.members, kWarp), join);
-  if (a.side || a.members > kWarp) running = reduce_warps(running, a.side ? kWarp : 1, join);
+  const auto over_warps = [&](auto value, auto combine) {
+    return reduce_warps(value, a.side ? kWarp : 1, combine);
+  };
+  if (!a.side) running = joined<COMPETITION>(running, p.scale, over_lanes);
+  if (a.side || members > kWarp) running = joined<COMPETITION>(running, p.scale, over_warps);
   if (live && member == 0) store_statistics<COMPETITION>(p, row, running);
 }
 
@@ -180,29 +192,28 @@ GHL_KERNEL void GHL_LAUNCH_BOUNDS(kStatisticsThreads, 4)
 inline StatisticsArguments statistics_arguments(const StatisticsParams& p, int threads) {
   const int size = p.dtype == Dtype::float32 ? 4 : 2, numbers = 16 / size;
   const bool inside = p.inner > 1;
-  StatisticsArguments a{p, false, false, 1};
+  StatisticsArguments a{p, false, false, 0, Division::by(p.inner)};
   a.wide = p.y.column == 1 && p.neurons >= numbers &&
            reinterpret_cast<uintptr_t>(p.y.data) % 16 == 0 && p.y.row % numbers == 0 &&
            (!inside || p.inner_stride % numbers == 0);
   a.side = !a.wide && p.y.column != 1 && (inside ? p.inner_stride : p.y.row) == 1;
-  if (a.side) {
-    a.members = threads / kWarp;
-    return a;
-  }
   const int loads = a.wide ? p.neurons / numbers : p.neurons;
   const int at_once = a.wide ? kLoads : 2 * kLoads;
-  while (a.members < kWarp && a.members * at_once < loads) a.members *= 2;
-  if (loads > 2 * kWarp * at_once) a.members = threads;
+  int members = 1;
+  while (members < kWarp && members * at_once < loads) members *= 2;
+  if (loads > 2 * kWarp * at_once) members = threads;
+  if (a.side) members = threads / kWarp;
+  while (a.members() < members) ++a.log2_members;
   return a;
 }
 
 inline int64_t statistics_blocks(const StatisticsArguments& a, int threads) {
-  const int rows_here = a.side ? kWarp : threads / a.members;
+  const int rows_here = a.rows_of_block(threads);
   return (int64_t(a.p.rows) + rows_here - 1) / rows_here;
 }
 
 inline int32_t statistics_shared_bytes(const StatisticsArguments& a, int threads) {
-  return a.side ? threads * sizeof(Running) : threads / kWarp * sizeof(Running);
+  return (a.side ? threads : threads / kWarp) * sizeof(float);
 }
 
 // f(T, wide, competition) of types that say which kernel runs; `none` for a linear competition.

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import suite
+from bench import compile_ahead, suite
 from bench.suite import Running, Stage, Suite
 from ghl.cli import main as ghl
 
@@ -127,6 +127,44 @@ def test_stages_beside_each_other_take_the_time_of_the_longest(
     assert [s["how"] for s in result["stages"]] == ["ok", "failed (1)", "failed (2)"]
 
 
+def test_a_stage_may_begin_when_another_beside_it_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether that ran or was skipped; and from the start where it is no stage of this run."""
+    long = python("import time; time.sleep(2)")
+    group = [Stage("tests", long, 9, beside="checks"),
+             Stage("kernels", (), 9, skipped="no", beside="checks"),
+             Stage("slow", long, 9, beside="checks"),
+             Stage("once", long, 9, beside="checks", after="tests"),
+             Stage("soon", long, 9, beside="checks", after="kernels"),
+             Stage("alone", long, 9, beside="checks", after="missing")]  # fmt: skip
+    start = time.monotonic()
+    status, result = run(tmp_path, group, monkeypatch)
+    assert 4 <= time.monotonic() - start < 5.9
+    assert status == 0
+    took = {stage["name"]: stage["seconds"] for stage in result["stages"]}
+    assert took.keys() == {"tests", "kernels", "slow", "once", "soon", "alone"}
+    assert 2 <= took["once"] < 3
+
+
+def test_processes_that_compile_ahead_share_the_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[str, int, str]] = []
+    monkeypatch.setattr(compile_ahead, "compile_layer", lambda *layer: seen.append(layer))
+    for part in "012":
+        words = [
+            "deephebb_b1",
+            "deephebb_b2",
+            "--device",
+            "cpu",
+            "--processes",
+            "3",
+            "--part",
+            part,
+        ]
+        assert compile_ahead.main(words) == 0
+    assert sorted(seen) == [(f"deephebb_b{b}", n, "cpu") for b in (1, 2) for n in range(3)]
+
+
 HAZARD = """Race reported between Write access at measure_kernel+0x32 in merge.py:62
 =========     and {} access at measure_kernel+0x{} in merge.py:62 [9 hazards]
 """
@@ -182,8 +220,8 @@ def test_every_sanitizer_is_run_and_told(
 def test_the_stages_are_those_of_the_issue(tmp_path: Path) -> None:
     stages = suite.stages(tmp_path, tmp_path, dry=False)
     assert [s.name for s in stages] == [
-        "install", "tests", "kernels", "sanitize", "tune", "first_update", "train_step",
-        "train_step_compiled", "monitor", "measure",
+        "install", "tests", "kernels", "sanitize", "compile_steps", "compile_layers", "tune",
+        "first_update", "train_step", "train_step_compiled", "monitor", "measure",
     ]  # fmt: skip
     assert sum(s.reserve for s in stages) < suite.SECONDS < 600
 

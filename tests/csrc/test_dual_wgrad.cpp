@@ -2,6 +2,7 @@
 //
 // Arguments: the dtypes to test (bfloat16 float16 tf32 tf32x3), all by default.
 #include <algorithm>
+#include <set>
 #include <string>
 
 #include "../../csrc/cuda/dual_wgrad.h"
@@ -276,6 +277,21 @@ void test_wide_copies() {
   }
 }
 
+// Threads side by side copy chunks side by side; eight of them read 16 bytes of the table at once.
+template <class Shape>
+void test_table() {
+  constexpr int chunks = Shape::COLUMNS / Shape::VECTOR;
+  std::set<int> slots;
+  for (int column = 0; column < Shape::COLUMNS; ++column) slots.insert(Shape::slot(column));
+  check::near("table", "slots", 0, slots.size(), Shape::COLUMNS, 0);
+  check::near("table", "the last slot", 0, *slots.rbegin(), Shape::COLUMNS - 1, 0);
+  for (int first = 0; first < chunks; first += 8) {
+    std::set<int> banks;
+    for (int i = 0; i < 8; ++i) banks.insert(Shape::slot((first + i) * Shape::VECTOR) % 8);
+    check::near("table", "banks", first, banks.size(), 8, 0);
+  }
+}
+
 void test_division() {
   for (int64_t divisor : {1, 2, 3, 7, 49, 3136, 50176, 65537, 2147418111}) {
     const Division division = Division::by(int32_t(divisor));
@@ -293,6 +309,9 @@ int main(int count, char** names) {
   using namespace ghl::cuda;
   test_division();
   test_wide_copies();
+  test_table<CompiledShape<bfloat16, Precision::tf32, false, 0>>();
+  test_table<CompiledShape<bfloat16, Precision::tf32, false, 1>>();
+  test_table<CompiledShape<float, Precision::tf32, true, 1>>();
   const auto asked = [&](const std::string& name) {
     return count < 2 || std::find(names + 1, names + count, name) != names + count;
   };
