@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from ghl_kernels import dispatch, library
+from ghl_kernels import library
 
 RESULTS = Path(__file__).parent / "results"
 SCHEMA = 1
@@ -25,7 +25,7 @@ SCHEMA = 1
 
 def machine_name() -> str:
     """Architecture, vector instructions and threads: what a CPU result depends on most."""
-    compiled = dispatch.library("cpu")
+    compiled = library.serving("cpu")
     if compiled is None or not compiled.loaded:
         raise RuntimeError("the CPU library is not loaded: there is nothing to measure")
     module = library.introspection()

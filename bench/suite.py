@@ -12,7 +12,6 @@ import importlib.util
 import itertools
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -22,16 +21,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from bench import sanitizers
+
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 570  # of the ten minutes that one command may take
 SCHEMA = 1
 LEAVING = 15  # seconds in which a stage that minds its time starts and ends
+PAUSE = 0.05  # seconds between looks at what runs
 TAIL = 6  # lines of a failed stage that are worth the screen
-SANITIZERS = "memcheck", "racecheck", "synccheck", "initcheck"
-LINES_OF_A_LOG = 80  # that are worth keeping of a sanitizer's
-ACCESS = re.compile(
-    r"(Race reported between|and) (Write|Read) access at (.+?)(?: \[\d+ hazards\])?$"
-)
 STEPS = {"train_step": "resnet50_b256_eager", "train_step_compiled": "resnet50_b256"}
 PROVENANCE = (
     "import json, torch; from ghl.bench.report import provenance; "
@@ -76,6 +73,12 @@ class Running:
         except OSError as error:
             self.output.write(str(error))
 
+    @property
+    def is_over(self) -> bool:
+        """Whether it has ended, or its time has."""
+        ended = self.process is None or self.process.poll() is not None
+        return ended or time.monotonic() >= self.began + self.seconds
+
     def outcome(self) -> tuple[int | None, str]:
         """The exit status, None if the time was over, and the output, once it has ended."""
         status: int | None = 127
@@ -119,9 +122,14 @@ class Suite:
         until = time.monotonic() + left
         running = self.started(stages, None, until)
         try:
-            for one in running:
-                self.tell(one, *one.outcome())
-                running += self.started(stages, one.stage.name, until)
+            while running:
+                over = next((one for one in running if one.is_over), None)
+                if over is None:
+                    time.sleep(PAUSE)
+                    continue
+                self.tell(over, *over.outcome())
+                running.remove(over)
+                running += self.started(stages, over.stage.name, until)
         finally:
             for one in running:
                 one.stop()
@@ -170,12 +178,6 @@ def stop(process: subprocess.Popen[bytes] | subprocess.Popen[str]) -> None:
             continue
 
 
-def tool(name: str) -> str | None:
-    """A program of CUDA's, which need not be on the PATH."""
-    places = os.pathsep.join((os.environ.get("PATH", ""), "/usr/local/cuda/bin"))
-    return shutil.which(name, path=places)
-
-
 def has(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
@@ -205,10 +207,10 @@ def stages(work: Path, out: Path, dry: bool) -> list[Stage]:
         first += ["--batch", "1"]
     tables = {"XDG_CACHE_HOME": str(work / "cache")}  # what is tuned here is what is measured
     interpret = {"TRITON_INTERPRET": "1"} if dry else {}
-    missing = None if tool("compute-sanitizer") else "compute-sanitizer is not installed"
+    missing = None if sanitizers.tool() else "compute-sanitizer is not installed"
     no_gpu = "a dry run" if dry else None
     kernels = (python, "-W", "ignore", "-m", "bench.sanitize", "--device", device)
-    sanitizers = (python, "-m", "bench.suite", "--sanitize", str(work))
+    sanitize = (python, "-m", "bench.sanitizers", str(work))
     eager = (*train, "--out", f"{work}/train_step.json")
     compiled_step = (*train, *compiled, "--out", f"{work}/train_step_compiled.json")
     once = (*train, *compiled, "--warmup", "1", "--steps", "1", "--out", f"{work}/ahead.json")
@@ -219,7 +221,7 @@ def stages(work: Path, out: Path, dry: bool) -> list[Stage]:
         Stage("install", tuple(pip), 150, 30),
         Stage("tests", (*pytest, *tests), 150, 60, beside="checks"),
         Stage("kernels", kernels, 75, environment=interpret, beside="checks"),
-        Stage("sanitize", sanitizers, 150, skipped=no_gpu or missing, beside="checks"),
+        Stage("sanitize", sanitize, 150, skipped=no_gpu or missing, beside="checks"),
         # the tests of more than 2^31 numbers want the memory
         Stage("compile_steps", once, 110, checks=False, environment=no_choice, skipped=no_gpu,
               beside="checks", after="tests"),
@@ -234,85 +236,6 @@ def stages(work: Path, out: Path, dry: bool) -> list[Stage]:
         # last, because it ends at any time with what it has
         Stage("measure", (*measured, "--seconds", "{seconds}"), 400, 130, environment=tables),
     ]  # fmt: skip
-
-
-def kernel_names() -> set[str]:
-    sources = [
-        *(ROOT / "ghl_kernels" / "triton").glob("*.py"),
-        *(ROOT / "csrc" / "cuda").glob("*.h"),
-    ]
-    return {n for path in sources for n in re.findall(r"\b(\w+_kernel)\(", path.read_text())}
-
-
-def sanitize(work: Path) -> int:
-    """Run all of compute-sanitizer's tools side by side; 1 if one blames a kernel of ours."""
-    running = {name: watched(work, name) for name in SANITIZERS}
-    blamed = 0
-    for name, (process, log) in running.items():
-        status = process.wait()
-        text = log.read_text(errors="replace") if log.exists() else ""
-        print("\n".join(list(dict.fromkeys(text.splitlines()))[:LINES_OF_A_LOG]))
-        verdict, bad = judge(status, text)
-        blamed += bad
-        print(f"{name}: {verdict}", flush=True)
-    return 1 if blamed else 0
-
-
-def watched(work: Path, name: str) -> tuple[subprocess.Popen[bytes], Path]:
-    """`bench.sanitize` under a tool, and where that writes what it sees.
-
-    Each allocation is one of CUDA's, or a read beyond a tensor would hit its neighbour unseen.
-    """
-    sanitizer = tool("compute-sanitizer")
-    assert sanitizer, "the stage is skipped without it"
-    log = work / f"{name}.log"
-    command = [sanitizer, "--tool", name, "--error-exitcode", "9", "--log-file", str(log)]
-    command += [sys.executable, "-m", "bench.sanitize"]
-    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL,
-        stderr=subprocess.STDOUT,
-    )  # fmt: skip
-    return process, log
-
-
-def judge(status: int, log: str) -> tuple[str, bool]:
-    """What a sanitizer's exit status and log mean, and whether kernels of ours are to blame."""
-    ours = sorted(name for name in kernel_names() if name in log)
-    if "Device not supported" in log:
-        return "the tool does not support this machine", False
-    if status == 0:
-        return "no errors", False
-    if status == 9 and explained(log):
-        return "hazards that the tool sees where none is, no others", False
-    if ours:
-        return f"errors in {', '.join(ours)}", True
-    if status == 9:
-        return "errors, none in a kernel of ours", False
-    return f"the program ended with {status}", True
-
-
-def explained(log: str) -> bool:
-    """Whether racecheck's hazards are all of the two kinds that it sees where none is.
-
-    A store of a Triton kernel with itself: where a tile has fewer numbers than a program has
-    threads, several warps hold the same ones, and each stores them for a reduction. And the row
-    statistics of cuda_sm90: lanes read them, meet in __syncwarp, and one of them says so at a
-    barrier; racecheck follows that lane alone (none is reported if all say so: bench/FACTS.md).
-    """
-    first, found = ("", ""), []
-    for line in log.splitlines():
-        if access := ACCESS.search(line.strip()):
-            begins, kind, place = access.groups()
-            if begins != "and":
-                first = kind, place
-            else:
-                found.append((*first, kind, place))
-    return bool(found) and all(
-        (one == other == "Write" and at == also_at and ".py:" in at)
-        or (one == "Write" and "describe(" in at and other == "Read" and "make_u<" in also_at)
-        for one, at, other, also_at in found
-    )
 
 
 def read(path: Path) -> Any:
@@ -391,10 +314,7 @@ def main(argv: Sequence[str] | None = None, make: Callable[..., list[Stage]] = s
     parser.add_argument("--dry-run", action="store_true", help="on a CPU, in a minute")
     parser.add_argument("--stages", help="only these, separated by commas")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="for all of it")
-    parser.add_argument("--sanitize", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    if args.sanitize:
-        return sanitize(args.sanitize)
     work = ROOT / "build" / "gpu_suite"
     out = Path(os.environ["OUT"]) if os.environ.get("OUT") else work
     for directory in (work, out):
@@ -402,7 +322,10 @@ def main(argv: Sequence[str] | None = None, make: Callable[..., list[Stage]] = s
     to_results = out if os.environ.get("OUT") or args.dry_run else ROOT / "bench" / "results"
     chosen = make(work, out, args.dry_run)
     if args.stages:
-        chosen = [stage for stage in chosen if stage.name in args.stages.split(",")]
+        names = args.stages.split(",")
+        if unknown := set(names) - {stage.name for stage in chosen}:
+            parser.error(f"--stages: there is no stage {', '.join(sorted(unknown))}")
+        chosen = [stage for stage in chosen if stage.name in names]
     for old in (*work.glob("*.json"), *work.glob("*.log")):
         old.unlink()
     if any(stage.name == "tune" and not stage.skipped for stage in chosen):
@@ -413,7 +336,8 @@ def main(argv: Sequence[str] | None = None, make: Callable[..., list[Stage]] = s
         try:
             suite.run(chosen)
         finally:
-            path = finish(suite, to_results)
+            measured = (work / "measured.json").exists()
+            path = finish(suite, to_results if measured else out)
             print_table(json.loads(path.read_text()))
             print(f"checks {'passed' if passed(suite.results) else 'FAILED'}; written to {path}")
     return 0 if passed(suite.results) else 1

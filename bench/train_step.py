@@ -21,7 +21,8 @@ from torch import Tensor, nn
 import ghl
 from bench import natural
 from bench.memory import peak_transient
-from bench.report import RESULTS, machine_name, provenance
+from bench.report import RESULTS, machine_name
+from ghl.bench.report import provenance
 from ghl.recipes import models
 
 CLASSES = 1000
@@ -216,11 +217,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
+    where = provenance(torch.device(options.device))
     rows = measure(options)
     print_table(rows)
     name = machine(options.device)
     settings = {key: value for key, value in vars(options).items() if key != "out"}
-    result = {**provenance(), "machine": name, "settings": settings, "ratios": ratios(rows)}
+    result = {**where, "machine": name, "settings": settings, "ratios": ratios(rows)}
     result["rows"] = rows
     path = options.out or RESULTS / f"train-step-{name}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")

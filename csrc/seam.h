@@ -5,6 +5,9 @@
 #pragma once
 
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
 
 #define GHL_EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -25,3 +28,14 @@
     static const StableTorchLibraryInit init(StableLibrary::Kind::IMPL, &fill, "ghl_kernels", key, \
                                              __FILE__, __LINE__);                                  \
   }
+
+namespace ghl {
+
+// Whether the numbers of a tensor, in whatever order, fill its memory.
+inline bool is_gapless(const torch::stable::Tensor& t) {
+  int64_t reach = 1;
+  for (int64_t d = 0; d < t.dim(); ++d) reach += (t.size(d) - 1) * t.stride(d);
+  return t.numel() == 0 || reach == t.numel();
+}
+
+}  // namespace ghl

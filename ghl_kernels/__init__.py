@@ -13,7 +13,7 @@ from ghl_kernels.rule import PRESETS, Rule, check_choice
 
 __all__ = ["PRESETS", "Backend", "Problem", "Rule", "backend", "force", "last", "ops", "reference"]
 
-dispatch.set_libraries(cpu=library.load("ghl_kernels_cpu"), cuda=library.load("ghl_kernels_cuda"))
+library.serve(cpu=library.load("ghl_kernels_cpu"), cuda=library.load("ghl_kernels_cuda"))
 
 
 def backend(operator: str, first: Tensor, problem: Problem | None = None) -> Backend:

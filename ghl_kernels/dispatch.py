@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import importlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ghl_kernels import library as libraries
 from ghl_kernels import tiles, trial
+from ghl_kernels.cuda import kernels
 from ghl_kernels.library import Library
 from ghl_kernels.problem import Problem, dot_precision
 from ghl_kernels.rule import check_choice
@@ -57,30 +58,25 @@ MOST_SETTLED = 4096  # calls alike whose implementation is remembered
 
 _forced: str | None = None
 _last: dict[str, Backend] = {}
-_libraries: dict[str, Library] = {}
 _warned: set[str] = set()
 _settled: dict[tuple[Any, ...], Backend] = {}
 
 
-def set_libraries(**by_device: Library) -> None:
-    """Tell the dispatcher which compiled library serves which type of device."""
-    _libraries.update(by_device)
-    unsettle()
-
-
 def unsettle() -> None:
-    """Forget what calls took: a library or a table of tiles is another one now."""
+    """Forget what calls took before."""
     _settled.clear()
 
 
-def library(device_type: str) -> Library | None:
-    """The compiled library for a type of device, loaded or not; None where there is none."""
-    return _libraries.get(device_type)
+def forget() -> None:
+    """That, and all that was looked up for it: a library or a table is another one now."""
+    unsettle()
+    tiles.forget()
+    kernels.forget()
 
 
 def native_unavailable(device: torch.device) -> str | None:
     """Why the C++ kernels cannot run on a device; None if they can."""
-    compiled = _libraries.get(device.type)
+    compiled = libraries.serving(device.type)
     if compiled is None or device.type not in NATIVE_DEVICES:
         return f"there are no native kernels for {device.type}"
     return compiled.reason
@@ -122,7 +118,7 @@ def beyond_kernels(first: Tensor, problem: Problem | None) -> str | None:
 
 def cuda_unavailable(name: str, first: Tensor, problem: Problem | None) -> str | None:
     """Why the compiled CUDA kernels cannot run this call; None if they can."""
-    compiled = _libraries.get("cuda")
+    compiled = libraries.serving("cuda")
     if compiled is None or not compiled.loaded:
         return f"the CUDA library is {compiled.reason if compiled else 'unknown'}"
     if first.device.type != "cuda":
@@ -211,10 +207,15 @@ def choose_on_gpu(operator: str, first: Tensor, problem: Problem | None) -> Back
         if failure is None and not failures:
             return Backend(name, reason)
         if failure is None:
-            fall_back(f"takes {name}", failures[0])
-            return Backend(name, failures[0])
+            fall_back(f"takes {name}", why(failures))
+            return Backend(name, why(failures))
         failures.append(failure)
-    return fall_back("composes PyTorch's operators", failures[0])
+    return fall_back("composes PyTorch's operators", why(failures))
+
+
+def why(failures: Sequence[str]) -> str:
+    """The failure to be told: one that passes, for which nothing is settled, or the first."""
+    return next((failure for failure in failures if trial.PASSING in failure), failures[0])
 
 
 def fall_back(instead: str, reason: str) -> Backend:
@@ -268,12 +269,12 @@ def preferences(here: tuple[str, ...], first: Tensor, problem: Problem) -> Itera
 
 
 def compiled_entry(problem: Problem, device: torch.device) -> Entry:
-    kernels = importlib.import_module("ghl_kernels.cuda.kernels")
     return kernels.choose("cuda", problem, device)
 
 
 def reason_of(entry: Entry, table: tiles.Table) -> str:
-    origin = f"measured on {table.measured['gpu']}" if table.measured else "computed"
+    measured = entry.measured and table.measured
+    origin = f"measured on {measured['gpu']}" if measured else "computed"
     return (
         f"nearest in table {table.name} ({origin}): {entry.kind}, {entry.rows} rows, "
         f"{entry.neurons} neurons of {entry.columns} weights"

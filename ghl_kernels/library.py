@@ -36,6 +36,19 @@ class Library:
         return self.reason is None
 
 
+_serving: dict[str, Library] = {}  # by type of device
+
+
+def serve(**by_device: Library) -> None:
+    """Have libraries, loaded or not, serve types of devices."""
+    _serving.update(by_device)
+
+
+def serving(device_type: str) -> Library | None:
+    """The library for a type of device, loaded or not; None where there is none."""
+    return _serving.get(device_type)
+
+
 def load(name: str) -> Library:
     """Load lib{name}.so from beside this package, for torch.ops, if it fits them both."""
     path = DIRECTORY / f"lib{name}.so"
@@ -43,12 +56,12 @@ def load(name: str) -> Library:
         return Library(path, "not built: no compiler, torch or nvcc was found when installing")
     if name.endswith("_cuda") and torch.version.cuda is None:
         return Library(path, f"not loaded: torch {torch.__version__} is built without CUDA")
-    broken = damage(path)
-    if broken is None:
-        try:
+    try:
+        broken = damage(path)
+        if broken is None:
             return Library(path, register(ctypes.CDLL(str(path))))
-        except OSError as error:
-            broken = (str(error).strip().splitlines() or ["for no reason that it tells"])[0]
+    except OSError as error:
+        broken = (str(error).strip().splitlines() or ["for no reason that it tells"])[0]
     return Library(path, f"does not load into torch {torch.__version__}: {broken}; {REBUILD}")
 
 

@@ -6,37 +6,17 @@ Which library was loaded, or why none, is in `ghl_kernels.library`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ghl_kernels import composed
 from ghl_kernels.checks import sum_dtype
+from ghl_kernels.compiled import code, logsumexp_by
 from ghl_kernels.layout import empty_rows, in_order_of, is_channels_last, like_weight
-from ghl_kernels.rule import CHOICES
 
 Triple = tuple[Tensor, Tensor, Tensor]
-
-
-def code(argument: str, value: str) -> int:
-    """The position of a choice in its vocabulary: how csrc/rule.h numbers it."""
-    return CHOICES[argument].index(value)
-
-
-def logsumexp_by(overload: str) -> Callable[[Tensor, float, int], Tensor]:
-    """The operator logsumexp by a compiled overload of it."""
-
-    def logsumexp(y: Tensor, tau: float, dim: int) -> Tensor:
-        dim %= y.dim()
-        rows = [*y.shape[:dim], *y.shape[dim + 1 :]]
-        lse = torch.empty(rows, dtype=sum_dtype(y.dtype), device=y.device)
-        outer, inner = y.shape[:dim].numel(), y.shape[dim + 1 :].numel()
-        compiled = getattr(torch.ops.ghl_kernels.logsumexp, overload)
-        compiled(y.reshape(outer, y.shape[dim], inner, 1), lse, tau)
-        return lse
-
-    return logsumexp
 
 
 logsumexp = logsumexp_by("native")

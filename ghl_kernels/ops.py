@@ -230,7 +230,7 @@ def logsumexp_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
 def logsumexp_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
     y, lse = ctx.saved_tensors
     tau, dim = ctx.tau, ctx.dim
-    share = torch.exp(y / tau - lse.unsqueeze(dim))
+    share = torch.exp(y.to(lse.dtype) / tau - lse.unsqueeze(dim))
     return (grad.unsqueeze(dim) * share / tau).to(y.dtype), None, None
 
 

@@ -7,8 +7,9 @@ Which kernels fill the sums is an implementation's; nothing here launches one.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -25,6 +26,17 @@ class Geometry(NamedTuple):
 
     pairs: tuple[list[int], list[int], list[int]]
     out_size: tuple[int, int]
+
+
+class Task(NamedTuple):
+    """A layer as the kernels take it: tensors are x, y and g, a rule its competition, tau and
+    whether sums of u are wanted; results are like w."""
+
+    problem: Problem
+    tile: Tile
+    tensors: tuple[Tensor, Tensor, Tensor]
+    rule: tuple[str, float, bool]
+    w: Tensor
 
 
 class Kernels(NamedTuple):
@@ -44,57 +56,32 @@ class Kernels(NamedTuple):
     folds: Callable[[Problem, Tile], bool]
     fold: Callable[..., Tensor]
 
-    def run(
-        self,
-        problem: Problem,
-        tile: Tile,
-        fill: Callable[..., None],
-        tensors: tuple,
-        rule: tuple,
-        w: Tensor,
-    ) -> Triple:
-        """What `fill` makes of the tensors, in the shape and strides of w."""
-        competition, tau, sum_u = rule
+    def run(self, task: Task, fill: Callable[..., None]) -> Triple:
+        """What `fill` makes of a task, in the shape and strides of w."""
+        problem, tile, tensors, (competition, tau, sum_u), w = task
         partials = Partials.empty(problem, tile, w, sum_u)
         fill(*tensors, partials, problem, competition, tau, tile)
         return partials.finish(w, self.sum_splits)
 
-    def convolve(
-        self,
-        problem: Problem,
-        tile: Tile,
-        geometry: Geometry,
-        tensors: tuple,
-        rule: tuple,
-        w: Tensor,
-    ) -> Triple:
+    def convolve(self, task: Task, geometry: Geometry) -> Triple:
         """The pair of x (N, C, H, W) and the matrices y and g."""
+        return self.run(task, functools.partial(self.conv, geometry))
 
-        def fill(*arguments: Any) -> None:
-            self.conv(geometry, *arguments)
-
-        return self.run(problem, tile, fill, tensors, rule, w)
-
-    def convolve_few(
-        self,
-        problem: Problem,
-        tile: Tile,
-        geometry: Geometry,
-        tensors: tuple,
-        rule: tuple,
-        w: Tensor,
-    ) -> Triple:
+    def convolve_few(self, task: Task, geometry: Geometry) -> Triple:
         """The same of a layer that is folded; gathered where that would be too large."""
-        (x, y, g), fold = tensors, Fold.of(problem)
+        (x, y, g), w, fold = task.tensors, task.w, Fold.of(task.problem)
         shape = fold.shape(x.shape[0], geometry.out_size)
         if not fold.fits(shape):
-            gathering = dataclasses.replace(tile, packed=True)
-            return self.convolve(problem, gathering, geometry, tensors, rule, w)
+            gathering = dataclasses.replace(task.tile, packed=True)
+            return self.convolve(task._replace(tile=gathering), geometry)
         buffer = self.fold(x, shape, geometry.pairs[1])
         images = fold.images(buffer, geometry.out_size)
-        folded = fold.folded(held=buffer.numel() * buffer.element_size())
-        geometry = Geometry(fold.pairs(), geometry.out_size)
-        G, H0, totals = self.convolve(folded, tile, geometry, (images, y, g), rule, fold.weight(w))
+        folded = task._replace(
+            problem=fold.folded(held=buffer.numel() * buffer.element_size()),
+            tensors=(images, y, g),
+            w=fold.weight(w),
+        )
+        G, H0, totals = self.convolve(folded, Geometry(fold.pairs(), geometry.out_size))
         return fold.unfolded(G, w), fold.unfolded(H0, w), totals
 
 
@@ -114,8 +101,8 @@ def pairs(kernels: Kernels) -> tuple[Callable[..., Triple], Callable[..., Triple
         problem = Problem.of_linear(x, w)
         y, competition = kernels.signal(y, competition, tau)
         tensors = layout.as_matrix(x), y, layout.as_matrix(g)
-        tile, rule = kernels.tile(problem, w), (competition, tau, sum_u)
-        return kernels.run(problem, tile, kernels.linear, tensors, rule, w)
+        task = Task(problem, kernels.tile(problem, w), tensors, (competition, tau, sum_u), w)
+        return kernels.run(task, kernels.linear)
 
     def conv2d_pair(
         x: Tensor,
@@ -135,12 +122,13 @@ def pairs(kernels: Kernels) -> tuple[Callable[..., Triple], Callable[..., Triple
             return composed.no_rows(w)
         geometry = Geometry((stride, padding, dilation), (y.shape[2], y.shape[3]))
         y, competition = kernels.signal(y, competition, tau)
-        g = layout.as_matrix(g)
-        tile, rule = kernels.tile(problem, w), (competition, tau, sum_u)
         if problem.pointwise:
-            matrices = layout.as_matrix(x), y, g
-            return kernels.run(problem, tile, kernels.linear, matrices, rule, w)
+            x = layout.as_matrix(x)
+        tensors, tile = (x, y, layout.as_matrix(g)), kernels.tile(problem, w)
+        task = Task(problem, tile, tensors, (competition, tau, sum_u), w)
+        if problem.pointwise:
+            return kernels.run(task, kernels.linear)
         convolve = kernels.convolve_few if kernels.folds(problem, tile) else kernels.convolve
-        return convolve(problem, tile, geometry, (x, y, g), rule, w)
+        return convolve(task, geometry)
 
     return linear_pair, conv2d_pair

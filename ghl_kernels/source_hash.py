@@ -18,13 +18,11 @@ def source_hash() -> str | None:
 
 
 def gpu_source_hash() -> str:
-    """Hash of the kernels that a GPU runs: csrc, if it is here, the Triton sources, and what calls
-    both.
+    """Hash of what a GPU runs: csrc, if it is here, and all of this package.
 
     Not of the tables of tiles, which a measurement writes.
     """
-    paths = [PACKAGE / f"{name}.py" for name in ("fold", "merges", "pairs", "splits")]
-    paths += (p for part in ("triton", "cuda") for p in (PACKAGE / part).rglob("*.py"))
+    paths = list(PACKAGE.rglob("*.py"))
     if SOURCES.is_dir():
         paths += (p for p in SOURCES.rglob("*") if p.is_file())
     return hash_of(PACKAGE.parent, sorted(paths))

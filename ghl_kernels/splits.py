@@ -1,7 +1,7 @@
 """Split-K: how the rows are divided, the workspace of partial sums, and where their sum goes.
 
 Each split of the rows fills its own part of a float32 workspace, and one kernel adds the parts in
-the order of the splits. There are no atomics: sign(G) would turn their order into the result.
+a fixed order. There are no atomics: sign(G) would turn their order into the result.
 """
 
 from __future__ import annotations

@@ -31,6 +31,7 @@ STRATEGIES = (*BY_TRITON, *BY_CUDA)
 SMALLEST_BLOCK = 64  # that any layer may take, however small
 FEW_CHANNELS = 16  # fewer do not fill a tile of one tap
 ALIGNED = 16  # a multiple of it is what Triton compiles wide loads for
+CHUNK = 8  # 16-bit numbers that compiled kernels and tensor descriptors copy at once
 
 _used = threading.local()
 
@@ -42,7 +43,8 @@ class Tile:
     block_m rows a step, block_k neurons, block_c inputs (of one tap unless `packed`, as those of
     `cuda` always are; a layer of few channels is folded for a tile that is not); `taps` of a
     kernel's row at once; `descriptors`: by the tensor memory accelerator where the layout allows;
-    `programs`: how many per multiprocessor to split the rows for.
+    `box`: if not 0, the inputs come in boxes of one tap and up to so many; `programs`: how many per
+    multiprocessor to split the rows for.
     """
 
     block_m: int
@@ -54,11 +56,13 @@ class Tile:
     taps: int = 1
     packed: bool = False
     descriptors: bool = False
+    box: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A layer's sizes and the choice for it. bits: of an activation. columns: of its weight."""
+    """A layer's sizes and the choice for it. bits: of an activation. columns: of its weight.
+    measured: on a GPU, not computed."""
 
     kind: str
     bits: int
@@ -67,10 +71,17 @@ class Entry:
     columns: int
     strategy: str
     tile: Tile
+    measured: bool = dataclasses.field(default=True, compare=False)
 
     @classmethod
     def of(cls, fields: dict[str, Any]) -> Entry:
         return cls(**{**fields, "tile": Tile(**fields["tile"])})
+
+    @classmethod
+    def for_layer(cls, problem: Problem, strategy: str, tile: Tile) -> Entry:
+        """The choice of a strategy and a tile for a layer's sizes."""
+        sizes = problem.rows, problem.neurons, problem.columns
+        return cls(kind(problem), 8 * problem.dtype.itemsize, *sizes, strategy, tile)
 
     def distance(self, problem: Problem) -> float:
         pairs = (
@@ -96,7 +107,8 @@ class Table:
         """ValueError naming the file if it is not a table of this version."""
         try:
             content = json.loads(path.read_text())
-            entries = tuple(Entry.of(entry) for entry in content["entries"])
+            origin = {"measured": content["measured"] is not None}
+            entries = tuple(Entry.of(origin | entry) for entry in content["entries"])
             return cls(path.stem, content["measured"], entries, content.get("merges"))
         except (KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} is not a table of tiles of this version: {error}") from error
@@ -129,6 +141,9 @@ def least_block(numbers: int) -> int:
 
 def column_tiles(problem: Problem, tile: Tile) -> int:
     """Programs that share the columns of a weight."""
+    if tile.box:
+        boxes = problem.columns // problem.channels * -(-problem.channels // tile.box)
+        return -(-boxes // (tile.block_c // tile.box))
     across = problem.columns if tile.packed or problem.depthwise else problem.channels
     blocks = -(-across // tile.block_c)
     return blocks * (problem.columns // across // tile.taps)
@@ -170,6 +185,12 @@ def table(device: torch.device) -> Table:
             except ValueError as error:
                 warnings.warn(f"ghl_kernels does not use this table: {error}", stacklevel=2)
     return shipped
+
+
+def forget() -> None:
+    """What was read and looked up: a table is another one now."""
+    table.cache_clear()
+    nearest.cache_clear()
 
 
 @contextlib.contextmanager
@@ -220,16 +241,20 @@ def nearest(
         return None
     wanted = [e for e in alike if strategy in (None, e.strategy)] or alike
     entry = fitting(min(wanted, key=lambda entry: entry.distance(problem)), problem)
-    if strategy is None and "library" in among and loads_one_by_one(problem, entry.tile):
-        return dataclasses.replace(entry, strategy="library")
+    if strategy is None and "library" in among and loads_one_by_one(problem, entry):
+        return dataclasses.replace(entry, strategy="library", measured=False)
     return entry
 
 
-def loads_one_by_one(problem: Problem, tile: Tile) -> bool:
-    """Whether 16-bit numbers cannot be loaded 16 bytes at a time, which no tile makes up for."""
+def loads_one_by_one(problem: Problem, entry: Entry) -> bool:
+    """Whether 16-bit numbers cannot be loaded 16 bytes at a time, which no tile makes up for; not
+    asked where these very sizes were measured."""
     if problem.dtype.itemsize != 2 or kind(problem) not in ("pointwise", "conv"):
         return False
-    multiple = ALIGNED // 2 if tile.descriptors and problem.pointwise else ALIGNED
+    if entry.measured and entry.distance(problem) == 0:
+        return False
+    by_descriptors = entry.tile.descriptors and problem.pointwise
+    multiple = CHUNK if by_descriptors or entry.strategy in BY_CUDA else ALIGNED
     return problem.neurons % multiple > 0 or problem.channels % multiple > 0
 
 

@@ -111,14 +111,6 @@ def bits(problem: Problem) -> int:
     return 8 * problem.dtype.itemsize
 
 
-def entry_of(problem: Problem, strategy: str, tile: Tile) -> Entry:
-    """The choice of a strategy and a tile for a layer's sizes."""
-    return Entry(
-        tiles.kind(problem), bits(problem), problem.rows, problem.neurons, problem.columns,
-        strategy, tile,
-    )  # fmt: skip
-
-
 def shared_memory(tile: Tile, itemsize: int) -> int:
     """Bytes of the tiles of x, y and g in flight; the compiler's own are not counted."""
     of_row = tile.block_c * tile.taps + 2 * tile.block_k
@@ -158,9 +150,9 @@ def candidates(
     known: entries of a table, whose tiles of the layer's kind are tried as well. compiled: the
     strategies and tiles of compiled kernels. by_triton: those of Triton's strategies that run.
     """
-    entries = [entry_of(problem, present.strategy, present.tile)] if present else []
+    entries = [Entry.for_layer(problem, present.strategy, present.tile)] if present else []
     entries += of_triton(problem, present, known, by_triton)
-    entries += [entry_of(problem, strategy, tile) for strategy, tile in compiled]
+    entries += [Entry.for_layer(problem, strategy, tile) for strategy, tile in compiled]
     by_library = [e for e in entries if e.strategy == "library"][:1]  # its tile is not used
     return list(dict.fromkeys(e for e in entries if e.strategy != "library" or e in by_library))
 
@@ -178,9 +170,9 @@ def of_triton(
         of_kind = [present.tile]
     entries = []
     if "library" in strategies:
-        entries += [entry_of(problem, "library", tile) for tile in of_kind[:1]]
+        entries += [Entry.for_layer(problem, "library", tile) for tile in of_kind[:1]]
     for tile in of_kind:
-        entries += [entry_of(problem, s, tile) for s in strategies if s != "library"]
+        entries += [Entry.for_layer(problem, s, tile) for s in strategies if s != "library"]
     return entries
 
 
@@ -225,9 +217,11 @@ def merged(base: Sequence[Entry], tuned: Sequence[Entry]) -> list[Entry]:
 
 
 def as_json(entry: Entry) -> str:
-    """One line of a table; a tile's options that are as by default are left out."""
+    """One line of a measured table; what is as by default is left out."""
     defaults = {f.name: f.default for f in dataclasses.fields(Tile)}
     fields = dataclasses.asdict(entry)
+    if fields["measured"]:
+        del fields["measured"]
     fields["tile"] = {n: v for n, v in fields["tile"].items() if v != defaults[n]}
     return json.dumps(fields)
 

@@ -21,7 +21,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
 
 import ghl_kernels
-from ghl_kernels import composed, dispatch, fold, layout, merges, native, splits
+from ghl_kernels import composed, dispatch, fold, layout, library, merges, native, splits
 from ghl_kernels.cuda import kernels
 
 settings.register_profile(
@@ -127,9 +127,9 @@ def forced(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], AbstractContextMa
 
 @pytest.fixture(params=["native", "composed"])
 def implementation(request: pytest.FixtureRequest, forced: Callable) -> Iterator[str]:
-    library = dispatch.library("cpu")
-    if request.param == "native" and not (library and library.loaded):
-        pytest.skip(f"no native kernels: {library.reason if library else 'no library for cpu'}")
+    found = library.serving("cpu")
+    if request.param == "native" and not (found and found.loaded):
+        pytest.skip(f"no native kernels: {found.reason if found else 'no library for cpu'}")
     with forced(request.param):
         yield request.param
 

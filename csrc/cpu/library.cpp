@@ -5,7 +5,6 @@
 // elsewhere would turn into a bad memory access.
 #include <sys/mman.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <atomic>
 #include <cstdlib>
@@ -69,6 +68,7 @@ Activation activation(const Tensor& t) {
 // `t` holds `elements` numbers of `dtype` without a gap.
 void* dense(const Tensor& t, ScalarType dtype, int64_t elements) {
   STD_TORCH_CHECK(t.scalar_type() == dtype, "an output or sum has the wrong dtype");
+  STD_TORCH_CHECK(is_gapless(t), "an output or sum has gaps");
   STD_TORCH_CHECK(t.numel() == elements, "an output has ", t.numel(), " elements, needs ",
                   elements);
   return t.mutable_data_ptr();
@@ -107,7 +107,13 @@ void pair(Tensor x, Tensor y, Tensor g, Tensor G, Tensor H0, Tensor totals,
   p.dtype = dtype_of(x);
   STD_TORCH_CHECK(dtype_of(y) == p.dtype && dtype_of(g) == p.dtype, "x, y, g differ in dtype");
   STD_TORCH_CHECK(G.dim() == 4 && groups > 0, "G must have 4 dimensions, groups be positive");
+  for (const std::vector<int64_t>* two : {&stride, &padding, &dilation})
+    STD_TORCH_CHECK(two->size() == 2, "the geometry must be pairs of integers");
+  for (int d = 0; d < 4; ++d)
+    STD_TORCH_CHECK(p.g.size[d] == p.y.size[d], "y and g must have the same shape");
   for (int d = 0; d < 2; ++d) {
+    STD_TORCH_CHECK(stride[d] > 0 && padding[d] >= 0 && dilation[d] > 0,
+                    "the geometry has a number that is too small");
     p.kernel_size[d] = G.size(d + 2);
     p.stride[d] = stride[d];
     p.padding[d] = padding[d];
@@ -117,7 +123,8 @@ void pair(Tensor x, Tensor y, Tensor g, Tensor G, Tensor H0, Tensor totals,
   }
   const int64_t neurons = p.y.size[1], inputs = p.x.size[1] / groups;
   const int64_t elements = neurons * inputs * p.kernel_size[0] * p.kernel_size[1];
-  STD_TORCH_CHECK(neurons % groups == 0 && p.x.size[0] == p.y.size[0], "x and y do not match");
+  STD_TORCH_CHECK(neurons % groups == 0 && p.x.size[1] % groups == 0 && p.x.size[0] == p.y.size[0],
+                  "x and y do not match");
   p.groups = groups;
   p.competition = static_cast<Competition>(competition);
   p.tau = tau;

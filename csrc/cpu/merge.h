@@ -1,7 +1,7 @@
 // The update of a whole layer from its sums: Oja term, largest magnitude, gate, statistics.
 //
 // Two passes over the weight: H and the statistics, then normalisation and gate. Reads G, H0 and w,
-// writes H (into the update's memory), reads it and G again and writes the update; 6 * size of w.
+// writes H (into the update's memory), reads it and G again and writes the update; 7 * size of w.
 #pragma once
 
 #include "kernels.h"

@@ -74,8 +74,6 @@ class Patches {
     return const_cast<T*>(static_cast<const Patches*>(this)->panel(group, column));
   }
 
-  int64_t columns() const { return geometry_.columns; }
-
  private:
   void stage(int64_t image) {
     staged_ = image;

@@ -6,7 +6,6 @@
 // GPU.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 #include <cfloat>
@@ -88,7 +87,7 @@ template <class T>
 T* dense(const Device& device, const Tensor& t, ScalarType dtype, int64_t elements) {
   device.same(t);
   STD_TORCH_CHECK(t.scalar_type() == dtype, "an output or sum has the wrong dtype");
-  STD_TORCH_CHECK(t.is_contiguous() || t.dim() == 4, "an output or sum has gaps");
+  STD_TORCH_CHECK(is_gapless(t), "an output or sum has gaps");
   STD_TORCH_CHECK(t.numel() >= elements, "an output or sum has ", t.numel(), " elements, needs ",
                   elements);
   return static_cast<T*>(t.mutable_data_ptr());

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ghl_kernels import dispatch, layout, tiles
+from ghl_kernels import layout, tiles
+from ghl_kernels import library as libraries
+from ghl_kernels.compiled import code, logsumexp_by
 from ghl_kernels.fold import Fold, fold_images
 from ghl_kernels.merges import Layer, foreach_merge_of, merge_of
-from ghl_kernels.native import code, logsumexp_by
 from ghl_kernels.pairs import Geometry, Kernels, as_it_lies
 from ghl_kernels.problem import Problem, dot_precision
 from ghl_kernels.splits import Partials
@@ -28,6 +29,7 @@ MOST_TILES = 16  # that are asked for; the numbers of tiles have no gaps
 SHARED_BYTES, REGISTERS = 163 * 1024, 65536  # of a multiprocessor of compute capability 8.0
 LARGEST_SHARED_BYTES = 227 * 1024  # of a block on compute capability 9.0 and 10.0
 REGISTERS_BESIDE_SUMS = 72  # of a thread
+BOXES = {"cuda_sm90": 64}  # kBox of csrc/cuda/sm90_layout.h
 ROWS_OF_A_LINEAR_LAYER: tuple[list[int], ...] = ([1, 1], [1, 1], [0, 0], [1, 1], [1, 1])
 
 
@@ -37,7 +39,7 @@ def compiled_tiles(
 ) -> tuple[tuple[int, Tile], ...]:
     """The tiles that the library has and a GPU whose blocks have `most_shared` bytes of shared
     memory runs, with their numbers."""
-    library = dispatch.library("cuda")
+    library = libraries.serving("cuda")
     if library is None or not library.loaded:
         return ()
     ask = ctypes.CDLL(str(library.path)).ghl_kernels_cuda_tile
@@ -50,7 +52,10 @@ def compiled_tiles(
         if rows and shared_bytes <= most_shared:
             registers = 2 * neurons * columns + REGISTERS_BESIDE_SUMS * threads
             blocks = max(1, min(REGISTERS // registers, SHARED_BYTES // shared_bytes))
-            tile = Tile(rows, neurons, columns, threads // 32, stages, blocks, packed=True)
+            tile = Tile(
+                rows, neurons, columns, threads // 32, stages, blocks, packed=True,
+                box=BOXES.get(strategy, 0),
+            )  # fmt: skip
             found.append((number, tile))
     return tuple(found)
 
@@ -120,9 +125,13 @@ def remembered(strategy: str, problem: Problem, device: torch.device, precision:
     entry = tiles.nearest(problem, device, strategy, (strategy,))
     if entry and number_of(entry.tile, strategy, problem) is not None:
         return entry
-    kind, bits = tiles.kind(problem), 8 * problem.dtype.itemsize
-    sizes = problem.rows, problem.neurons, problem.columns
-    return Entry(kind, bits, *sizes, strategy, by_rule(as_run(problem), known))
+    return Entry.for_layer(problem, strategy, by_rule(as_run(problem), known))
+
+
+def forget() -> None:
+    """What was asked of the library and looked up: it or a table is another one now."""
+    compiled_tiles.cache_clear()
+    remembered.cache_clear()
 
 
 def number_of(tile: Tile, strategy: str, problem: Problem) -> int | None:
@@ -182,7 +191,7 @@ def wgrad(
 
 
 def sum_splits(partials: Partials) -> None:
-    """Fill the results with the parts, added in the order of the splits."""
+    """Fill the results with the parts, added in a fixed order."""
     (*parts, u_parts), (*results, u_sums) = partials.sums, partials.results
     torch.ops.ghl_kernels.sum_splits.cuda(
         *parts, u_parts if partials.sum_u else None,

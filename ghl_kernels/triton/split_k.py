@@ -1,4 +1,4 @@
-"""The sum of the splits' parts, in their order, and what loads of numbers one by one do to tiles.
+"""The sum of the splits' parts, in a fixed order, and what loads of numbers one by one do to tiles.
 
 Cost of the sum: reads splits × 2·K·C float32 numbers, which at one wave of programs lie in the L2
 cache, and writes 2·K·C.
@@ -56,7 +56,7 @@ def without_spills(tile: Tile, problem: Problem, *tensors: Tensor) -> Tile:
 
 
 def sum_splits(partials: Partials) -> None:
-    """Fill the results with the parts, added in the order of the splits."""
+    """Fill the results with the parts, added in a fixed order."""
     G, neurons = partials.results.G, partials.results.totals.numel() - 1
     at_once = min(triton.next_power_of_2(partials.splits), MOST_SPLITS_AT_ONCE)
     sum_splits_kernel[(triton.cdiv(G.numel(), BLOCK_NUMBERS), 3 if partials.sum_u else 2)](

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import ghl_kernels
-from ghl_kernels import dispatch, library
+from ghl_kernels import library
 from ghl_kernels.library import Library
 
 PACKAGES = ("ghl-kernels", "torch", "torchvision", "triton", "numpy", "scikit-learn", "matplotlib")
@@ -70,7 +70,7 @@ def compiled() -> Iterator[str]:
 
 
 def library_line(device: str, module: Any) -> str:
-    found: Library | None = dispatch.library(device)
+    found: Library | None = library.serving(device)
     if found is None or not found.loaded:
         return found.reason or "" if found else "none"
     details = [f"loaded from {found.path}"]
@@ -98,7 +98,7 @@ def devices() -> Iterator[str]:
     yield f"cpu: {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
     if not torch.cuda.is_available():
         yield "cuda: no GPU found"
-    found = dispatch.library("cuda")
+    found = library.serving("cuda")
     for index in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(index)
         line = f"cuda:{index}: {torch.cuda.get_device_name(index)}, sm_{major}{minor}"

@@ -1,6 +1,6 @@
 """What ranks do together: add up tensors in few messages, and make sure that they agree.
 
-Which tensors these are, and when, is `ghl.deferred`'s business.
+Which tensors these are is `ghl.merging`'s business, and when is `ghl.deferred`'s.
 """
 
 from __future__ import annotations
@@ -39,16 +39,22 @@ def buckets(tensors: Sequence[Tensor]) -> Iterator[list[int]]:
 
 
 def add_over_ranks(tensors: list[Tensor], group: Any, wire: torch.dtype | None = None) -> None:
-    """Replace each tensor in the list by its sum over the ranks, sent as dtype `wire`."""
-    sent = []
+    """Replace each tensor in the list by its sum over the ranks, sent as dtype `wire`.
+
+    The list lets go of a tensor as soon as it is in a message.
+    """
+    sent, kinds = [], [(t.shape, t.dtype) for t in tensors]
     for bucket in buckets(tensors):
         flat = torch.cat([tensors[i].flatten().to(wire or tensors[i].dtype) for i in bucket])
+        for i in bucket:
+            tensors[i] = flat[:0]
         sent.append((bucket, flat, dist.all_reduce(flat, group=group, async_op=True)))
     for bucket, flat, work in sent:
         work.wait()
-        parts = flat.split([tensors[i].numel() for i in bucket])
+        parts = flat.split([kinds[i][0].numel() for i in bucket])
         for i, part in zip(bucket, parts, strict=True):
-            tensors[i] = part.view(tensors[i].shape).to(tensors[i].dtype)
+            shape, dtype = kinds[i]
+            tensors[i] = part.view(shape).to(dtype)
 
 
 def check_same(lines: list[str], group: Any) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import compile_ahead, suite
+from bench import compile_ahead, sanitizers, suite
 from bench.suite import Running, Stage, Suite
 from ghl.cli import main as ghl
 
@@ -124,7 +124,43 @@ def test_stages_beside_each_other_take_the_time_of_the_longest(
     status, result = run(tmp_path, stages, monkeypatch)
     assert time.monotonic() - start < 5.5  # and not six
     assert status == 1
-    assert [s["how"] for s in result["stages"]] == ["ok", "failed (1)", "failed (2)"]
+    assert {s["name"]: s["how"] for s in result["stages"]} == {
+        "tests": "ok", "kernels": "failed (1)", "sanitize": "failed (2)",
+    }  # fmt: skip
+
+
+def test_a_limit_holds_beside_a_stage_that_takes_longer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And durations are a stage's own."""
+    limits = {"long": (3, 9), "over": (9, 1), "short": (0.1, 9)}
+    stages = [
+        Stage(name, python(f"import time; time.sleep({sleep})"), limit, beside="checks")
+        for name, (sleep, limit) in limits.items()
+    ]
+    _, result = run(tmp_path, stages, monkeypatch)
+    of = {stage["name"]: stage for stage in result["stages"]}
+    assert of["over"]["how"] == "stopped after 1 s" and of["over"]["seconds"] < 2
+    assert of["short"]["how"] == "ok" and of["short"]["seconds"] < 2.5
+
+
+def test_a_stage_that_is_not_there_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        suite.main(["--stages", "tests,tets"])
+    assert "there is no stage tets" in capsys.readouterr().err
+
+
+def test_results_are_replaced_by_measurements_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OUT", raising=False)
+    monkeypatch.setattr(suite, "ROOT", tmp_path)
+    monkeypatch.setattr(suite, "where", lambda: {"schema": 1, "gpu": "NVIDIA H200"})
+    results = tmp_path / "bench" / "results"
+    suite.main(["--seconds", "30"], lambda *_: [Stage("tests", python(""), 9)])
+    assert not results.exists()
+    suite.main(["--seconds", "30"], lambda *_: [Stage("measure", writes_measured(), 9)])
+    assert (results / "nvidia-h200.json").exists()
 
 
 def test_a_stage_may_begin_when_another_beside_it_ends(
@@ -196,7 +232,7 @@ STATISTICS = """Error: Race reported between Write access at D<T>::describe(int)
 def test_a_sanitizer_is_judged_by_whom_it_blames(
     status: int, log: str, verdict: str, bad: bool
 ) -> None:
-    said, blamed = suite.judge(status, log)
+    said, blamed = sanitizers.judge(status, log)
     assert said.startswith(verdict) and blamed is bad
 
 
@@ -209,8 +245,9 @@ def test_every_sanitizer_is_run_and_told(
         'echo "Race reported in merge_kernel? no: measure_kernel" > "$6"; exit 9\n'
     )
     program.chmod(0o755)
-    monkeypatch.setattr(suite, "tool", lambda name: str(program))
-    assert suite.main(["--sanitize", str(tmp_path)]) == 1
+    monkeypatch.setattr(sanitizers, "tool", lambda: str(program))
+    monkeypatch.setattr(sys, "argv", ["", str(tmp_path)])
+    assert sanitizers.main() == 1
     told = capsys.readouterr().out
     assert "memcheck: no errors" in told
     assert "racecheck: errors in measure_kernel" in told

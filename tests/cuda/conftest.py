@@ -65,7 +65,7 @@ def three_splits(problem: Problem, tile: Tile, device: object) -> tuple[int, int
 @pytest.fixture
 def emulated(emulated_library: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Makes `cuda` an implementation for tensors on a CPU, with three splits of the rows."""
-    monkeypatch.setitem(dispatch._libraries, "cuda", Library(emulated_library, None))
+    monkeypatch.setitem(library._serving, "cuda", Library(emulated_library, None))
     monkeypatch.setattr(dispatch, "cuda_unavailable", lambda *arguments: None)
     monkeypatch.setattr(tiles, "table", lambda device: Table("none", None, ()))
     monkeypatch.setattr(tiles, "nearest", tiles.nearest.__wrapped__)

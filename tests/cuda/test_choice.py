@@ -59,7 +59,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     """Compute capability 9.0, the default architectures, and Triton's entry alone."""
     machine = Machine(monkeypatch)
     monkeypatch.setattr(dispatch, "_warned", set())
-    monkeypatch.setattr(dispatch, "_libraries", {"cuda": Library(Path("some.so"), None)})
+    monkeypatch.setattr(library, "_serving", {"cuda": Library(Path("some.so"), None)})
     monkeypatch.setattr(dispatch, "triton_missing", lambda: None)
     monkeypatch.setattr(dispatch, "interpreted", lambda: False)
     monkeypatch.setattr(tiles, "nearest", tiles.nearest.__wrapped__)
@@ -162,7 +162,7 @@ def test_no_compiled_architecture_fits(machine: Machine) -> None:
 
 
 def test_a_library_that_is_not_loaded(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "_libraries", {"cuda": Library(Path("x.so"), "not built: why")})
+    monkeypatch.setattr(library, "_serving", {"cuda": Library(Path("x.so"), "not built: why")})
     assert choice().name == "triton"
     assert "the CUDA library is not built: why" in forced_error("cuda")
     machine.without_triton()

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from ghl import doctor
-from ghl_kernels import dispatch, library, ops
+from ghl_kernels import library, ops
 from ghl_kernels.library import Library, runs_on
 
 ROOT = Path(__file__).parents[2]
@@ -117,7 +117,7 @@ def test_a_library_for_this_package_is_loaded_and_its_age_noticed(
     assert library.architectures(found) == ("8.0", "9.0a")
     assert "compiled for 8.0 9.0a, none of which" in (library.unfit(found, (10, 0)) or "")
     assert library.unfit(found, (8, 6)) is None
-    monkeypatch.setitem(dispatch._libraries, "cuda", found)
+    monkeypatch.setitem(library._serving, "cuda", found)
     (line,) = (s for s in doctor.compiled() if s.startswith("cuda library"))
     assert "architectures 8.0 9.0a" in line and "from other sources than those beside it" in line
 
@@ -167,7 +167,7 @@ def test_every_overload_that_a_library_implements_is_declared() -> None:
 
 @pytest.fixture
 def compiled() -> Library:
-    found = dispatch.library("cuda")
+    found = library.serving("cuda")
     if found is None or not found.loaded:
         pytest.skip(f"no CUDA library: {found.reason if found else 'unknown'}")
     return found

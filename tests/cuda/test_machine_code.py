@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ghl_kernels import dispatch, library
+from ghl_kernels import library
 
 CHECK = Path(__file__).parents[1] / "csrc" / "check_sm90_sass.py"
 KERNELS = 16  # two dtypes, two tiles, four competitions
@@ -23,7 +23,7 @@ def cuobjdump() -> str | None:
 
 
 def test_every_product_of_wgmma_keeps_its_registers() -> None:
-    compiled = dispatch.library("cuda")
+    compiled = library.serving("cuda")
     if compiled is None or not compiled.loaded:
         pytest.skip("the CUDA library is not built")
     if "9.0a" not in library.architectures(compiled):

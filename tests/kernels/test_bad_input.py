@@ -10,7 +10,7 @@ from cases import Conv, Linear
 from torch import Tensor
 
 import ghl_kernels
-from ghl_kernels import ops
+from ghl_kernels import library, ops
 
 NAMES = ("x", "y", "g", "w")
 LINEAR, CONV = Linear(6, 3, 4), Conv(2, 4, (6, 6), 8, groups=2)
@@ -258,3 +258,35 @@ def test_tensor_of_the_logsumexp() -> None:
         torch.ops.ghl_kernels.logsumexp(torch.ones(3, 2, dtype=torch.int64), 1.0, 1)
     with pytest.raises(TypeError, match=r"^y has layout torch.sparse_coo"):
         torch.ops.ghl_kernels.logsumexp(torch.ones(3, 2).to_sparse(), 1.0, 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"g": torch.randn(1, 4, 3, 3)}, "y and g must have the same shape"),
+        ({"stride": [1]}, "must be pairs"),
+        ({"dilation": [0, 1]}, "too small"),
+        ({"padding": [-1, 0]}, "too small"),
+        ({"groups": 3}, "x and y do not match"),
+        ({"x": torch.randn(2, 2, 3, 3)}, "the kernel reaches beyond x"),
+        ({"G": torch.empty(4, 2, 3, 6)[..., ::2]}, "has gaps"),
+        ({"H0": torch.empty(1, 2, 3, 3).expand(4, 2, 3, 3)}, "has gaps"),
+        ({"totals": torch.empty(4)}, "has 4 elements, needs 5"),
+    ],
+)
+def test_a_call_of_the_compiled_pair_that_would_read_or_write_elsewhere(
+    changes: dict[str, object], reason: str
+) -> None:
+    """By whoever calls the library without the operators' checks."""
+    found = library.serving("cpu")
+    if not (found and found.loaded):
+        pytest.skip("no native kernels")
+    right = {
+        "x": torch.randn(2, 2, 5, 5), "y": torch.randn(2, 4, 3, 3), "g": torch.randn(2, 4, 3, 3),
+        "G": torch.empty(4, 2, 3, 3), "H0": torch.empty(4, 2, 3, 3), "totals": torch.empty(5),
+        "stride": [1, 1], "padding": [0, 0], "dilation": [1, 1], "groups": 1, "competition": 0,
+        "tau": 1.0, "channels_last": False,
+    }  # fmt: skip
+    torch.ops.ghl_kernels.pair.native(**right)
+    with pytest.raises(RuntimeError, match=reason):
+        torch.ops.ghl_kernels.pair.native(**(right | changes))

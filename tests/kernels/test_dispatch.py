@@ -15,7 +15,7 @@ import torch
 from cases import Conv, Linear
 
 import ghl_kernels
-from ghl_kernels import Backend, Problem, Rule, dispatch, library
+from ghl_kernels import Backend, Problem, Rule, dispatch, library, trial
 from ghl_kernels.library import Library
 from ghl_kernels.ops import OPERATORS
 
@@ -26,14 +26,14 @@ LINEAR = Linear(4, 3, 5)
 def no_library(monkeypatch: pytest.MonkeyPatch) -> str:
     """A process in which nothing was compiled; the reason it knows."""
     reason = "not built: a test says so"
-    monkeypatch.setattr(dispatch, "_libraries", {"cpu": Library(Path("absent.so"), reason)})
+    monkeypatch.setattr(library, "_serving", {"cpu": Library(Path("absent.so"), reason)})
     return reason
 
 
 @pytest.fixture
 def some_library(monkeypatch: pytest.MonkeyPatch) -> None:
     """A process in which the CPU library is loaded, as far as the dispatcher knows."""
-    monkeypatch.setattr(dispatch, "_libraries", {"cpu": Library(Path("present.so"), None)})
+    monkeypatch.setattr(library, "_serving", {"cpu": Library(Path("present.so"), None)})
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
@@ -134,7 +134,7 @@ def hopper(compiled: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(trial, "failure", lambda *arguments: None)
     monkeypatch.setattr(trial, "failure_of_sums", lambda *arguments: None)
-    monkeypatch.setattr(dispatch, "_libraries", {})  # of CUDA: tests/cuda/test_choice.py
+    monkeypatch.setattr(library, "_serving", {})  # of CUDA: tests/cuda/test_choice.py
     table = tiles.Table.read(tiles.SHIPPED / "sm90.json")
     monkeypatch.setattr(tiles, "table", lambda device: table)
     monkeypatch.setattr(tiles, "nearest", tiles.nearest.__wrapped__)
@@ -224,6 +224,12 @@ def test_a_choice_is_made_once_but_not_where_it_may_change(
     assert calls(problem()) == 2
     capturing, backend = False, Backend("cuda", "a trial found too little memory")
     assert [calls(problem()), calls(problem())] == [2, 2]
+
+
+def test_a_failure_that_passes_is_told_though_another_came_first() -> None:
+    passing = f"a trial {trial.PASSING}"
+    assert dispatch.why(["wrong", passing, "worse"]) == passing
+    assert dispatch.why(["wrong", "worse"]) == "wrong"
 
 
 def test_float32_takes_tensor_cores_only_where_tf32_is_allowed(hopper: None) -> None:

@@ -13,7 +13,7 @@ import torch
 from cases import LAYOUTS, Conv, Linear, assert_pair
 
 import ghl_kernels
-from ghl_kernels import Rule, dispatch, library
+from ghl_kernels import Rule, library
 from ghl_kernels.rule import CHOICES
 
 LAYERS = {
@@ -28,7 +28,7 @@ LAYERS = {
 @pytest.fixture(params=["avx512", "avx2", "generic"])
 def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
     """Makes the library take one set of kernels, for the duration of a test."""
-    compiled, module = dispatch.library("cpu"), library.introspection()
+    compiled, module = library.serving("cpu"), library.introspection()
     if module is None or compiled is None or not compiled.loaded:
         pytest.skip("no native kernels")
     path = str(compiled.path)
@@ -70,7 +70,7 @@ def test_update(instruction_set: str) -> None:
 
 
 def test_an_unknown_set_is_refused() -> None:
-    compiled, module = dispatch.library("cpu"), library.introspection()
+    compiled, module = library.serving("cpu"), library.introspection()
     if module is None or compiled is None or not compiled.loaded:
         pytest.skip("no native kernels")
     with pytest.raises(ValueError, match="sse9 does not run here"):

@@ -108,3 +108,10 @@ class TestValues:
             torch.softmax(t / 0.5, 1) / 0.5 for t in (y.detach().double(), y.detach())
         )
         assert_near("grad", y.grad, exact, natural, 2.0)
+
+    def test_derivative_of_large_logits(self) -> None:
+        """y / tau has its digits in float32, not in the dtype of y."""
+        y = (20 * torch.randn(6, 9)).to(torch.bfloat16).requires_grad_()
+        logsumexp(y, 0.3).sum().backward()
+        exact = torch.softmax(y.detach().double() / 0.3, 1) / 0.3
+        torch.testing.assert_close(y.grad.double(), exact, rtol=2**-7, atol=1e-6)

@@ -11,7 +11,7 @@ import pytest
 import small_tiles
 import torch
 
-from ghl_kernels import Problem, tiles
+from ghl_kernels import Problem, tiles, tune
 from ghl_kernels.tiles import Entry, Table, Tile
 
 TILE = Tile(16, 16, 16, 4, 2)
@@ -71,6 +71,22 @@ def test_numbers_that_are_loaded_one_by_one_go_to_the_library(
     alike = dataclasses.replace(only, bits=32)
     assert chosen([alike], wide, monkeypatch).strategy == "triton"
     assert chosen([only], linear(64, neurons, channels), monkeypatch, "triton") == only
+
+
+@pytest.mark.parametrize("strategy", [*tiles.BY_TRITON, *tiles.BY_CUDA])
+def test_what_was_measured_of_these_very_sizes_is_taken(
+    strategy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However it loads; where it was computed, or for other sizes, the library is."""
+    known = entry(64, 20, 36, strategy=strategy)
+    monkeypatch.setattr(tiles, "table", lambda device: Table("test", None, (known,)))
+    nearest = tiles.nearest
+    among = tiles.STRATEGIES
+    assert nearest(linear(64, 20, 36), CPU, None, among).strategy == strategy
+    other = nearest(linear(63, 20, 36), CPU, None, among)
+    assert (other.strategy, other.measured) == ("library", False)
+    wide = nearest(linear(64, 24, 40), CPU, None, among).strategy
+    assert wide == (strategy if strategy in tiles.BY_CUDA else "library")
 
 
 def test_only_entries_of_its_kind_and_bits_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,6 +160,16 @@ def test_the_programs_of_a_split(problem: Problem, form: small_tiles.Form, progr
     assert tiles.programs(problem, form.tile(tiles.kind(problem))) == programs
 
 
+@pytest.mark.parametrize(
+    ("channels", "tiles_of_columns"), [(32, 5), (64, 5), (72, 9), (128, 9), (130, 14)]
+)
+def test_columns_in_boxes_of_one_tap(channels: int, tiles_of_columns: int) -> None:
+    """Nine taps of one, two or three boxes of up to 64 channels, two boxes to a tile."""
+    tile = Tile(64, 128, 128, 12, 4, packed=True, box=64)
+    problem = Problem(99, 256, channels, torch.float16, (3, 3))
+    assert tiles.programs(problem, tile) == 2 * tiles_of_columns
+
+
 @shipped
 def test_a_shipped_table_serves_every_kind_of_layer(name: str) -> None:
     """In 16 and, where tensor cores may be used, 32 bits, by Triton's own products."""
@@ -187,6 +213,16 @@ def test_what_a_table_lacks_is_the_architectures(gpu: Path) -> None:
     assert known == {(e.kind, e.bits) for e in shipped}
     tuned = [e for e in read_table(CPU).entries if (e.kind, e.bits) == ("pointwise", 16)]
     assert tuned == [entry(1, 2, 3)]
+    assert tuned[0].measured
+    depthwise = [e for e in read_table(CPU).entries if e.kind == "depthwise"]
+    assert depthwise and not any(e.measured for e in depthwise)
+
+
+def test_a_table_tells_what_of_it_was_measured(tmp_path: Path) -> None:
+    entries = [entry(1, 2, 3), entry(4, 5, 6, measured=False)]
+    tune.write(tmp_path / "table.json", entries, {"gpu": "here"})
+    read = Table.read(tmp_path / "table.json").entries
+    assert [e.measured for e in read] == [True, False]
 
 
 def test_a_gpus_own_shipped_table_is_preferred_to_its_architectures(

@@ -8,6 +8,7 @@ import triton
 
 from ghl_kernels import Problem, tiles, trial
 from ghl_kernels.dispatch import IMPLEMENTATIONS
+from ghl_kernels.splits import Partials
 from ghl_kernels.triton import conv_wgrad, fused
 
 FLOAT = torch.float32
@@ -16,6 +17,8 @@ PROBLEMS = {
     "linear_sums": Problem(1, 20, 33, FLOAT, linear=True, competition="hard", sum_u=True),
     "conv": Problem(1, 18, 20, FLOAT, (3, 3), padded=True),
     "conv_dilated": Problem(1, 18, 20, FLOAT, (3, 2), (2, 1), dilation=(2, 3), channels_last=True),
+    "padded": Problem(1, 18, 20, FLOAT, (1, 1), padded=True),
+    "conv_sums": Problem(1, 18, 20, FLOAT, (3, 3), competition="softhebb", sum_u=True),
     "packed": Problem(1, 9, 3, FLOAT, (3, 3), padded=True),
     "groups": Problem(1, 6, 20, torch.float16, (3, 3), groups=2),
     "depthwise": Problem(1, 2, 1, FLOAT, (3, 3), groups=9, padded=True),
@@ -45,6 +48,8 @@ def test_the_batch_has_the_layers_layout(device: torch.device) -> None:
     assert y.shape == wanted
     (*_, w), _ = trial.small_batch(PROBLEMS["conv"], device)
     assert w.is_contiguous()
+    _, (_, padding, *_) = trial.small_batch(PROBLEMS["padded"], device)
+    assert padding == [1, 1]
 
 
 def test_what_computes_something_else_is_not_taken(
@@ -56,6 +61,21 @@ def test_what_computes_something_else_is_not_taken(
     monkeypatch.setattr(conv_wgrad, "exponent_scale", lambda tau: scale(tau / 2))
     found = trial.disagreement(PROBLEMS["conv"], device, IMPLEMENTATIONS["triton"])
     assert found is not None and "is off from PyTorch's operators by" in found
+
+
+def test_wrong_sums_of_u_are_found_where_they_are_asked_for(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    convolve = fused.conv_wgrad
+
+    def wrong(x: object, y: object, g: object, partials: Partials, *rest: object) -> None:
+        convolve(x, y, g, partials, *rest)  # type: ignore[arg-type]
+        partials.sums.totals[:3] += 100
+
+    monkeypatch.setattr(fused, "conv_wgrad", wrong)
+    found = trial.disagreement(PROBLEMS["conv_sums"], device, IMPLEMENTATIONS["triton"])
+    assert found is not None and "(totals)" in found
+    assert trial.disagreement(PROBLEMS["conv"], device, IMPLEMENTATIONS["triton"]) is None
 
 
 def test_what_does_not_run_is_not_taken(
@@ -88,6 +108,19 @@ def test_a_lack_of_memory_is_not_remembered(
         found = trial.failure(problem, entry, device, IMPLEMENTATIONS["triton"])
     assert found == "a trial of ghl_kernels.triton.fused found too little memory"
     assert trial.failure(problem, entry, device, IMPLEMENTATIONS["triton"]) is None
+
+
+def test_nor_is_it_of_sums(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object) -> None:
+        raise torch.OutOfMemoryError("none left")
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    trial.remembered_of_sums.cache_clear()
+    with monkeypatch.context() as short:
+        short.setattr(fused, "merge", fail)
+        found = trial.failure_of_sums(device, IMPLEMENTATIONS["triton"], "merge")
+    assert found == "a trial of merge by ghl_kernels.triton.fused found too little memory"
+    assert trial.failure_of_sums(device, IMPLEMENTATIONS["triton"], "merge") is None
 
 
 def test_nothing_is_tried_in_a_capture(

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 def command(*words: str) -> str | None:
-    """The first line that a command prints; None if it fails or is not there."""
+    """What a command prints; None if it fails or is not there."""
     try:
         done = subprocess.run(
             words, cwd=ROOT, check=True, capture_output=True, text=True, timeout=20

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import multiprocessing
 import os
 import time
@@ -207,19 +208,25 @@ class Measure:
     ) -> None:
         self.layer, self.mode, self.clock, self.failed = layer, mode, clock, failed
         self.best = float("inf")
-        self.tensors = layer.tensors(MODES[mode], clock.device)
-        self.expected = Expected.of(layer, self.tensors)
+
+    @functools.cached_property
+    def data(self) -> tuple[Tensors, Expected]:
+        """The layer's tensors and what is right: made by the first attempt, which may lack memory
+        for them."""
+        tensors = self.layer.tensors(MODES[self.mode], self.clock.device)
+        return tensors, Expected.of(self.layer, tensors)
 
     def __call__(self, entry: Entry) -> float:
         reason = self.failed.get(compiled_alike(self.layer, self.mode, entry))
         if reason:
             raise RuntimeError(reason)
+        tensors, expected = self.data
         with tiles.use(entry), ghl_kernels.force(entry.strategy), precision(self.mode):
-            G, H0, _ = ours_call(self.layer, self.tensors, "pair")()
-            wrong = wrong_sums(G, H0, self.expected, self.mode)
+            G, H0, _ = ours_call(self.layer, tensors, "pair")()
+            wrong = wrong_sums(G, H0, expected, self.mode)
             if wrong:
                 raise RuntimeError(f"wrong: {wrong}")
-            update = ours_call(self.layer, self.tensors, "update")
+            update = ours_call(self.layer, tensors, "update")
             update()
             quick = self.clock.quick(update)
             if quick > HOPELESS * self.best:
@@ -376,9 +383,7 @@ def tune_gpu(
     failed = compile_all(jobs, SHARE_OF_COMPILING * seconds)
     print(f"compiled {len(jobs)} candidates in {time.monotonic() - start:.0f} s", flush=True)
     left = seconds - (time.monotonic() - start)
-    tuned = tune_layers(layers, attempt, candidates, left, done)
-    tiles.table.cache_clear()
-    tiles.nearest.cache_clear()
-    kernels.remembered.cache_clear()
-    dispatch.unsettle()
-    return tuned, path
+    try:
+        return tune_layers(layers, attempt, candidates, left, done), path
+    finally:  # what was written is another table now
+        dispatch.forget()
