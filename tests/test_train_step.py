@@ -31,7 +31,7 @@ def test_reports_all_three(tmp_path: Path, options: list[str]) -> None:
             "memory_over_bp": ghl["peak_bytes"] / bp["peak_bytes"],
         }
     )
-    assert {"machine", "torch", "commit", "kernel_source_hash"} <= result.keys()
+    assert {"machine", "torch", "commit", "source_hash"} <= result.keys()
 
 
 def test_what_is_left_out_is_not_reported(tmp_path: Path) -> None:

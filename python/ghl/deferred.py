@@ -19,9 +19,19 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ghl import merging, ranks
-from ghl.held import HeldSums, ShardedSums, is_owed, is_sharded
+from ghl.guards import is_update
+from ghl.held import (
+    REPLACED,
+    HeldSums,
+    ShardedSums,
+    capturing,
+    is_owed,
+    is_sharded,
+    note_versions,
+)
 from ghl.layers import Plastic
 from ghl.sums import RawSums
+from ghl_kernels.layout import is_channels_last
 
 _living: weakref.WeakSet[Synchronizer] = weakref.WeakSet()
 _of_weight: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # to a weakref of its handle
@@ -44,8 +54,9 @@ def synchronize(
     puts the updates into `weight.grad`. zero_grad() drops what is held, also without a step.
 
     group: the process group whose ranks hold parts of one batch: that of DistributedDataParallel
-    where `model` is or has one, else the default group. Its ranks must have the same layers.
-        Sharded weights are added up over their own mesh.
+    where `model` is or has one, else the default group. Its ranks must have the same layers, and
+        average the gradients of all weights, as is looked at in the first step. Sharded weights are
+        added up over their own mesh.
     communicate: torch.bfloat16 halves the bytes of H0 on the wire, at a relative error of about
     2⁻⁸ for every rank's summand; totals are sent as they are.
 
@@ -56,24 +67,27 @@ def synchronize(
     no_sync H0 would be sent once too often; and the one hook that DDP takes stays the user's.
 
     Only zero_grad(), `weight.grad = None` and zeroing in place drop what is held: nothing tells of
-    `weight.grad.data.zero_()`. Gradients must not be taken away and added back (as PCGrad does),
-    nor be made by backward(inputs=) or autograd.grad. Over several ranks, remove() comes before
-    another rule, and model.join() is refused: a rank that has joined would not add its sums. Of a
-    CUDA graph, forward, backward and step must be in the same one. Another optimizer's step raises
-    while gradients are held; synchronize with it, when none are, replaces the former.
+    `weight.grad.data.zero_()`. The decay is taken of the weight as it is in the step. Gradients
+    must not be taken away and added back (as PCGrad does), nor be made by backward(inputs=) or
+    autograd.grad. Over several ranks, remove() comes before another rule, and model.join() is
+    refused: a rank that has joined would not add its sums. Of a CUDA graph, forward, backward and
+    step must be in the same one. Another optimizer's step raises while gradients are held;
+    synchronize with it, when none are, replaces the former.
 
     Returns a handle: `remove()` takes the hook off, and the updates are made in backward again.
     Raises ValueError where there is nothing to synchronize, RuntimeError for weights that already
     are, and on all ranks where they differ in layers, dtypes, rules or `communicate`.
     """
-    group = group_of(model, group)
+    wanted, group = group, group_of(model, group)
     weights: dict[str, nn.Parameter] = {}
     try:
         if communicate not in WIRES:
             raise ValueError(f"communicate is {communicate}, must be one of {WIRES}")
         weights = weights_of(model, optimizer)
+        if wanted is None:
+            check_one_group(model, weights)
         found = [
-            f"{name!r}: {tuple(w.shape)} {w.dtype} {model.get_submodule(name).rule}"
+            f"{name!r}: {tuple(w.shape)} {w.dtype} {order_of(w)} {model.get_submodule(name).rule}"
             for name, w in weights.items()
         ] + [f"communicate={communicate}"]
     except (ValueError, RuntimeError) as error:
@@ -87,10 +101,38 @@ def group_of(model: nn.Module, group: Any) -> Any:
     """The process group that shares a batch; None without one."""
     if group is not None or not (dist.is_available() and dist.is_initialized()):
         return group
-    for module in model.modules():
-        if isinstance(module, DistributedDataParallel):
-            return module.process_group
+    for wrapper in wrappers_of(model):
+        return wrapper.process_group
     return dist.group.WORLD
+
+
+def order_of(weight: nn.Parameter) -> str:
+    """The memory order in which a weight's H0 is sent."""
+    return "channels_last" if is_channels_last(weight) else "contiguous"
+
+
+def wrappers_of(model: nn.Module) -> list[DistributedDataParallel]:
+    return [m for m in model.modules() if isinstance(m, DistributedDataParallel)]
+
+
+def check_one_group(model: nn.Module, weights: dict[str, nn.Parameter]) -> None:
+    """Raise ValueError where not one group's ranks average the gradients of all weights."""
+    wrappers = wrappers_of(model)
+    if not wrappers:
+        return
+    if len({id(wrapper.process_group) for wrapper in wrappers}) > 1:
+        raise ValueError(
+            "model has DistributedDataParallel of several process groups, must have one: call "
+            "ghl.synchronize for each of them, with an optimizer of its own"
+        )
+    averaged = {id(p) for wrapper in wrappers for p in wrapper.parameters()}
+    for name, weight in weights.items():
+        if id(weight) not in averaged and not is_sharded(weight):
+            raise ValueError(
+                f"weight of {name!r} is outside of DistributedDataParallel, which averages the "
+                "gradients of others: wrap the whole model, or pass the `group` whose ranks you "
+                "average all gradients over"
+            )
 
 
 def weights_of(model: nn.Module, optimizer: Optimizer) -> dict[str, nn.Parameter]:
@@ -116,6 +158,12 @@ def weights_of(model: nn.Module, optimizer: Optimizer) -> dict[str, nn.Parameter
                 f"weight of {name!r} is synchronized already; call remove() on that handle first"
             )
     return dict(weights.values())
+
+
+def after_all_callbacks(function: Callable[[], None]) -> None:
+    """Have a function called at the end of this backward, behind what DDP and FSDP do there."""
+    queue = torch.autograd.Variable._execution_engine.queue_callback
+    queue(lambda: queue(function))
 
 
 @torch.compiler.disable
@@ -148,11 +196,10 @@ class Synchronizer:
             if (handle := _of_weight.get(weight)) is not None and handle() is not None:
                 handle().remove()
         self._group, self._wire = group, communicate
-        self._wrappers = weakref.WeakSet(
-            m for m in model.modules() if isinstance(m, DistributedDataParallel)
-        )
+        self._wrappers = weakref.WeakSet(wrappers_of(model))
         self._optimizer = weakref.ref(optimizer)
         self._task = -1
+        self._compared = False  # whether ranks were seen to have the same gradients
         ids = {id(weight) for weight in weights.values()}
         self._layers = [
             module
@@ -179,7 +226,10 @@ class Synchronizer:
         self._rules = [(layer, layer.rule) for layer in self._layers]
         _living.add(self)
         watch_optimizers()
-        self._hook = optimizer.register_step_pre_hook(self._before_step)
+        self._hooks = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        ]
 
     def remove(self) -> None:
         """Make updates in backward again. Raises RuntimeError while gradients await a step."""
@@ -189,7 +239,8 @@ class Synchronizer:
                 "optimizer.step() or optimizer.zero_grad() before remove()"
             )
         _living.discard(self)
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
         for weight in self._weights.values():
             RawSums.choose(weight, None)
             _of_weight.pop(weight, None)
@@ -237,6 +288,35 @@ class Synchronizer:
                     "agreed on it: call remove(), set the rule and call ghl.synchronize again, on "
                     "every rank"
                 )
+        if not self._compared and ranks.size(self._group) > 1 and not capturing():
+            self._check_averaged()
+            self._compared = True
+
+    def _check_averaged(self) -> None:
+        """Once: a gradient that only some of the group's ranks averaged is not the sums'."""
+        found = []
+        for name, weight in self._weights.items():
+            if not is_sharded(weight):
+                total = None if weight.grad is None else weight.grad.double().sum().item()
+                found.append(f"{name!r}: a gradient of sum {total}")
+        ranks.check_same(found, self._group, "have averaged the gradients of all weights")
+
+    def _check_lost(self) -> None:
+        """A gradient must not pass for an update because nothing holds its sums any more."""
+        if self._group is None and dist.is_available() and dist.is_initialized():
+            whole = [w for w in self._weights.values() if not is_sharded(w)]
+            if whole and dist.get_world_size() > 1:
+                raise RuntimeError(
+                    "a process group was made after ghl.synchronize, whose sums would not be added "
+                    "up over its ranks: call remove() and ghl.synchronize again, on every rank"
+                )
+        ids = self._ids()
+        for layer in self._layers:
+            weight, rule = layer._parameters.get("weight"), getattr(layer, "_rule", None)
+            if weight is None or id(weight) not in ids or rule is None or rule.gate == "gradient":
+                continue
+            if RawSums.present(weight) is None and is_owed(weight):
+                raise RuntimeError(REPLACED)
 
     def _attach(self) -> None:
         for layer in self._layers:
@@ -259,7 +339,14 @@ class Synchronizer:
         for weight, sums in self._held():
             if sums is arriving or task != self._task:
                 sums.follow(weight, sums is arriving)
+        if task != self._task and not torch.compiler.is_compiling():
+            after_all_callbacks(self._ended)
         self._task = task
+
+    def _ended(self) -> None:
+        """At the end of a backward."""
+        for weight, sums in self._held():
+            sums.ended(weight)
 
     def _held(self) -> list[tuple[nn.Parameter, HeldSums]]:
         """Weights that still have a rule, with their sums."""
@@ -283,6 +370,13 @@ class Synchronizer:
 
         return (itself, closure_and_merge), {k: v for k, v in kwargs.items() if k != "closure"}
 
+    @torch.compiler.disable
+    def _after_step(self, optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
+        """A fused optimizer counts as one who changes gradients, and does not."""
+        for weight in self._weights.values():
+            if weight.grad is not None and is_update(weight.grad):
+                note_versions(weight.grad)
+
     @torch.no_grad()
     def merge(self) -> None:
         """Turn every G that is held into its update, on all ranks together.
@@ -291,12 +385,13 @@ class Synchronizer:
         """
         if ranks.size(self._group) > 1 or any(is_sharded(w) for w in self._weights.values()):
             self._check_ranks()
+        self._check_lost()
         held = self._held()
         for weight, sums in held:
+            sums.before_step(weight)
             sums.check(weight)
         layers = [merging.Layer.of(weight, sums) for weight, sums in held]
         merging.add_up(layers, self._group, self._wire)
-        # A fused optimizer divides all that it is given by the scale of the loss.
-        scale = getattr(self._optimizer(), "grad_scale", None)
+        merging.take_off_scale(self._optimizer())
         for layer, update in merging.updates(layers):
-            layer.put(update if scale is None else update * scale.to(update))
+            layer.put(update)

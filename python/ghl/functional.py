@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ghl.sums import RawSums, as_rows
+from ghl.sums import RawSums, as_rows, check_pair
 from ghl_kernels import Rule
 
 
@@ -103,7 +103,7 @@ class LinearFunction(torch.autograd.Function):
         grad_x = g @ used if needs_x else None
         rows = g.reshape(-1, g.shape[-1])
         grad_b = rows.sum(0) if needs_b else None
-        note_pair(ctx)
+        note_pair(ctx, w)
         with torch.no_grad():
             bias = None if b is None else b.to(x.dtype)
             y = saved_output(ctx, y, lambda: F.linear(x, used, bias))
@@ -152,7 +152,7 @@ class Conv2dFunction(torch.autograd.Function):
             g, x, used, [w.shape[0]], stride, padding, dilation, False, [0, 0], groups,
             [needs_x, is_differentiated(), needs_b],
         )  # fmt: skip
-        note_pair(ctx)
+        note_pair(ctx, w)
         with torch.no_grad():
             bias = None if b is None else b.to(x.dtype)
             y = saved_output(ctx, y, lambda: F.conv2d(x, used, bias, *ctx.geometry))
@@ -180,9 +180,10 @@ def behind_leaves(w: Tensor) -> Tensor:
     return w.view_as(w)
 
 
-def note_pair(ctx: Any) -> None:
+def note_pair(ctx: Any, w: Tensor) -> None:
     """Tell the sums that this backward made a pair: with inputs=, autograd may drop its H0."""
     if ctx.hebbian is not None:
+        check_pair(ctx.hebbian, w)
         ctx.hebbian._ghl_paired = torch._C._current_graph_task_id()
 
 

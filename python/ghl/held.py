@@ -62,7 +62,7 @@ def check_zeroed(grad: Tensor) -> None:
         "call optimizer.zero_grad() after every optimizer.step()"
     )
     grad_here = local(grad)
-    if getattr(grad, "_ghl_versions", None) == versions(grad):  # nobody changed it since
+    if is_unchanged(grad):
         raise RuntimeError(message)
     if grad_here.is_cuda:
         torch._assert_async(~grad_here.any(), message)
@@ -73,6 +73,16 @@ def check_zeroed(grad: Tensor) -> None:
 def versions(grad: Tensor) -> tuple[int, int]:
     """How often a gradient was changed in place: as it is, and as a rank's part of a DTensor."""
     return grad._version, local(grad)._version
+
+
+def note_versions(update: Tensor) -> None:
+    """Let `check_zeroed` and `HeldSums.before_step` know whether somebody changes this update."""
+    update._ghl_versions = versions(update)  # type: ignore[attr-defined]
+
+
+def is_unchanged(update: Tensor) -> bool:
+    """Whether nobody has changed an update since it was handed to the optimizer."""
+    return getattr(update, "_ghl_versions", None) == versions(update)
 
 
 class Taken(NamedTuple):
@@ -179,6 +189,26 @@ class HeldSums(RawSums):
         elif not self._left(grad):  # another, or changed in place: zeroed, perhaps
             if self._reason(weight) is not None and not is_owed(weight):
                 self.drop()
+            self._keep(local(grad).any())
+
+    def ended(self, weight: Tensor) -> None:
+        """At the end of a backward, when DDP and FSDP have written what they averaged."""
+        grad = weight.grad
+        if grad is not None and not is_update(grad):
+            self._versions, self._grad = versions(grad), weakref.ref(grad)
+
+    @torch.no_grad()
+    def before_step(self, weight: Tensor) -> None:
+        """What `follow` finds where no backward has come since: in a step that this rank had no
+        gradient for, an update that was zeroed, and written to by DDP; of a rule that walks without
+        a gradient, one that was zeroed."""
+        grad = weight.grad
+        if grad is None:
+            return
+        if is_update(grad):
+            if not is_unchanged(grad):
+                del grad._ghl_update  # type: ignore[attr-defined]
+        elif self.rule.gate == "hebb" and not self._left(grad):
             self._keep(local(grad).any())
 
     def _left(self, grad: Tensor) -> bool:

@@ -46,9 +46,14 @@ class Plastic(nn.Module):
         """Make or share the sums of the present weight, if it will have an update."""
         weight, sums = self.weight, self._sums
         known = sums if self._summed is weight else None
-        if known is not None and weight.requires_grad and known.serves(weight, self._rule):
+        if known is not None and known.serves(weight, self._rule):
             return  # what they hold is not lost
         self._detach()
+        self._attach_beside()
+
+    def _attach_beside(self) -> None:
+        """The same; sums of another weight that the layer had before stay as they are."""
+        weight = self.weight
         if self._rule.gate == "gradient" or not weight.requires_grad:
             return
         if not weight.is_leaf:
@@ -61,12 +66,14 @@ class Plastic(nn.Module):
         self.__dict__.update(_sums=sums, _summed=weight)
 
     def _detach(self) -> None:
-        sums = self._sums
+        """Sums of the present weight and of the one before, if functional_call had another."""
+        found = {self._sums, RawSums.present(self.weight)}
         self.__dict__.update(_sums=None, _summed=None)
-        if sums is not None:
-            sums.layers.discard(self)
-            if not sums.layers:
-                sums.release()
+        for sums in found:
+            if sums is not None:
+                sums.layers.discard(self)
+                if not sums.layers:
+                    sums.release()
 
     def _collecting(self) -> RawSums | None:
         """The sums this forward is to feed; None where the plain forward is all there is."""
@@ -77,7 +84,10 @@ class Plastic(nn.Module):
         sums = self._sums
         if sums is None or not sums.live or not (sums.sharded or self._summed is self.weight):
             check_whole(self)
-            self._attach()
+            if self._summed is self.weight:
+                self._attach()
+            else:  # for this forward, perhaps: functional_call has another model's weights
+                self._attach_beside()
             sums = self._sums
         return None if self._rule.gate == "sign_only" else sums
 

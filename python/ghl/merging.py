@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from ghl import ranks
 from ghl.guards import is_update, mark_update
-from ghl.held import HeldSums, local, versions
+from ghl.held import HeldSums, local, note_versions
 from ghl.sums import from_rows
 from ghl_kernels import Rule
 from ghl_kernels.composed import gated, sign
@@ -67,7 +67,22 @@ class Layer:
             self.weight.grad = update
         assert self.weight.grad is not None
         mark_update(self.weight.grad)
-        self.weight.grad._ghl_versions = versions(self.weight.grad)  # type: ignore[attr-defined]
+        note_versions(self.weight.grad)
+
+
+def take_off_scale(optimizer: Any) -> None:
+    """Divide gradients by the scale that a GradScaler has a fused optimizer divide by: an update
+    has no such scale, and times it would not be finite in float16."""
+    scale = getattr(optimizer, "grad_scale", None)
+    if scale is None:
+        return
+    alike: dict[torch.device, list[Tensor]] = {}
+    for group in optimizer.param_groups:
+        for grad in (p.grad for p in group["params"] if p.grad is not None):
+            alike.setdefault(local(grad).device, []).append(local(grad))
+    for device, grads in alike.items():
+        torch._foreach_mul_(grads, scale.double().reciprocal().float().to(device))
+    optimizer.grad_scale = None
 
 
 def add_up(layers: Sequence[Layer], group: Any, wire: torch.dtype | None) -> None:

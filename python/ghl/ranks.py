@@ -57,7 +57,10 @@ def add_over_ranks(tensors: list[Tensor], group: Any, wire: torch.dtype | None =
             tensors[i] = part.view(shape).to(dtype)
 
 
-def check_same(lines: list[str], group: Any) -> None:
+AGREED = "have the same layers, dtypes and rules in the same order"
+
+
+def check_same(lines: list[str], group: Any, must: str = AGREED) -> None:
     """Raise on every rank, with the first difference, unless all have the same lines.
 
     A rank that has found an error of its own sends that, so that none waits for it.
@@ -76,6 +79,6 @@ def check_same(lines: list[str], group: Any) -> None:
             )
             if mine != theirs:
                 raise RuntimeError(
-                    "ranks differ, must have the same layers, dtypes and rules in the same order: "
+                    f"ranks differ, must {must}: "
                     f"rank 0 of the group has {mine}; rank {rank} has {theirs}"
                 )

@@ -78,6 +78,7 @@ class RawSums:
         out_channels, *rest = weight.shape
         self.hebbian = number.expand(out_channels, torch.Size(rest).numel()).requires_grad_()
         self.totals = number.expand(out_channels + 1).requires_grad_()
+        self.hebbian._ghl_weight = weakref.ref(weight)  # type: ignore[attr-defined]
 
     @classmethod
     def of(cls, weight: nn.Parameter, rule: Rule, layer: nn.Module) -> RawSums:
@@ -129,8 +130,25 @@ class RawSums:
     def release(self) -> None:
         """Take the hooks off: `weight.grad` is the ordinary gradient again."""
         self.live = False
+        self.hebbian._ghl_released = True  # type: ignore[attr-defined]
         for hook in self._hooks:
             hook.remove()
+
+
+def check_pair(hebbian: Tensor, used: Tensor) -> None:
+    """Raise where a pair's H0 would go to sums that the weight has no more, or in an order of
+    memory that it has no more. hebbian: the leaf of the forward; used: the weight as it was then.
+    """
+    weight = hebbian._ghl_weight()  # type: ignore[attr-defined]
+    if weight is None or hasattr(weight, "device_mesh"):
+        return
+    present = RawSums.present(weight)
+    replaced = getattr(hebbian, "_ghl_released", False) and present is not None
+    if replaced or is_channels_last(weight) != is_channels_last(used):
+        raise RuntimeError(
+            "a layer was synchronized, converted or given another rule between a forward and its "
+            "backward, whose sums would be lost: do that before the forward"
+        )
 
 
 class ImmediateSums(RawSums):
@@ -213,8 +231,13 @@ class ImmediateSums(RawSums):
         )
 
     def _check_complete(self) -> None:
-        """At the end of a backward: a gradient without sums must not pass for an update."""
-        if self._arrived.pop("G", None) is not None:
+        """At the end of a backward: a gradient without sums must not pass for an update.
+
+        That of a weight which its layers have given away is an ordinary one again.
+        """
+        weight = self._weight()
+        owned = any(layer._parameters.get("weight") is weight for layer in self.layers)
+        if self._arrived.pop("G", None) is not None and owned:
             raise RuntimeError(
                 "weight.grad holds an ordinary gradient, because no layer with a rule gave the "
                 "sums for an update: call backward() without inputs=, and use the weight through "

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 import ghl
 
-from .nets import BATCH, STEPS, alone, batch, loss_of, make, sgd
+from .nets import BATCH, STEPS, Branches, alone, batch, loss_of, make, sgd
 from .world import assert_close, assert_equal_on_all_ranks, scenario
 
 
@@ -62,6 +62,16 @@ def train(
             optimizer.step()
     assert_equal_on_all_ranks(list(model.parameters()))
     return list(model.parameters())
+
+
+class OneBranch(Branches):
+    """Only its branch has a rule."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        super().__init__()
+        self.to(torch.float64)
+        ghl.swap(self.branch)
 
 
 @scenario
@@ -232,3 +242,46 @@ def halved_bytes(rank: int, world: int) -> None:
     assert_equal_on_all_ranks(updates)
     error = (updates[1] - updates[0]).abs().max() / updates[0].abs().max()
     assert 0 < error < world * 2**-8, f"relative error {error}"
+
+
+@scenario
+def micro_batches_without_a_gradient(rank: int, world: int) -> None:
+    """Averaged zeros are not gradients that were zeroed: H0 of those images is kept."""
+    share = BATCH // world
+    for rule in ("ghl", "hebb"):
+        model, whole = make("conv", rule), make("conv", rule)
+        wrapped, optimizer = DDP(model), sgd(model)
+        ghl.synchronize(wrapped, optimizer)
+        x, target = batch("conv", 0)
+        target[torch.arange(BATCH) % share < share // 4 * 3] = -100  # which counts for nothing
+        with mock.patch.object(torch.distributed, "is_initialized", lambda: False):
+            loss_of(whole(x), target).backward()
+        own = parts(rank, world, x, target, [share] * world)
+        for piece, wanted in zip(*(t.chunk(4) for t in own), strict=True):
+            loss_of(wrapped(piece), wanted, world).backward()
+        optimizer.step()
+        assert_close([p.grad for p in model.parameters()], [p.grad for p in whole.parameters()])
+
+
+@scenario
+def layers_that_one_rank_alone_uses(rank: int, world: int) -> None:
+    """With gradients that are zeroed in place: DDP writes into what were updates."""
+    for view in (True, False):
+        model, whole = OneBranch(), OneBranch()
+        options = {"find_unused_parameters": True, "gradient_as_bucket_view": view}
+        wrapped, optimizer = DDP(model, **options), sgd(model)
+        ghl.synchronize(wrapped, optimizer)
+        of_whole = sgd(whole)
+        for step in range(3):
+            x, target = batch("branches", step)
+            ranks_of = torch.arange(BATCH) // (BATCH // world)
+            x += torch.where((ranks_of == 0) | (step == 0), 1.0, -1.0).view(-1, 1, 1, 1)
+            with mock.patch.object(torch.distributed, "is_initialized", lambda: False):
+                of_whole.zero_grad()
+                loss_of(whole(x), target).backward()
+                of_whole.step()
+            own = parts(rank, world, x, target, [BATCH // world] * world)
+            optimizer.zero_grad(set_to_none=False)
+            loss_of(wrapped(own[0]), own[1], world).backward()
+            optimizer.step()
+            assert_close(list(model.parameters()), list(whole.parameters()))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -123,6 +124,34 @@ def rule_changed_on_all_ranks(rank: int, world: int) -> None:
         ghl.synchronize(model, optimizer)
         model.first[0].rule = rule
         assert_raises(RuntimeError, r"a layer's rule is.*call remove\(\)", optimizer.step)
+
+
+@scenario
+def gradients_that_nobody_averages(rank: int, world: int) -> None:
+    """On all ranks, once, whatever was forgotten; also where one group averages a part alone."""
+    model = make("conv")
+    optimizer = sgd(model)
+    ghl.synchronize(model, optimizer)
+    x, target = batch("conv", rank)
+    loss_of(model(x), target).backward()
+    message = "ranks differ, must have averaged the gradients of all weights.*'first.0': a gradient"
+    assert_raises(RuntimeError, message, optimizer.step)
+
+
+@scenario
+def weights_that_ddp_does_not_average(rank: int, world: int) -> None:
+    a, b = make("conv"), ghl.Linear(5, 5, dtype=torch.float64)
+    message = "weight of '1' is outside of DistributedDataParallel"
+    model = nn.Sequential(DDP(a), b)
+    assert_raises(ValueError, message, ghl.synchronize, model, sgd(model))
+
+
+@scenario
+def several_groups(rank: int, world: int) -> None:
+    own = [dist.new_group([r]) for r in range(world)][rank]
+    model = nn.Sequential(DDP(make("conv")), DDP(ghl.Linear(5, 5), process_group=own))
+    message = "of several process groups, must have one"
+    assert_raises(ValueError, message, ghl.synchronize, model, sgd(model))
 
 
 @scenario

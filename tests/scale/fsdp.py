@@ -83,6 +83,27 @@ def gradients_zeroed_in_place(rank: int, world: int) -> None:
 
 
 @scenario
+def micro_batches_without_a_gradient(rank: int, world: int) -> None:
+    """As under DDP; for a shard of neurons that are silent as well."""
+    share = BATCH // world
+    for rule in ("ghl", "hebb"):
+        whole = make("conv", rule)
+        x, target = batch("conv", 0)
+        target[torch.arange(BATCH) % share < share // 4 * 3] = -100  # which counts for nothing
+        with mock.patch.object(torch.distributed, "is_initialized", lambda: False):
+            loss_of(whole(x), target).backward()
+        model = shard(make("conv", rule), mesh=init_device_mesh("cpu", (world,)))
+        optimizer = sgd(model)
+        ghl.synchronize(model, optimizer)
+        own = parts(rank, world, x, target, [share] * world)
+        for piece, wanted in zip(*(t.chunk(4) for t in own), strict=True):
+            loss_of(model(piece), wanted, world).backward()
+        optimizer.step()
+        given = [p.grad.full_tensor() for p in model.parameters()]
+        assert_close(given, [p.grad for p in whole.parameters()])
+
+
+@scenario
 def not_resharded_after_forward(rank: int, world: int) -> None:
     assert_close(train(world, rank=rank, reshard_after_forward=False), alone("conv"))
 

@@ -214,3 +214,138 @@ def test_an_optimizer_steps_on_when_the_last_synchronizer_is_gone():
         other(torch.rand(5, 3)).sum().backward()
         optimizer.step()
     another.remove()
+
+
+def teacher(model, copies):
+    """A forward with another model's weights, as of a mean teacher, beside the gradient."""
+    torch.func.functional_call(model, copies, (batch("conv", 0)[0],)).detach()
+
+
+def freeze_and_load(model):
+    model.requires_grad_(False)
+    model.load_state_dict(copy.deepcopy(model.state_dict()))
+    model.to("cpu")
+    model.requires_grad_(True)
+
+
+def replace_for_a_forward(model):
+    layer = model.first[0]
+    weight, layer.weight = layer.weight, nn.Parameter(layer.weight.detach().clone())
+    model(batch("conv", 0)[0])
+    layer.weight = weight
+
+
+def call_with_a_computed_weight(model):
+    computed = {n: p * 1.0 for n, p in model.named_parameters()}
+    with pytest.raises(RuntimeError, match="must be a leaf"):
+        torch.func.functional_call(model, computed, (batch("conv", 0)[0],))
+
+
+BESIDE = {
+    "teacher": lambda model: teacher(model, dict(make("conv").named_parameters())),
+    "copies": lambda model: teacher(model, {n: p.clone().detach().requires_grad_()
+                                            for n, p in model.named_parameters()}),
+    "frozen and loaded": freeze_and_load,
+    "replaced for a forward": replace_for_a_forward,
+    "a computed weight": call_with_a_computed_weight,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BESIDE)
+@pytest.mark.parametrize("when", ["after the forward", "between", "after"])
+def test_what_is_held_outlives_other_weights_of_a_layer(name, when):
+    """And what a forward has begun, with synchronize and without."""
+    if (when, name) == ("after the forward", "frozen and loaded"):
+        pytest.skip("autograd does not let a weight change then")
+    model, optimizer, _ = synchronized()
+    if when == "after the forward":
+        x, target = batch("conv", 0)
+        for given in (model, plain := make("conv")):
+            loss = loss_of(given(x), target)
+            BESIDE[name](given)
+            loss.backward()
+        assert_close(grads(plain), expected())
+    else:
+        halves(model, (lambda: BESIDE[name](model)) if when == "between" else lambda: None)
+        if when == "after":
+            BESIDE[name](model)
+    optimizer.step()
+    assert_close(grads(model), expected())
+
+
+def test_a_layer_that_has_had_other_weights_can_be_plain_again():
+    model = make("conv")
+    BESIDE["teacher"](model)
+    ghl.unswap(model)
+    backward(model, "conv", 0, micro=1)
+    plain = make("conv", "bp")
+    backward(plain, "conv", 0, micro=1)
+    assert_close(grads(model), grads(plain))
+
+
+LOST = {
+    "synchronized": lambda model: ghl.synchronize(model, sgd(model)),
+    "bp and back": lambda model: [setattr(model.first[0], "rule", r) for r in ("bp", "ghl")],
+    "reordered": lambda model: model.to(memory_format=torch.channels_last),
+}
+
+
+@pytest.mark.parametrize("name", LOST)
+@pytest.mark.parametrize("before", [True, False])
+def test_a_change_between_a_forward_and_its_backward_is_an_error(name, before):
+    """Whether the model was synchronized before or not."""
+    if name == "synchronized" and before:
+        pytest.skip("what is synchronized already is another error")
+    model, optimizer, _ = synchronized() if before else (make("conv"), None, None)
+    x, target = batch("conv", 0)
+    loss = loss_of(model(x), target)
+    LOST[name](model)
+    with pytest.raises(RuntimeError, match="between a forward and its backward"):
+        loss.backward()
+    del optimizer
+
+
+def test_micro_batches_without_a_gradient_keep_their_sums():
+    """H0 does not need a gradient."""
+    model, optimizer, _ = synchronized("conv", "hebb")
+    whole = make("conv", "hebb")
+    x, _ = batch("conv", 0)
+    for given, pieces in ((model, 3), (whole, 1)):
+        for piece in x.chunk(pieces):
+            (given(piece) * 0).sum().backward()
+    optimizer.step()
+    assert_close(grads(model), grads(whole))
+
+
+@pytest.mark.parametrize("rule", ["hebb", "ghl"])
+def test_a_batch_that_was_dropped_in_place_moves_nothing(rule):
+    """By zeroing its gradients before the step."""
+    model, optimizer, _ = synchronized("conv", rule, momentum=0.0)
+    before = [p.detach().clone() for p in model.parameters()]
+    backward(model, "conv", 0)
+    optimizer.zero_grad(set_to_none=False)
+    optimizer.step()
+    assert_close(list(model.parameters()), before, 1e-300)
+
+
+def test_float16_weights_stay_finite_whatever_the_scale():
+    """Updates are not multiplied by a scale that float16 does not hold."""
+    model = make("conv", dtype=torch.float16)
+    optimizer = sgd(model, fused=True)
+    ghl.synchronize(model, optimizer)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    x, target = batch("conv", 0, torch.float16)
+    before = [p.detach().clone() for p in model.parameters()]
+    scaler.scale(loss_of(model(x), target, 1e-3)).backward()
+    scaler.step(optimizer)
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert any(not torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
+def test_a_process_group_made_after_synchronize_is_an_error(monkeypatch):
+    model, optimizer, _ = synchronized()
+    backward(model, "conv", 0)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda *group: 2)
+    with pytest.raises(RuntimeError, match=r"a process group was made after ghl\.synch"):
+        optimizer.step()
