@@ -5,6 +5,7 @@ called.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -98,8 +99,8 @@ def train(args: argparse.Namespace) -> int:
 def train_here(args: argparse.Namespace, *, resume: bool) -> None:
     """Train what the arguments say, one rule or several after another."""
     from ghl.recipes.config import DEFAULTS
-    from ghl.recipes.distributed import World
-    from ghl.recipes.train import compare, open_run
+    from ghl.recipes.distributed import World, restarted
+    from ghl.recipes.train import compare, holds_a_run, open_run
     from ghl.recipes.train import train as train_one
 
     given = given_settings(args, exclude=("rule", "out", "resume"))
@@ -112,6 +113,8 @@ def train_here(args: argparse.Namespace, *, resume: bool) -> None:
         given |= {"rule": rules[0]} if rules else {}
         out = args.out or Path("runs") / f"{name}-{given.get('rule', DEFAULTS['rule'])}"
         runs = [open_run(out, given, resume=resume)]
+    if args.resume and not restarted() and not any(holds_a_run(run.out) for run in runs):
+        raise FileNotFoundError(f"--resume: expected a run in {out}, found none")
     World.current().gather(None)  # nobody writes before all have looked
     if len(rules) > 1:
         compare(runs, out)
@@ -241,7 +244,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         return args.command.run(args)
-    except (ValueError, FileNotFoundError, FileExistsError) as error:
+    except BrokenPipeError:  # of `| head`: what is still to be printed has no reader
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ValueError, OSError) as error:
         print(f"ghl: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

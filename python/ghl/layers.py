@@ -127,9 +127,9 @@ class Linear(Plastic, nn.Linear):
         in_features: int,
         out_features: int,
         bias: bool = True,
-        rule: Rule | str = "ghl",
         device: Any = None,
         dtype: Any = None,
+        rule: Rule | str = "ghl",
     ) -> None:
         nn.Linear.__init__(self, in_features, out_features, bias, device, dtype)
         self._set_rule(rule)

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from ghl import ranks
 from ghl.guards import is_update, mark_update
 from ghl.held import HeldSums, local, note_versions
-from ghl.sums import from_rows
+from ghl.sums import from_rows, without_sums
 from ghl_kernels import Rule
 from ghl_kernels.composed import gated, sign
 
@@ -106,6 +106,7 @@ def add_up(layers: Sequence[Layer], group: Any, wire: torch.dtype | None) -> Non
 def check_rows(layers: Sequence[Layer]) -> None:
     """A gradient without sums must not pass for an update; of zeros, the update is zero."""
     bare: dict[torch.device, list[Tensor]] = {}
+    of: dict[torch.device, list[Tensor]] = {}
     for layer in layers:
         if layer.H0 is None or layer.totals is None:
             neurons, rest = layer.G.flatten(1).shape
@@ -113,12 +114,11 @@ def check_rows(layers: Sequence[Layer]) -> None:
             layer.totals = layer.leaves[1].new_zeros(neurons + 1)
         is_bare = (layer.totals[-1] == 0).to(layer.G.device) & layer.G.any()
         bare.setdefault(layer.G.device, []).append(is_bare)
-    if any(torch.stack(flags).any() for flags in bare.values()):  # one wait for all
-        raise RuntimeError(
-            "weight.grad holds an ordinary gradient, because no layer with a rule gave the sums "
-            "for an update: call backward() without inputs=, and use the weight through its layer "
-            "(or give the layer rule='bp')"
-        )
+        of.setdefault(layer.G.device, []).append(layer.weight)
+    for device, flags in bare.items():  # one wait for all of a device
+        found = [w for w, flag in zip(of[device], torch.stack(flags).tolist(), strict=True) if flag]
+        if found:
+            raise RuntimeError(without_sums(found))
 
 
 def updates(layers: Sequence[Layer]) -> Iterator[tuple[Layer, Tensor]]:

@@ -9,7 +9,7 @@ outlive a backward are `ghl.held`.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -52,6 +52,16 @@ def device_of(weight: Tensor) -> torch.device:
     """Where the forward uses the weight; an offloaded shard lies elsewhere."""
     mesh = getattr(weight, "device_mesh", None)
     return weight.device if mesh is None else torch.empty(0, device=mesh.device_type).device
+
+
+def without_sums(weights: Sequence[Tensor]) -> str:
+    """What is said of weights with a gradient that must not pass for an update."""
+    shapes = ", ".join(str(tuple(weight.shape)) for weight in weights)
+    return (
+        f"weight.grad of {shapes} holds an ordinary gradient, because no layer with a rule gave "
+        "the sums for an update: call backward() without inputs=, and use the weight through its "
+        "layer (or give the layer rule='bp', or leave it out of the swap)"
+    )
 
 
 class RawSums:
@@ -237,12 +247,8 @@ class ImmediateSums(RawSums):
         """
         weight = self._weight()
         owned = any(layer._parameters.get("weight") is weight for layer in self.layers)
-        if self._arrived.pop("G", None) is not None and owned:
-            raise RuntimeError(
-                "weight.grad holds an ordinary gradient, because no layer with a rule gave the "
-                "sums for an update: call backward() without inputs=, and use the weight through "
-                "its layer (or give the layer rule='bp')"
-            )
+        if self._arrived.pop("G", None) is not None and weight is not None and owned:
+            raise RuntimeError(without_sums([weight]))
 
     def _arrive(self, name: str, sums: Tensor) -> None:
         """Sums of an earlier backward that never finished are dropped, not mixed in."""

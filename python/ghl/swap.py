@@ -87,12 +87,19 @@ def swap(
 
 
 def unswap(model: nn.Module) -> list[str]:
-    """Turn every ghl layer of `model` back into its torch.nn base, in place; returns names."""
-    plastic = {n: m for n, m in model.named_modules() if type(m) in BASES}
-    for module in plastic.values():
-        forget_rule(module)
-        module.__class__ = BASES[type(module)]
-    return list(plastic)
+    """Turn every ghl layer of `model` back into its torch.nn base, in place; returns names.
+
+    A subclass of one, as a parametrization makes it, keeps its class and gets the rule `bp`.
+    """
+    plastic = [(n, m) for n, m in model.named_modules() if isinstance(m, Plastic)]
+    for _, module in plastic:
+        base = BASES.get(type(module))
+        if base is None:
+            module.rule = "bp"
+        else:
+            forget_rule(module)
+            module.__class__ = base  # type: ignore[assignment]
+    return [name for name, _ in plastic]
 
 
 def forget_rule(layer: Any) -> None:

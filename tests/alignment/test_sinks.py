@@ -61,6 +61,14 @@ def test_csv_is_continued_after_a_kill(tmp_path, reports):
     assert path.read_text() == (tmp_path / "whole" / "alignment.csv").read_text()
 
 
+def test_csv_keeps_what_it_had(tmp_path, reports):
+    write(tmp_path / "whole", reports)
+    write(tmp_path / "twice", reports[:2])
+    write(tmp_path / "twice", reports[2:])
+    for name in ("twice", "whole"):
+        assert len(sinks.read_csv(tmp_path / name / "alignment.csv")) == 12
+
+
 def test_a_file_of_another_kind_is_not_overwritten(tmp_path):
     (tmp_path / "alignment.csv").write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match=r"alignment.csv: expected the columns step, layer"):

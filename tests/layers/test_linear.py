@@ -82,7 +82,7 @@ def test_is_a_linear_with_its_arguments():
     torch.manual_seed(6)
     plain = nn.Linear(IN, OUT, False, "cpu", torch.float64)
     torch.manual_seed(6)
-    layer = ghl.Linear(IN, OUT, False, "hebb", "cpu", torch.float64)
+    layer = ghl.Linear(IN, OUT, False, "cpu", torch.float64, "hebb")
     assert isinstance(layer, nn.Linear)
     assert layer.bias is None
     assert torch.equal(layer.weight, plain.weight)

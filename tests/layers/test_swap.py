@@ -223,3 +223,15 @@ def test_tau_must_be_a_number_or_a_mapping():
     with pytest.raises(TypeError, match=r"tau is '0\.5', must be a number or"):
         ghl.swap(model, tau="0.5")
     assert type(model[0]) is nn.Conv2d
+
+
+def test_unswap_of_parametrized_layers():
+    """Their class is another one, that stays; the rule does not."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Conv2d(1, 4, 3))
+    ghl.swap(model, types=(nn.Linear, nn.Conv2d))
+    nn.utils.parametrize.register_parametrization(model[0], "bias", nn.Tanh())
+    nn.utils.parametrizations.weight_norm(model[1])
+    assert ghl.unswap(model) == ["0", "1"]
+    (3 * model[0](torch.ones(1, 4))).sum().backward()
+    assert model[0].weight.grad.eq(3).all()
+    model[1](torch.ones(1, 1, 4, 4)).sum().backward()

@@ -1,5 +1,9 @@
 """The command line: its sub-commands, and one clear line for every bad input."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -81,6 +85,31 @@ def test_resume_refuses_other_settings(tmp_path, capsys):
     error = capsys.readouterr().err
     assert "--epochs 2 (the run has 1)" in error
     assert "--rule bp (the run has ghl)" in error
+
+
+def test_resume_without_a_run_is_an_error(tmp_path, capsys):
+    assert run("train", "--resume", "--out", tmp_path / "typo") == 2
+    assert capsys.readouterr().err.startswith("ghl: error: --resume: expected a run in ")
+    assert not (tmp_path / "typo").exists()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="of file systems of Unix")
+def test_a_directory_that_cannot_be_made_is_one_line(capsys):
+    assert run("train", *SMALL, "--out", "/dev/null/x") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("ghl: error: ") and "/dev/null/x" in line
+
+
+def test_a_closed_pipe_ends_quietly():
+    command = f"{sys.executable} -m ghl.cli doctor | head -1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=True)
+    assert done.stdout == "installed\n"
+    assert "Traceback" not in done.stderr
+
+
+def test_what_the_rule_trains_is_told(tmp_path, capsys):
+    assert run("train", *SMALL, "--out", tmp_path) == 0
+    assert "ghl trains 3 of 4 layers with 9" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("command", ["train", "eval"])

@@ -81,11 +81,13 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 class Csv:
     """alignment.csv in `directory`, a row for each layer, and with `neurons` one file for those.
 
-    An existing file is continued: rows from step `start` on are dropped, as a resumed run makes
-    them again.
+    An existing file is continued; with `start`, rows from that step on are dropped, as a resumed
+    run makes them again.
     """
 
-    def __init__(self, directory: Path | str, neurons: bool = False, start: int = 0) -> None:
+    def __init__(
+        self, directory: Path | str, neurons: bool = False, start: int | None = None
+    ) -> None:
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         self._layers = continue_csv(directory / LAYERS_CSV, COLUMNS, start)
@@ -104,9 +106,12 @@ class Csv:
             self._neurons.close()
 
 
-def continue_csv(path: Path, columns: Sequence[str], start: int) -> TextIO:
-    """The file opened to append, with the rows before `start` that it had; replaced atomically."""
-    kept = [r for r in read_csv(path) if int(r["step"]) < start] if path.exists() else []
+def continue_csv(path: Path, columns: Sequence[str], start: int | None) -> TextIO:
+    """The file opened to append, with the rows that it had, of steps before `start` if that is
+    given; replaced atomically."""
+    kept = read_csv(path) if path.exists() else []
+    if start is not None:
+        kept = [row for row in kept if int(row["step"]) < start]
     partial = path.with_name(path.name + ".partial")
     with partial.open("w", newline="") as file:
         write_rows(file, [columns, *(list(row.values()) for row in kept)])

@@ -22,7 +22,12 @@ from ghl_kernels import dispatch
 
 def device_of(name: str) -> torch.device:
     """ValueError in one line for a device that is not here."""
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"--device is {name!r}, must be cpu or cuda") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device is {name!r}, must be cpu or cuda")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device is {name!r}, but torch {torch.__version__} finds no GPU here")
     return device

@@ -268,6 +268,8 @@ class Config:
 def check_device(name: str) -> None:
     """Raise a ValueError unless torch can compute on the device of that name here."""
     try:
+        if torch.device(name).type not in ("cpu", "cuda"):
+            raise ValueError(f"--device {name!r}: expected cpu or cuda")
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]

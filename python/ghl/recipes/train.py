@@ -32,13 +32,22 @@ class Run:
     config: Config
 
 
+def held_files(out: Path) -> list[str]:
+    return [name for name in (CONFIG, CHECKPOINT, METRICS) if (out / name).exists()]
+
+
+def holds_a_run(out: Path) -> bool:
+    """Whether there is a run in a directory."""
+    return bool(held_files(out))
+
+
 def open_run(out: Path, given: Mapping[str, Any], *, resume: bool) -> Run:
     """The run that `given` describes, or with `resume` the one that `out` already holds.
 
     Writes nothing. FileExistsError if `out` holds a run that is not to be resumed, ValueError if
     a setting is not valid or not that of the run.
     """
-    held = [name for name in (CONFIG, CHECKPOINT, METRICS) if (out / name).exists()]
+    held = held_files(out)
     if not held:
         if out.exists() and not out.is_dir():
             raise FileExistsError(f"--out {out}: expected a directory, found a file")
@@ -74,6 +83,8 @@ def _to_the_end(run: Run, trainer: Trainer, rows: list[Row]) -> None:
         _epochs(run, trainer, rows, lambda row: None)
         return
     print(f"{config.rule}: {describe(config)}, in {run.out}")
+    if config.rule != "bp":
+        print(f"{config.rule} trains {trainer.share_of_rule()}, backpropagation the others")
     if rows or trainer.step:
         within = f" and {trainer.step} steps" if trainer.step else ""
         print(f"continuing after epoch {len(rows)}{within} of {config.epochs}")

@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 import ghl
+from ghl.layers import Plastic
 from ghl.recipes import models, optimizers
 from ghl.recipes.checkpoint import random_states, restore_random_states, seed_everything
 from ghl.recipes.config import Config
@@ -240,6 +241,13 @@ class Trainer:
         means = totals.means("test", self.world)
         self.test_loader.damage.check(self.world)
         return means
+
+    def share_of_rule(self) -> str:
+        """What the rule trains, as a run tells it."""
+        layers = [m for m in self.model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+        ours = [m for m in layers if isinstance(m, Plastic)]
+        numbers, own = (sum(m.weight.numel() for m in some) for some in (layers, ours))
+        return f"{len(ours)} of {len(layers)} layers with {own / numbers:.1%} of their weights"
 
     def rule_fields(self) -> dict[str, Any]:
         """The four choices of the rule, and its temperature as the settings give it."""
