@@ -18,6 +18,14 @@ from ghl.sums import RawSums
 from ghl_kernels import Rule
 
 
+def is_transformed(x: Tensor) -> bool:
+    """Whether no backward will fill weight.grad: a tracer or a transform of torch.func looks."""
+    if torch.compiler.is_compiling():
+        return False
+    traced = isinstance(x, torch.fx.Proxy) or torch.jit.is_tracing()
+    return traced or torch._C._functorch.peek_interpreter_stack() is not None
+
+
 class Plastic(nn.Module):
     """What a layer with a rule adds to its torch.nn base: the rule and its weight's raw sums.
 
@@ -75,9 +83,9 @@ class Plastic(nn.Module):
                 if not sums.layers:
                     sums.release()
 
-    def _collecting(self) -> RawSums | None:
+    def _collecting(self, x: Tensor) -> RawSums | None:
         """The sums this forward is to feed; None where the plain forward is all there is."""
-        if self._rule.gate == "gradient" or not torch.is_grad_enabled():
+        if self._rule.gate == "gradient" or not torch.is_grad_enabled() or is_transformed(x):
             return None
         if not self.weight.requires_grad:
             return None
@@ -135,7 +143,7 @@ class Linear(Plastic, nn.Linear):
         self._set_rule(rule)
 
     def forward(self, input: Tensor) -> Tensor:
-        sums = self._collecting()
+        sums = self._collecting(input)
         if sums is None:
             return nn.Linear.forward(self, input)
         return functional.linear(input, self.weight, self.bias, sums)
@@ -169,7 +177,7 @@ class Conv2d(Plastic, nn.Conv2d):
         self._set_rule(rule)
 
     def forward(self, input: Tensor) -> Tensor:
-        sums = self._collecting()
+        sums = self._collecting(input)
         if sums is None or input.dim() not in (3, 4):
             return nn.Conv2d.forward(self, input)
         x, padding = self._padded(input if input.dim() == 4 else input[None])

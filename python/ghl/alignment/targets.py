@@ -80,14 +80,17 @@ def find_targets(model: nn.Module) -> list[Target]:
 
 def of_other_kinds(model: nn.Module, targets: Mapping[int, Target]) -> Iterator[Target]:
     """Gaps for layers that multiply too, but in a way of their own: nn.Conv1d, transformers'
-    Conv1D, adapters."""
+    Conv1D, adapters, every weight of an nn.LSTM."""
     for name, module in model.named_modules():
-        weight = module._parameters.get("weight")
-        if weight is None or is_lazy(weight) or isinstance(module, (*LAYERS, *NO_PRODUCTS)):
+        if isinstance(module, (*LAYERS, *NO_PRODUCTS)):
             continue
-        if weight.dim() > 1 and id(weight) not in targets:
-            gap = f"is a {type(module).__name__}, a kind of layer that is not measured"
-            yield Target([name], module, weight, gap, {module: type(module)})
+        gap = f"is a {type(module).__name__}, a kind of layer that is not measured"
+        for parameter, weight in module._parameters.items():
+            if weight is None or not parameter.startswith("weight") or is_lazy(weight):
+                continue
+            if weight.dim() > 1 and id(weight) not in targets:
+                own = name if parameter == "weight" else f"{name}.{parameter}".lstrip(".")
+                yield Target([own], module, weight, gap, {module: type(module)})
 
 
 def attention_weights(

@@ -131,7 +131,10 @@ class Track:
         if self.target.swapped_since():
             return "was swapped after the Monitor was attached: attach it anew"
         if sums.uses == 0 and sums.answered == 0:
-            return "did not run in training (nor in eager mode: torch.compile hides layers)"
+            return (
+                "did not run in training (or is hidden: by torch.compile, or by code that uses its "
+                "weight without it)"
+            )
         if sums.answered == 0:
             return "ran, but no gradient reached its output"
         if self.gathers and not sums.arrived <= sums.accumulated:

@@ -1,0 +1,57 @@
+"""What looks at a network without a backward of its own sees the plain layers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import ghl
+
+
+@pytest.fixture
+def networks() -> tuple[nn.Module, nn.Module, Tensor]:
+    """A network, the same swapped, and an input."""
+    plain, swapped = (
+        nn.Sequential(nn.Conv2d(2, 3, 3), nn.Tanh(), nn.Flatten(), nn.Linear(12, 4))
+        for _ in range(2)
+    )
+    swapped.load_state_dict(plain.state_dict())
+    ghl.swap(swapped, types=(nn.Conv2d, nn.Linear))
+    return plain, swapped, torch.randn(5, 2, 4, 4)
+
+
+def test_fx(networks: tuple[nn.Module, nn.Module, Tensor]) -> None:
+    plain, swapped, x = networks
+    assert torch.equal(torch.fx.symbolic_trace(swapped)(x), plain(x))
+
+
+def test_jit_trace(networks: tuple[nn.Module, nn.Module, Tensor]) -> None:
+    plain, swapped, x = networks
+    assert torch.equal(torch.jit.trace(swapped, x)(x), plain(x))
+
+
+def test_torch_func(networks: tuple[nn.Module, nn.Module, Tensor]) -> None:
+    """Maps over samples, Jacobians and gradients of functions are the plain network's."""
+    plain, swapped, x = networks
+    for transform in (torch.vmap, torch.func.jacrev, torch.func.jacfwd):
+        one = x[:, None] if transform is torch.vmap else x
+        torch.testing.assert_close(transform(swapped)(one), transform(plain)(one))
+
+    def loss(parameters: dict[str, Tensor], model: nn.Module) -> Tensor:
+        return torch.func.functional_call(model, parameters, (x,)).square().sum()
+
+    given, wanted = (
+        torch.func.grad(loss)({n: p.detach() for n, p in model.named_parameters()}, model)
+        for model in (swapped, plain)
+    )
+    torch.testing.assert_close(given, wanted)
+
+
+def test_backward_is_the_rules_afterwards(networks: tuple[nn.Module, nn.Module, Tensor]) -> None:
+    plain, swapped, x = networks
+    torch.func.jacrev(swapped)(x)
+    swapped(x).square().sum().backward()
+    plain(x).square().sum().backward()
+    assert swapped[0].weight.grad.abs().max() == 1
+    assert torch.equal(swapped[0].bias.grad, plain[0].bias.grad)
