@@ -160,6 +160,7 @@ def weights_of(model: nn.Module, optimizer: Optimizer) -> dict[str, nn.Parameter
     return dict(weights.values())
 
 
+@torch.compiler.disable
 def after_all_callbacks(function: Callable[[], None]) -> None:
     """Have a function called at the end of this backward, behind what DDP and FSDP do there."""
     queue = torch.autograd.Variable._execution_engine.queue_callback
@@ -339,7 +340,7 @@ class Synchronizer:
         for weight, sums in self._held():
             if sums is arriving or task != self._task:
                 sums.follow(weight, sums is arriving)
-        if task != self._task and not torch.compiler.is_compiling():
+        if task != self._task:
             after_all_callbacks(self._ended)
         self._task = task
 
@@ -391,7 +392,12 @@ class Synchronizer:
             sums.before_step(weight)
             sums.check(weight)
         layers = [merging.Layer.of(weight, sums) for weight, sums in held]
-        merging.add_up(layers, self._group, self._wire)
+        try:
+            merging.add_up(layers, self._group, self._wire)
+        except BaseException:
+            for _, sums in held:
+                sums.lose()
+            raise
         merging.take_off_scale(self._optimizer())
         for layer, update in merging.updates(layers):
             layer.put(update)

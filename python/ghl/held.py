@@ -6,6 +6,7 @@ sum is stale is decided here; ranks are added up and sums merged in `ghl.merging
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -47,6 +48,13 @@ def local(t: Tensor) -> Tensor:
 def capturing() -> bool:
     """Whether a CUDA graph is being captured."""
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+@torch.compiler.disable
+def in_compiled_autograd() -> bool:
+    """Whether a backward runs that was compiled as a whole, and does not look at leaves again."""
+    module = sys.modules.get("torch._dynamo.compiled_autograd")
+    return getattr(module, "in_compiled_autograd_region", False)
 
 
 def is_owed(weight: Tensor) -> bool:
@@ -218,6 +226,7 @@ class HeldSums(RawSums):
 
     def drop(self) -> None:
         """Forget everything that is held."""
+        self._check_compiled()
         self._half = self.hebbian.grad = self.totals.grad = None
         self._forget()
 
@@ -225,10 +234,24 @@ class HeldSums(RawSums):
         self._incomplete = self._channels_last = None
         self._captured = False
 
+    def _check_compiled(self) -> None:
+        """Raise where it is too late to drop sums."""
+        if self.hebbian.grad is not None and in_compiled_autograd():
+            raise RuntimeError(
+                "compiled autograd has taken up the sums of gradients that were zeroed or changed "
+                "since: after a zero_grad() without a step call remove() on the handle of "
+                "ghl.synchronize, and ghl.synchronize again"
+            )
+
     def _keep(self, condition: Tensor) -> None:
+        self._check_compiled()
         for leaf in (self.hebbian, self.totals):
             if leaf.grad is not None:
                 leaf.grad = leaf.grad.where(condition, 0)
+
+    def lose(self) -> None:
+        """What was taken made no update: the gradient that is held has no sums any more."""
+        self._incomplete = DROPPED
 
     def take(self) -> Taken:
         """What is held; from then on nothing is."""

@@ -80,6 +80,23 @@ def test_compiled_by_inductor():
     assert_close(train(model, optimizer, forward=forward), alone("conv"), 1e-10)
 
 
+@pytest.mark.parametrize("none", [True, False])
+def test_compiled_autograd(none):
+    """Equal; what zero_grad() drops without a step comes too late for it, and is an error."""
+    model, optimizer, handle = synchronized()
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+        assert_close(train(model, optimizer, micro=2), alone("conv"))
+        backward(model, "conv", 7, micro=1)
+        optimizer.zero_grad(set_to_none=none)
+        with pytest.raises(RuntimeError, match="compiled autograd has taken up the sums"):
+            backward(model, "conv", 0, micro=1)
+        optimizer.zero_grad()
+        handle.remove()
+        ghl.synchronize(model, optimizer)
+        backward(model, "conv", 0, micro=2)
+        optimizer.step()
+
+
 def test_compiled_step():
     """Forward, backward and optimizer in one compiled function, which breaks at our hook."""
     model, optimizer, _ = synchronized()

@@ -114,6 +114,25 @@ def test_backward_with_inputs_is_an_error(first):
     assert_close(grads(model), expected())
 
 
+def test_sums_of_a_step_that_raised_are_lost_until_zero_grad():
+    """Another weight's gradient had none."""
+    model, layer = make("conv"), ghl.Linear(3, 3)
+    both = nn.ModuleList([model, layer])
+    optimizer = sgd(both)
+    ghl.synchronize(both, optimizer)
+    halves(model, lambda: layer.weight.sum().backward())
+    with pytest.raises(RuntimeError, match=r"weight.grad of \(3, 3\) holds an ordinary gradient"):
+        optimizer.step()
+    layer.weight.grad = None
+    backward(model, "conv", 0)
+    with pytest.raises(RuntimeError, match="whose sums were not made"):
+        optimizer.step()
+    optimizer.zero_grad()
+    halves(model, lambda: None)
+    optimizer.step()
+    assert_close(grads(model), expected())
+
+
 def test_backward_in_a_graph_and_step_outside_is_an_error(monkeypatch):
     model, optimizer, _ = synchronized()
     monkeypatch.setattr(held, "capturing", lambda: True)
