@@ -90,8 +90,9 @@ def large_arguments(parser: argparse.ArgumentParser) -> None:
 def train(args: argparse.Namespace) -> int:
     """Run `ghl train`, in this process or as one of those that torchrun started."""
     from ghl.recipes.distributed import joined, restarted
+    from ghl.recipes.interrupts import heard
 
-    with joined(args.device):
+    with heard(), joined(args.device):
         train_here(args, resume=args.resume or restarted())
     return 0
 

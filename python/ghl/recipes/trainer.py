@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 import ghl
 from ghl.layers import Plastic
-from ghl.recipes import models, optimizers
+from ghl.recipes import interrupts, models, optimizers
 from ghl.recipes.checkpoint import random_states, restore_random_states, seed_everything
 from ghl.recipes.config import Config
 from ghl.recipes.data import Data, load
@@ -149,6 +149,7 @@ class Trainer:
             for step in range(self.step, self.order.steps):
                 loss = self._train_step(batches, self.order.size(step))
                 self.step = step + 1
+                interrupts.check()
                 if step % REFRESH == 0:
                     value = check_finite("training", loss.item())
                     bar.set_postfix_str(f"loss {value:.4f}{self.pace.text()}")
@@ -234,6 +235,7 @@ class Trainer:
         totals = Totals(self.device)
         with self.average.applied() if self.average else nullcontext():
             for step, (images, classes) in enumerate(self.test_loader):
+                interrupts.check()
                 with self._autocast():
                     outputs = self.model(images)
                 if self.test_loader.order.own(step) and len(classes):
