@@ -32,9 +32,12 @@ quickstart: install
 	$(BIN)/ghl doctor
 	$(TRAIN) --out runs/quickstart-$$(date +%Y%m%d-%H%M%S)
 
-# Files on as many processes as there are cores; a test takes one thread.
+# Files on as many processes as there are cores; a test takes one thread. What takes minutes has a
+# target of its own: tests/compile, and the networks of others.
+OF_OTHERS = tests/scale/test_zoo.py
 test: install lint
-	$(BIN)/python -m pytest -n auto --dist loadfile --ignore tests/compile
+	$(BIN)/python -m pytest -n auto --dist loadfile --ignore tests/compile \
+	    $(addprefix --ignore ,$(OF_OTHERS))
 
 # The CUDA kernels on the host, where every access is checked and every race of threads is found (a
 # forgotten barrier is one); neither Python nor torch takes part.
@@ -59,7 +62,7 @@ test-integrations: install
 	$(BIN)/python -m pip install --quiet -c constraints.txt 'ghl-kernels[train,integrations]'
 	set -e; for example in $(EXAMPLES); do \
 	    echo "$$example"; $(BIN)/python -W ignore examples/$$example.py; done
-	$(BIN)/python -m pytest tests/alignment/test_hugging_face.py
+	$(BIN)/python -m pytest -n auto tests/alignment/test_hugging_face.py $(OF_OTHERS)
 
 lint: install
 	$(BIN)/ruff check .
