@@ -264,12 +264,8 @@ def preferences(here: tuple[str, ...], first: Tensor, problem: Problem) -> Itera
         taken = entry.strategy
         yield taken, entry, reason_of(entry, table) + copied
     if "cuda" in here and taken != "cuda":
-        entry = compiled_entry(problem, first.device)
+        entry = kernels.choose("cuda", problem, first.device)
         yield "cuda", entry, "compiled kernels, their tile by a rule of thumb" + copied
-
-
-def compiled_entry(problem: Problem, device: torch.device) -> Entry:
-    return kernels.choose("cuda", problem, device)
 
 
 def reason_of(entry: Entry, table: tiles.Table) -> str:

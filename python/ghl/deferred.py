@@ -13,12 +13,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ghl import merging, ranks
+from ghl.groups import check_one_group, group_of, wrappers_of
 from ghl.guards import is_update
 from ghl.held import (
     REPLACED,
@@ -97,42 +97,9 @@ def synchronize(
     return Synchronizer(model, weights, optimizer, group, communicate)
 
 
-def group_of(model: nn.Module, group: Any) -> Any:
-    """The process group that shares a batch; None without one."""
-    if group is not None or not (dist.is_available() and dist.is_initialized()):
-        return group
-    for wrapper in wrappers_of(model):
-        return wrapper.process_group
-    return dist.group.WORLD
-
-
 def order_of(weight: nn.Parameter) -> str:
     """The memory order in which a weight's H0 is sent."""
     return "channels_last" if is_channels_last(weight) else "contiguous"
-
-
-def wrappers_of(model: nn.Module) -> list[DistributedDataParallel]:
-    return [m for m in model.modules() if isinstance(m, DistributedDataParallel)]
-
-
-def check_one_group(model: nn.Module, weights: dict[str, nn.Parameter]) -> None:
-    """Raise ValueError where not one group's ranks average the gradients of all weights."""
-    wrappers = wrappers_of(model)
-    if not wrappers:
-        return
-    if len({id(wrapper.process_group) for wrapper in wrappers}) > 1:
-        raise ValueError(
-            "model has DistributedDataParallel of several process groups, must have one: call "
-            "ghl.synchronize for each of them, with an optimizer of its own"
-        )
-    averaged = {id(p) for wrapper in wrappers for p in wrapper.parameters()}
-    for name, weight in weights.items():
-        if id(weight) not in averaged and not is_sharded(weight):
-            raise ValueError(
-                f"weight of {name!r} is outside of DistributedDataParallel, which averages the "
-                "gradients of others: wrap the whole model, or pass the `group` whose ranks you "
-                "average all gradients over"
-            )
 
 
 def weights_of(model: nn.Module, optimizer: Optimizer) -> dict[str, nn.Parameter]:
@@ -391,13 +358,13 @@ class Synchronizer:
         for weight, sums in held:
             sums.before_step(weight)
             sums.check(weight)
-        layers = [merging.Layer.of(weight, sums) for weight, sums in held]
         try:
+            layers = [merging.Layer.of(weight, sums) for weight, sums in held]
             merging.add_up(layers, self._group, self._wire)
+            merging.take_off_scale(self._optimizer())
+            for layer, update in merging.updates(layers):
+                layer.put(update)
         except BaseException:
             for _, sums in held:
                 sums.lose()
             raise
-        merging.take_off_scale(self._optimizer())
-        for layer, update in merging.updates(layers):
-            layer.put(update)

@@ -207,9 +207,11 @@ class HeldSums(RawSums):
 
     @torch.no_grad()
     def before_step(self, weight: Tensor) -> None:
-        """What `follow` finds where no backward has come since: in a step that this rank had no
-        gradient for, an update that was zeroed, and written to by DDP; of a rule that walks without
-        a gradient, one that was zeroed."""
+        """Drop what zeroing in place says to, where no backward has come since to `follow` it.
+
+        An update that was changed is none: DDP writes other ranks' G into it, if this one has no
+        gradient. H0 matters beside a gradient of zeros only to a rule that walks without one.
+        """
         grad = weight.grad
         if grad is None:
             return

@@ -60,7 +60,8 @@ class Plastic(nn.Module):
         self._attach_beside()
 
     def _attach_beside(self) -> None:
-        """The same; sums of another weight that the layer had before stay as they are."""
+        """Have sums of the present weight too. functional_call has other weights for a forward:
+        what is held of those before must outlive that."""
         weight = self.weight
         if self._rule.gate == "gradient" or not weight.requires_grad:
             return
@@ -92,10 +93,7 @@ class Plastic(nn.Module):
         sums = self._sums
         if sums is None or not sums.live or not (sums.sharded or self._summed is self.weight):
             check_whole(self)
-            if self._summed is self.weight:
-                self._attach()
-            else:  # for this forward, perhaps: functional_call has another model's weights
-                self._attach_beside()
+            self._attach_beside()
             sums = self._sums
         return None if self._rule.gate == "sign_only" else sums
 

@@ -140,7 +140,6 @@ class RawSums:
     def release(self) -> None:
         """Take the hooks off: `weight.grad` is the ordinary gradient again."""
         self.live = False
-        self.hebbian._ghl_released = True  # type: ignore[attr-defined]
         for hook in self._hooks:
             hook.remove()
 
@@ -153,7 +152,7 @@ def check_pair(hebbian: Tensor, used: Tensor) -> None:
     if weight is None or hasattr(weight, "device_mesh"):
         return
     present = RawSums.present(weight)
-    replaced = getattr(hebbian, "_ghl_released", False) and present is not None
+    replaced = present is not None and present.hebbian is not hebbian
     if replaced or is_channels_last(weight) != is_channels_last(used):
         raise RuntimeError(
             "a layer was synchronized, converted or given another rule between a forward and its "
