@@ -39,14 +39,12 @@ def in_fresh_process(case: str, implementation: str) -> int:
 def main() -> None:
     import dataclasses
 
-    from bench.cases import CASES
-    from bench.implementations import IMPLEMENTATIONS
+    from bench.cases import CASES, tensors, update
 
-    case, update = CASES[sys.argv[1]], IMPLEMENTATIONS[sys.argv[2]]
-    small = dataclasses.replace(case, batch=1)
-    update(small, *small.tensors())
-    tensors = case.tensors()
-    print(peak_transient(lambda: update(case, *tensors)))
+    layer, name = CASES[sys.argv[1]], sys.argv[2]
+    small = dataclasses.replace(layer, batch=1)
+    update(small, name, tensors(small))()  # loads and compiles
+    print(peak_transient(update(layer, name, tensors(layer))))
 
 
 if __name__ == "__main__":

@@ -10,17 +10,17 @@ import datetime
 import json
 import math
 import platform
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ghl.bench import report
+from ghl.bench.clock import Timing
 from ghl_kernels import library
 
 RESULTS = Path(__file__).parent / "results"
-SCHEMA = 1
 
 
 def machine_name() -> str:
@@ -35,20 +35,17 @@ def machine_name() -> str:
 
 
 def provenance() -> dict[str, Any]:
-    def git(*arguments: str) -> str:
-        command = ["git", *arguments]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-
+    head, dirty = report.commit()
     module = library.introspection()
     return {
-        "schema": SCHEMA,
+        "schema": report.SCHEMA,
         "machine": machine_name(),
         "processor": cpu_model(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "commit": git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(git("status", "--porcelain", "--", "csrc", "ghl_kernels")),
+        "commit": head,
+        "uncommitted_changes": dirty,
         "kernel_source_hash": module.source_hash if module else None,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
@@ -62,19 +59,16 @@ def cpu_model() -> str:
 
 
 def row(benchmark: dict[str, Any]) -> dict[str, Any]:
-    info, times = benchmark["extra_info"], sorted(benchmark["stats"]["data"])
-
-    def percentile(share: float) -> float:
-        return times[round(share * (len(times) - 1))]
-
+    info = benchmark["extra_info"]
+    timing = Timing("wall clock", tuple(sorted(1e3 * t for t in benchmark["stats"]["data"])))
     return {
         **info,
-        "rounds": len(times),
-        "p20_ms": percentile(0.2) * 1e3,
-        "p50_ms": percentile(0.5) * 1e3,
-        "p80_ms": percentile(0.8) * 1e3,
-        "gflops_per_second": info["flops"] / percentile(0.5) / 1e9,
-        "share_of_floor": info["floor_ms"] / (percentile(0.5) * 1e3),
+        "rounds": len(timing.times),
+        "p20_ms": timing.percentile(0.2),
+        "p50_ms": timing.p50,
+        "p80_ms": timing.percentile(0.8),
+        "gflops_per_second": info["flops"] / timing.p50 / 1e6,
+        "share_of_floor": info["floor_ms"] / timing.p50,
     }
 
 
@@ -109,7 +103,7 @@ def main() -> None:
     print_table(rows, summary)
     result = {**provenance(), "summary": summary, "layers": rows}
     path = RESULTS / f"{result['machine']}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    report.write_json(path, result)
     print(f"written to {path}")
 
 

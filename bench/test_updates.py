@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.cases import CASES
-from bench.implementations import IMPLEMENTATIONS
+from bench.cases import CASES, IMPLEMENTATIONS, tensors, update
 from bench.memory import in_fresh_process
 from ghl_kernels import Rule, reference
 
@@ -36,27 +35,30 @@ def matmul_rate() -> float:
 
 
 @pytest.fixture(scope="module", params=CASES)
-def layer(request: pytest.FixtureRequest) -> Any:
-    case = CASES[request.param]
-    tensors = case.tensors()
-    expected = reference.conv2d_update(
-        *(t.double() for t in tensors), Rule(tau=case.tau), padding=case.padding
-    )
-    return case, tensors, expected
+def case(request: pytest.FixtureRequest) -> Any:
+    layer = CASES[request.param]
+    inputs = tensors(layer)
+    exact, rule = (t.double() for t in inputs), Rule(tau=layer.tau)
+    if layer.linear:
+        expected = reference.linear_update(*exact, rule)
+    else:
+        expected = reference.conv2d_update(*exact, rule, padding=layer.padding)
+    return request.param, inputs, expected
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
-def test_update(benchmark: Any, layer: Any, name: str, matmul_rate: float) -> None:
-    case, tensors, expected = layer
-    update = IMPLEMENTATIONS[name]
-    assert_is_the_update(update(case, *tensors), expected)
-    benchmark.group = case.name
+def test_update(benchmark: Any, case: Any, name: str, matmul_rate: float) -> None:
+    case_name, inputs, expected = case
+    layer = CASES[case_name]
+    once = update(layer, name, inputs)
+    assert_is_the_update(once().view_as(expected.update), expected)
+    benchmark.group = case_name
     benchmark.extra_info.update(
-        case=case.name,
+        case=case_name,
         implementation=name,
-        flops=case.flops,
-        bytes=case.bytes,
-        floor_ms=case.flops / matmul_rate * 1e3,
-        peak_transient_bytes=in_fresh_process(case.name, name),
+        flops=layer.flops,
+        bytes=layer.bytes(torch.float32.itemsize),
+        floor_ms=layer.flops / matmul_rate * 1e3,
+        peak_transient_bytes=in_fresh_process(case_name, name),
     )
-    benchmark.pedantic(update, (case, *tensors), rounds=ROUNDS, warmup_rounds=1)
+    benchmark.pedantic(once, rounds=ROUNDS, warmup_rounds=1)

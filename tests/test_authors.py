@@ -10,36 +10,35 @@ import torch.nn.functional as F
 from torch import nn
 
 import ghl
-from bench import baselines
-from bench.cases import DEEPHEBB, Case
-from bench.implementations import IMPLEMENTATIONS
+from bench import baselines, cases
+from ghl.bench.layers import Layer
 from ghl.recipes.hebbnets import DeepHebb
 from ghl_kernels import Rule, reference
 
 TAUS = {"conv1": 1.0, "conv2": 1 / 0.65, "conv3": 4.0}
 
 
-@pytest.fixture(params=DEEPHEBB, ids=lambda case: case.name)
-def case(request: pytest.FixtureRequest) -> Case:
-    return dataclasses.replace(request.param, batch=2)
+@pytest.fixture(params=cases.DEEPHEBB)
+def layer(request: pytest.FixtureRequest) -> Layer:
+    return dataclasses.replace(cases.DEEPHEBB[request.param], batch=2)
 
 
-def test_reference_is_the_published_rule(case: Case) -> None:
+def test_reference_is_the_published_rule(layer: Layer) -> None:
     """In float64 both formulations agree to rounding, signs included."""
-    x, y, g, w = (t.double() for t in case.tensors())
-    y = F.conv2d(x, w, padding=case.padding)
-    published = baselines.authors(x, y, g, w, case.padding, case.tau)
-    ours = reference.conv2d_update(x, y, g, w, Rule(tau=case.tau), padding=case.padding).update
+    x, y, g, w = (t.double() for t in cases.tensors(layer))
+    y = F.conv2d(x, w, padding=layer.padding)
+    published = baselines.authors(x, y, g, w, layer.padding, layer.tau)
+    ours = reference.conv2d_update(x, y, g, w, Rule(tau=layer.tau), padding=layer.padding).update
     torch.testing.assert_close(ours, published, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["ghl", "ghl.composed", "natural", "trick"])
-def test_every_implementation_gives_the_published_update(case: Case, name: str) -> None:
+def test_every_implementation_gives_the_published_update(layer: Layer, name: str) -> None:
     """In float32: magnitudes everywhere, signs where rounding cannot have decided them."""
-    tensors = case.tensors()
-    exact = baselines.authors(*(t.double() for t in tensors), case.padding, case.tau)
-    G = baselines.weight_gradient(*(tensors[i].double() for i in (0, 2, 3)), case.padding)
-    update = IMPLEMENTATIONS[name](case, *tensors)
+    tensors = cases.tensors(layer)
+    exact = baselines.authors(*(t.double() for t in tensors), layer.padding, layer.tau)
+    G = baselines.weight_gradient(*(tensors[i].double() for i in (0, 2, 3)), layer.padding)
+    update = cases.update(layer, name, tensors)()
     torch.testing.assert_close(update.abs().double(), exact.abs(), rtol=1e-3, atol=1e-5)
     certain = (G.abs() > 1e-4 * G.abs().amax()) & (exact.abs() > 1e-5)
     assert torch.equal(update.sign()[certain], exact.sign()[certain].float())
