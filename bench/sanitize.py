@@ -42,11 +42,10 @@ MODES = {"cuda": "bfloat16", "cpu": "float32"}  # the interpreter's bfloat16 pro
 
 def truth(layer: Layer, tensors: tuple[Tensor, ...], competition: str) -> Expected:
     """G and H0 of a layer by PyTorch's operators in float32."""
-    operator, geometry = operator_of(layer)
+    x, y, g, w = (t.float() for t in tensors)
     with precision("float32"):
-        G, H0, _ = getattr(composed, operator)(
-            *(t.float() for t in tensors), *geometry, competition, layer.tau, True
-        )
+        problem = layer.problem(x, y, g, w, competition)
+        G, H0, _ = composed.pair(problem, x, y, g, w, layer.tau)
     return Expected(G, H0, update=G)
 
 

@@ -7,12 +7,12 @@ weight gradient is one library call. Arguments are already checked.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ghl_kernels.checks import sum_dtype
+from ghl_kernels.problem import Problem
 
 Triple = tuple[Tensor, Tensor, Tensor]
 Triples = tuple[list[Tensor], list[Tensor], list[Tensor]]
@@ -54,40 +54,27 @@ def like_weight(sums: Tensor, w: Tensor) -> Tensor:
     return torch.empty_like(w, dtype=sum_dtype(sums.dtype)).copy_(sums)
 
 
-def linear_pair(
-    x: Tensor, y: Tensor, g: Tensor, w: Tensor, competition: str, tau: float, sum_u: bool = True
-) -> Triple:
-    u = compete(y, competition, tau)
-    G, H0 = (like_weight(signal.T @ x, w) for signal in (g, u))
-    return G, H0, totals(u, x.shape[0], sum_u)
+def weight_gradient(problem: Problem, signal: Tensor, x: Tensor, w: Tensor) -> Tensor:
+    """signalᵀx, in the dtype of x; of w only the shape and the memory order are read."""
+    if problem.linear:
+        return signal.T @ x
+    return torch.ops.aten.convolution_backward(
+        signal, x, torch.empty_like(w, dtype=x.dtype), None,
+        problem.stride, problem.padding, problem.dilation, False, [0, 0], problem.groups,
+        [False, True, False],
+    )[1]  # fmt: skip
 
 
-def conv2d_pair(
-    x: Tensor,
-    y: Tensor,
-    g: Tensor,
-    w: Tensor,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    competition: str,
-    tau: float,
-    sum_u: bool = True,
-) -> Triple:
-    rows = y.numel() // y.shape[1]
-    if rows == 0:
+def sums(problem: Problem, x: Tensor, u: Tensor, g: Tensor, w: Tensor) -> Triple:
+    """The pair from a u that is stored."""
+    G, H0 = (like_weight(weight_gradient(problem, signal, x, w), w) for signal in (g, u))
+    return G, H0, totals(u, problem.rows, problem.sum_u)
+
+
+def pair(problem: Problem, x: Tensor, y: Tensor, g: Tensor, w: Tensor, tau: float) -> Triple:
+    if problem.rows == 0:
         return no_rows(w, sum_dtype(x.dtype))
-    u = compete(y, competition, tau)
-    shape = torch.empty_like(w, dtype=x.dtype)  # of the weight, nothing else is read
-
-    def wgrad(signal: Tensor) -> Tensor:
-        return torch.ops.aten.convolution_backward(
-            signal, x, shape, None, stride, padding, dilation, False, [0, 0], groups,
-            [False, True, False],
-        )[1]  # fmt: skip
-
-    return like_weight(wgrad(g), w), like_weight(wgrad(u), w), totals(u, rows, sum_u)
+    return sums(problem, x, compete(y, problem.competition, tau), g, w)
 
 
 def merge(
@@ -153,24 +140,18 @@ def foreach_merge(
     return layer_by_layer(merge, (G, H0, totals, w), decay, gate, normalize)
 
 
-def updates(
-    linear_pair: Callable[..., Triple],
-    conv2d_pair: Callable[..., Triple],
-    merge: Callable[..., Triple],
-) -> tuple[Callable[..., Triple], Callable[..., Triple]]:
-    """linear_update and conv2d_update of an implementation: a pair with the merge as epilogue."""
+def update_of(pair: Callable[..., Triple], merge: Callable[..., Triple]) -> Callable[..., Triple]:
+    """The update of an implementation: its pair, with its merge as epilogue."""
 
-    def of(pair: Callable[..., Triple]) -> Callable[..., Triple]:
-        def update(*arguments: Any) -> Triple:
-            (x, _, _, w, *_), choices = arguments[:-3], arguments[-3:]
-            sums = pair(*arguments[:-3], sum_u=choices[0] == "instar")
-            # w as the forward used it, the update in the dtype of w
-            result, neurons, layer = merge(*sums, w.to(x.dtype), *choices, overwrite=True)
-            return result.to(w.dtype), neurons, layer
+    def update(
+        problem: Problem, x: Tensor, y: Tensor, g: Tensor, w: Tensor, tau: float, *choices: str
+    ) -> Triple:
+        # w as the forward used it, the update in the dtype of w
+        sums = pair(problem, x, y, g, w, tau)
+        result, neurons, layer = merge(*sums, w.to(x.dtype), *choices, overwrite=True)
+        return result.to(w.dtype), neurons, layer
 
-        return update
-
-    return of(linear_pair), of(conv2d_pair)
+    return update
 
 
-linear_update, conv2d_update = updates(linear_pair, conv2d_pair, merge)
+update = update_of(pair, merge)

@@ -76,17 +76,13 @@ class Fold:
     def folded(self, held: int = 0) -> Problem:
         """The convolution of many channels; `held`: bytes of the buffer.
 
-        Of padded images, which those in the buffer are, even if its kernel has one tap: its rows
-        overlap, and no matrix has them.
+        Its padding is in the buffer, whose patches overlap even if its kernel has one tap.
         """
         return dataclasses.replace(
             self.problem, channels=self.taps * self.pixel, kernel_size=(self.kernel_height, 1),
-            stride=(1, 1), dilation=self.dilation, padded=True, channels_last=True, held=held,
+            stride=(1, 1), padding=(0, 0), dilation=self.dilation, channels_last=True,
+            overlapping=True, held=held,
         )  # fmt: skip
-
-    def pairs(self) -> tuple[list[int], list[int], list[int]]:
-        """Stride, padding and dilation of the convolution of many channels."""
-        return [1, 1], [0, 0], list(self.dilation)
 
     def shape(self, batch: int, out_size: tuple[int, int]) -> Shape:
         """The buffer's: what the output positions read, and a width that keeps rows at multiples
@@ -125,7 +121,7 @@ class Fold:
         return layout.like_weight(kernel[:, :, :height], w, torch.float32)
 
 
-def fold_images(x: Tensor, shape: Shape, padding: list[int]) -> Tensor:
+def fold_images(x: Tensor, shape: Shape, padding: tuple[int, int]) -> Tensor:
     """x (N, C, H, W) in a buffer of this shape, by PyTorch's operators: zeros everywhere, and one
     copy for each of stride_h rows."""
     _, rows, width, stride_h, _ = shape

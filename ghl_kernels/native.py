@@ -14,7 +14,8 @@ from torch import Tensor
 from ghl_kernels import composed
 from ghl_kernels.checks import sum_dtype
 from ghl_kernels.compiled import code, logsumexp_by
-from ghl_kernels.layout import empty_rows, in_order_of, is_channels_last, like_weight
+from ghl_kernels.layout import empty_rows, in_order_of, like_weight
+from ghl_kernels.problem import Problem
 
 Triple = tuple[Tensor, Tensor, Tensor]
 
@@ -22,38 +23,17 @@ Triple = tuple[Tensor, Tensor, Tensor]
 logsumexp = logsumexp_by("native")
 
 
-def linear_pair(
-    x: Tensor, y: Tensor, g: Tensor, w: Tensor, competition: str, tau: float, sum_u: bool = True
-) -> Triple:
-    x, y, g = (t[:, :, None, None] for t in (x, y, g))
-    pair = conv2d_pair(x, y, g, w[:, :, None, None], [1, 1], [0, 0], [1, 1], 1, competition, tau)
-    return (
-        like_weight(pair[0].flatten(1), w, pair[0].dtype),
-        like_weight(pair[1].flatten(1), w, pair[1].dtype),
-        pair[2],
-    )
-
-
-def conv2d_pair(
-    x: Tensor,
-    y: Tensor,
-    g: Tensor,
-    w: Tensor,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    competition: str,
-    tau: float,
-    sum_u: bool = True,
-) -> Triple:
-    """`sum_u` is not asked: the kernels have the sums of u at no cost."""
+def pair(problem: Problem, x: Tensor, y: Tensor, g: Tensor, w: Tensor, tau: float) -> Triple:
+    """Sums of u come at no cost, asked for or not."""
     dtype = sum_dtype(x.dtype)
     G, H0 = empty_rows(w, dtype), empty_rows(w, dtype)
     totals = torch.empty(w.shape[0] + 1, dtype=dtype, device=w.device)
+    images = (t[:, :, None, None] for t in (x, y, g)) if problem.linear else (x, y, g)
+    weights = (t[:, :, None, None] for t in (G, H0)) if problem.linear else (G, H0)
     torch.ops.ghl_kernels.pair.native(
-        x, y, g, G, H0, totals, stride, padding, dilation, groups,
-        code("competition", competition), tau, is_channels_last(w),
+        *images, *weights, totals,
+        problem.stride, problem.padding, problem.dilation, problem.groups,
+        code("competition", problem.competition), tau, problem.channels_last,
     )  # fmt: skip
     return like_weight(G, w, dtype), like_weight(H0, w, dtype), totals
 
@@ -94,4 +74,4 @@ def foreach_merge(
     return composed.layer_by_layer(merge, (G, H0, totals, w), decay, gate, normalize)
 
 
-linear_update, conv2d_update = composed.updates(linear_pair, conv2d_pair, merge)
+update = composed.update_of(pair, merge)

@@ -20,6 +20,7 @@ from ghl_kernels.rule import CHOICES, check_choice
 Triple = tuple[Tensor, Tensor, Tensor]
 Tensors = Sequence[Tensor]
 Triples = tuple[list[Tensor], list[Tensor], list[Tensor]]
+Geometry = tuple[Sequence[int], Sequence[int], Sequence[int], int]  # stride to groups
 
 ACTIVATIONS = "Tensor x, Tensor y, Tensor g, Tensor w"
 GEOMETRY = "int[2] stride, int[2] padding, int[2] dilation, int groups"
@@ -75,17 +76,33 @@ def logsumexp(y: Tensor, tau: float, dim: int) -> Tensor:
     return dispatch.implementation("logsumexp", y).logsumexp(y, tau, dim)
 
 
+def linear_layer(
+    x: Tensor, y: Tensor, g: Tensor, w: Tensor, competition: str, tau: float, sum_u: bool
+) -> Problem:
+    """What implementations are told of a linear layer, once its arguments are checked."""
+    checks.check_linear(x, y, g, w)
+    check_rule(competition=competition, tau=tau)
+    return Problem.of_linear(x, w, competition, sum_u)
+
+
+def convolution(
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor],
+    geometry: Geometry,
+    competition: str,
+    tau: float,
+    sum_u: bool,
+) -> Problem:
+    """The same of a convolution."""
+    checks.check_conv2d(*tensors, *geometry)
+    check_rule(competition=competition, tau=tau)
+    return Problem.of_conv2d(*tensors, *geometry, competition, sum_u)
+
+
 def linear_pair(
     x: Tensor, y: Tensor, g: Tensor, w: Tensor, competition: str, tau: float, sum_u: bool = True
 ) -> Triple:
-    """`sum_u`: whether sums of u are wanted, which only `instar` needs; else only the last of the
-    totals, the number of rows, means anything."""
-    checks.check_linear(x, y, g, w)
-    check_rule(competition=competition, tau=tau)
-    implementation = dispatch.implementation(
-        "linear_pair", x, Problem.of_linear(x, w, competition, sum_u)
-    )
-    return implementation.linear_pair(x, y, g, w, competition, tau, sum_u)
+    problem = linear_layer(x, y, g, w, competition, tau, sum_u)
+    return dispatch.implementation("linear_pair", x, problem).pair(problem, x, y, g, w, tau)
 
 
 def conv2d_pair(
@@ -101,14 +118,9 @@ def conv2d_pair(
     tau: float,
     sum_u: bool = True,
 ) -> Triple:
-    """`sum_u`: whether sums of u are wanted, which only `instar` needs; else only the last of the
-    totals, the number of rows, means anything."""
-    checks.check_conv2d(x, y, g, w, stride, padding, dilation, groups)
-    check_rule(competition=competition, tau=tau)
-    problem = Problem.of_conv2d(x, y, g, w, stride, padding, dilation, groups, competition, sum_u)
-    return dispatch.implementation("conv2d_pair", x, problem).conv2d_pair(
-        x, y, g, w, stride, padding, dilation, groups, competition, tau, sum_u
-    )
+    geometry = stride, padding, dilation, groups
+    problem = convolution((x, y, g, w), geometry, competition, tau, sum_u)
+    return dispatch.implementation("conv2d_pair", x, problem).pair(problem, x, y, g, w, tau)
 
 
 def merge(
@@ -140,12 +152,10 @@ def linear_update(
     gate: str,
     normalize: str,
 ) -> Triple:
-    checks.check_linear(x, y, g, w)
-    check_rule(competition=competition, tau=tau, decay=decay, gate=gate, normalize=normalize)
-    implementation = dispatch.implementation(
-        "linear_update", x, Problem.of_linear(x, w, competition, decay == "instar")
-    )
-    return implementation.linear_update(x, y, g, w, competition, tau, decay, gate, normalize)
+    problem = linear_layer(x, y, g, w, competition, tau, decay == "instar")
+    check_rule(decay=decay, gate=gate, normalize=normalize)
+    implementation = dispatch.implementation("linear_update", x, problem)
+    return implementation.update(problem, x, y, g, w, tau, decay, gate, normalize)
 
 
 def conv2d_update(
@@ -163,14 +173,11 @@ def conv2d_update(
     gate: str,
     normalize: str,
 ) -> Triple:
-    checks.check_conv2d(x, y, g, w, stride, padding, dilation, groups)
-    check_rule(competition=competition, tau=tau, decay=decay, gate=gate, normalize=normalize)
-    problem = Problem.of_conv2d(
-        x, y, g, w, stride, padding, dilation, groups, competition, decay == "instar"
-    )
-    return dispatch.implementation("conv2d_update", x, problem).conv2d_update(
-        x, y, g, w, stride, padding, dilation, groups, competition, tau, decay, gate, normalize
-    )
+    geometry = stride, padding, dilation, groups
+    problem = convolution((x, y, g, w), geometry, competition, tau, decay == "instar")
+    check_rule(decay=decay, gate=gate, normalize=normalize)
+    implementation = dispatch.implementation("conv2d_update", x, problem)
+    return implementation.update(problem, x, y, g, w, tau, decay, gate, normalize)
 
 
 def fake_logsumexp(y: Tensor, tau: float, dim: int) -> Tensor:

@@ -7,7 +7,6 @@ Which kernels fill the sums is an implementation's; nothing here launches one.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -21,67 +20,62 @@ from ghl_kernels.splits import Partials
 from ghl_kernels.tiles import Tile
 
 
-class Geometry(NamedTuple):
-    """Stride, padding and dilation of a convolution, and the size of its output."""
-
-    pairs: tuple[list[int], list[int], list[int]]
-    out_size: tuple[int, int]
-
-
 class Task(NamedTuple):
-    """A layer as the kernels take it: tensors are x, y and g, a rule its competition, tau and
-    whether sums of u are wanted; results are like w."""
+    """A layer as the kernels take it.
+
+    x: a matrix (M, C), or the images of a convolution that is not pointwise. y, g: matrices (M, K).
+    out_size: the height and width of an image of y. competition: linear where y is a stored u.
+    """
 
     problem: Problem
     tile: Tile
-    tensors: tuple[Tensor, Tensor, Tensor]
-    rule: tuple[str, float, bool]
-    w: Tensor
+    x: Tensor
+    y: Tensor
+    g: Tensor
+    competition: str
+    tau: float
+    out_size: tuple[int, int] = (1, 1)
+
+
+Fill = Callable[[Task, Partials], None]
 
 
 class Kernels(NamedTuple):
     """What an implementation brings.
 
     tile: the one for a problem on the device of w, and of its strategy. signal: y as a matrix, and
-    its competition, as the kernels take them. linear: fills partials from the matrices x, y and g.
-    conv: the same from x (N, C, H, W) in any layout, and a geometry. sum_splits: see Partials.
-    folds: whether a problem is folded for a tile. fold: copies x for that, as fold.fold_images.
+    its competition, as the kernels take them. linear, conv: fill partials of matrices, and of
+    images in any layout. sum_splits: see Partials. folds: whether a problem is folded for a tile.
+    fold: copies x for that, as fold.fold_images.
     """
 
     tile: Callable[[Problem, Tensor], Tile]
     signal: Callable[[Tensor, str, float], tuple[Tensor, str]]
-    linear: Callable[..., None]
-    conv: Callable[..., None]
+    linear: Fill
+    conv: Fill
     sum_splits: Callable[[Partials], None]
     folds: Callable[[Problem, Tile], bool]
     fold: Callable[..., Tensor]
 
-    def run(self, task: Task, fill: Callable[..., None]) -> Triple:
+    def run(self, task: Task, w: Tensor, fill: Fill) -> Triple:
         """What `fill` makes of a task, in the shape and strides of w."""
-        problem, tile, tensors, (competition, tau, sum_u), w = task
-        partials = Partials.empty(problem, tile, w, sum_u)
-        fill(*tensors, partials, problem, competition, tau, tile)
+        partials = Partials.empty(task.problem, task.tile, w)
+        fill(task, partials)
         return partials.finish(w, self.sum_splits)
 
-    def convolve(self, task: Task, geometry: Geometry) -> Triple:
-        """The pair of x (N, C, H, W) and the matrices y and g."""
-        return self.run(task, functools.partial(self.conv, geometry))
-
-    def convolve_few(self, task: Task, geometry: Geometry) -> Triple:
-        """The same of a layer that is folded; gathered where that would be too large."""
-        (x, y, g), w, fold = task.tensors, task.w, Fold.of(task.problem)
-        shape = fold.shape(x.shape[0], geometry.out_size)
+    def convolve_few(self, task: Task, w: Tensor) -> Triple:
+        """The pair of a layer that is folded; gathered where that would be too large."""
+        fold = Fold.of(task.problem)
+        shape = fold.shape(task.x.shape[0], task.out_size)
         if not fold.fits(shape):
             gathering = dataclasses.replace(task.tile, packed=True)
-            return self.convolve(task._replace(tile=gathering), geometry)
-        buffer = self.fold(x, shape, geometry.pairs[1])
-        images = fold.images(buffer, geometry.out_size)
+            return self.run(task._replace(tile=gathering), w, self.conv)
+        buffer = self.fold(task.x, shape, task.problem.padding)
         folded = task._replace(
             problem=fold.folded(held=buffer.numel() * buffer.element_size()),
-            tensors=(images, y, g),
-            w=fold.weight(w),
+            x=fold.images(buffer, task.out_size),
         )
-        G, H0, totals = self.convolve(folded, Geometry(fold.pairs(), geometry.out_size))
+        G, H0, totals = self.run(folded, fold.weight(w), self.conv)
         return fold.unfolded(G, w), fold.unfolded(H0, w), totals
 
 
@@ -90,45 +84,22 @@ def as_it_lies(y: Tensor, competition: str, tau: float) -> tuple[Tensor, str]:
     return layout.as_matrix(y), competition
 
 
-def pairs(kernels: Kernels) -> tuple[Callable[..., Triple], Callable[..., Triple]]:
-    """linear_pair and conv2d_pair by these kernels. Arguments are already checked."""
+def pair_by(kernels: Kernels) -> Callable[..., Triple]:
+    """The pair of an implementation, by these kernels."""
 
-    def linear_pair(
-        x: Tensor, y: Tensor, g: Tensor, w: Tensor, competition: str, tau: float, sum_u: bool = True
-    ) -> Triple:
-        if x.numel() == 0:
-            return composed.linear_pair(x, y, g, w, competition, tau, sum_u)
-        problem = Problem.of_linear(x, w)
-        y, competition = kernels.signal(y, competition, tau)
-        tensors = layout.as_matrix(x), y, layout.as_matrix(g)
-        task = Task(problem, kernels.tile(problem, w), tensors, (competition, tau, sum_u), w)
-        return kernels.run(task, kernels.linear)
-
-    def conv2d_pair(
-        x: Tensor,
-        y: Tensor,
-        g: Tensor,
-        w: Tensor,
-        stride: list[int],
-        padding: list[int],
-        dilation: list[int],
-        groups: int,
-        competition: str,
-        tau: float,
-        sum_u: bool = True,
-    ) -> Triple:
-        problem = Problem.of_conv2d(x, y, g, w, stride, padding, dilation, groups)
-        if problem.rows == 0:
-            return composed.no_rows(w)
-        geometry = Geometry((stride, padding, dilation), (y.shape[2], y.shape[3]))
-        y, competition = kernels.signal(y, competition, tau)
+    def pair(problem: Problem, x: Tensor, y: Tensor, g: Tensor, w: Tensor, tau: float) -> Triple:
+        if problem.rows == 0 or problem.columns == 0:
+            return composed.pair(problem, x, y, g, w, tau)
+        tile = kernels.tile(problem, w)
+        signal, competition = kernels.signal(y, problem.competition, tau)
         if problem.pointwise:
             x = layout.as_matrix(x)
-        tensors, tile = (x, y, layout.as_matrix(g)), kernels.tile(problem, w)
-        task = Task(problem, tile, tensors, (competition, tau, sum_u), w)
+        task = Task(problem, tile, x, signal, layout.as_matrix(g), competition, tau)
         if problem.pointwise:
-            return kernels.run(task, kernels.linear)
-        convolve = kernels.convolve_few if kernels.folds(problem, tile) else kernels.convolve
-        return convolve(task, geometry)
+            return kernels.run(task, w, kernels.linear)
+        task = task._replace(out_size=(y.shape[2], y.shape[3]))
+        if kernels.folds(problem, tile):
+            return kernels.convolve_few(task, w)
+        return kernels.run(task, w, kernels.conv)
 
-    return linear_pair, conv2d_pair
+    return pair

@@ -14,12 +14,14 @@ from ghl_kernels import layout
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """A linear layer or a convolution, and the batch it meets.
+    """A linear layer or a convolution, the batch it meets, and which sums are wanted.
 
-    rows: batch, or batch × output positions. neurons, channels: of one group. channels_last: the
-    memory order of the weight. image: numbers in one image of x. copied_bytes: what is read and
-    written first because the activations are not in channels_last order. held: bytes of a copy of x
-    that the sums are made from.
+    rows: batch, or batch × output positions. neurons, channels: of one group. sum_u: whether sums
+    of u are, which only `instar` needs; else only the last of the totals, the number of rows,
+    means anything. channels_last: the memory order of the weight. overlapping: patches of x share
+    memory although a kernel has one tap. image: numbers in one image of x. copied_bytes: what is
+    read and written first because the activations are not in channels_last order. held: bytes of a
+    copy of x that the sums are made from.
     """
 
     rows: int
@@ -28,13 +30,14 @@ class Problem:
     dtype: torch.dtype
     kernel_size: tuple[int, int] = (1, 1)
     stride: tuple[int, int] = (1, 1)
-    padded: bool = False
+    padding: tuple[int, int] = (0, 0)
     groups: int = 1
     linear: bool = False  # not a convolution
     dilation: tuple[int, int] = (1, 1)
     competition: str = "softmax"
     sum_u: bool = False
     channels_last: bool = False
+    overlapping: bool = False
     image: int = dataclasses.field(default=0, compare=False)
     copied_bytes: int = dataclasses.field(default=0, compare=False)
     held: int = dataclasses.field(default=0, compare=False)
@@ -69,7 +72,7 @@ class Problem:
             dtype=x.dtype,
             kernel_size=(w.shape[2], w.shape[3]),
             stride=(stride[0], stride[1]),
-            padded=max(padding) > 0,
+            padding=(padding[0], padding[1]),
             groups=groups,
             dilation=(dilation[0], dilation[1]),
             competition=competition,
@@ -96,8 +99,8 @@ class Problem:
     def pointwise(self) -> bool:
         """Whether a row of x is the channels of one position, and the rows of a batch follow each
         other."""
-        dense = self.taps == 1 and self.stride == (1, 1) and not self.padded and self.groups == 1
-        return self.linear or dense
+        dense = self.taps == 1 and self.groups == 1 and not self.overlapping
+        return self.linear or (dense and self.stride == (1, 1) and self.padding == (0, 0))
 
     @property
     def depthwise(self) -> bool:

@@ -66,12 +66,12 @@ class Partials:
     results: Sums
 
     @classmethod
-    def empty(cls, problem: Problem, tile: Tile, w: Tensor, sum_u: bool) -> Partials:
+    def empty(cls, problem: Problem, tile: Tile, w: Tensor) -> Partials:
         """Workspace for a weight like w; with one split the results are filled directly."""
         splits, rows = split_rows(problem, tile, w.device)
         G, H0 = empty_rows(w, torch.float32), empty_rows(w, torch.float32)
         totals = torch.empty(w.shape[0] + 1, dtype=torch.float32, device=w.device)
-        (totals[-1:] if sum_u else totals).fill_(problem.rows)
+        (totals[-1:] if problem.sum_u else totals).fill_(problem.rows)
         results = sums = Sums(G, H0, totals)
         if splits > 1:
             sizes = G.numel(), H0.numel(), w.shape[0]
@@ -79,7 +79,7 @@ class Partials:
                 torch.empty(splits * size, dtype=torch.float32, device=w.device) for size in sizes
             )
             sums = Sums(*parts)
-        return cls(splits, rows, is_channels_last(w), sum_u, sums, results)
+        return cls(splits, rows, is_channels_last(w), problem.sum_u, sums, results)
 
     def finish(
         self, w: Tensor, sum_splits: Callable[[Partials], None]

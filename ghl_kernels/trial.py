@@ -27,30 +27,30 @@ SUMS = "G", "H0", "rows", "sums of u"
 TOLERANCE = {torch.float32: 5e-3, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 
 
-def small_batch(problem: Problem, device: torch.device) -> tuple[tuple[Tensor, ...], tuple]:
-    """x, y, g and w of a layer of these sizes for a few rows, and its geometry if it has one."""
+def small_batch(problem: Problem, device: torch.device) -> tuple[Problem, tuple[Tensor, ...]]:
+    """A layer of these sizes for a few rows, and its x, y, g and w."""
     generator = torch.Generator(device).manual_seed(0)
 
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, device=device).to(problem.dtype)
 
-    rows, neurons = BATCH * SIZE * SIZE, problem.all_neurons
+    neurons, wanted = problem.all_neurons, (problem.competition, problem.sum_u)
     if problem.linear:
+        rows = BATCH * SIZE * SIZE
         x, w = random(rows, problem.channels), random(neurons, problem.channels)
-        return (x, random(rows, neurons), random(rows, neurons), w), ()
-    kernel_size, stride = problem.kernel_size, problem.stride
-    padding = [max(1, side // 2) if problem.padded else 0 for side in kernel_size]
-    dilation = problem.dilation
-    reach = [d * (k - 1) + 1 for d, k in zip(dilation, kernel_size, strict=True)]
-    size = [SIZE * s + r for s, r in zip(stride, reach, strict=True)]
-    out = output_size(size, kernel_size, stride, padding, dilation)
+        tensors = x, random(rows, neurons), random(rows, neurons), w
+        return Problem.of_linear(x, w, *wanted), tensors
+    kernel_size, geometry = problem.kernel_size, (problem.stride, problem.padding, problem.dilation)
+    reach = [d * (k - 1) + 1 for d, k in zip(problem.dilation, kernel_size, strict=True)]
+    size = [SIZE * s + r for s, r in zip(problem.stride, reach, strict=True)]
+    out = output_size(size, kernel_size, *geometry)
     x = random(BATCH, problem.groups * problem.channels, *size)
     w = random(neurons, problem.channels, *kernel_size)
-    tensors = x, random(BATCH, neurons, *out), random(BATCH, neurons, *out)
-    x, y, g = (t.contiguous(memory_format=torch.channels_last) for t in tensors)
+    activations = x, random(BATCH, neurons, *out), random(BATCH, neurons, *out)
+    x, y, g = (t.contiguous(memory_format=torch.channels_last) for t in activations)
     if problem.channels_last:
         w = w.contiguous(memory_format=torch.channels_last)
-    return (x, y, g, w), (list(stride), padding, list(dilation), problem.groups)
+    return Problem.of_conv2d(x, y, g, w, *geometry, problem.groups, *wanted), (x, y, g, w)
 
 
 def raised(what: str, error: Exception) -> str:
@@ -60,12 +60,11 @@ def raised(what: str, error: Exception) -> str:
 
 def disagreement(problem: Problem, device: torch.device, implementation: str) -> str | None:
     """What is wrong with an implementation's pair on a small batch; None if nothing is."""
-    tensors, geometry = small_batch(problem, device)
-    name = "linear_pair" if problem.linear else "conv2d_pair"
-    rule = problem.competition, 1.0, problem.sum_u
+    small, tensors = small_batch(problem, device)
     try:
-        tried = getattr(importlib.import_module(implementation), name)(*tensors, *geometry, *rule)
-        wanted = getattr(composed, name)(*(t.float() for t in tensors), *geometry, *rule)
+        tried = importlib.import_module(implementation).pair(small, *tensors, 1.0)
+        x, y, g, w = (t.float() for t in tensors)
+        wanted = composed.pair(small, x, y, g, w, 1.0)
         parts = 4 if problem.sum_u else 3
         pairs = zip(*((G, H0, t[-1:], t[:-1]) for G, H0, t in (tried, wanted)), strict=True)
         errors = [((a - b).abs().max() / b.abs().max()).item() for a, b in [*pairs][:parts]]

@@ -19,7 +19,7 @@ from ghl_kernels import library as libraries
 from ghl_kernels.compiled import code, logsumexp_by
 from ghl_kernels.fold import Fold, fold_images
 from ghl_kernels.merges import Layer, foreach_merge_of, merge_of
-from ghl_kernels.pairs import Geometry, Kernels, as_it_lies
+from ghl_kernels.pairs import Kernels, Task, as_it_lies
 from ghl_kernels.problem import Problem, dot_precision
 from ghl_kernels.splits import Partials
 from ghl_kernels.tiles import Entry, Tile
@@ -30,7 +30,6 @@ SHARED_BYTES, REGISTERS = 163 * 1024, 65536  # of a multiprocessor of compute ca
 LARGEST_SHARED_BYTES = 227 * 1024  # of a block on compute capability 9.0 and 10.0
 REGISTERS_BESIDE_SUMS = 72  # of a thread
 BOXES = {"cuda_sm90": 64}  # kBox of csrc/cuda/sm90_layout.h
-ROWS_OF_A_LINEAR_LAYER: tuple[list[int], ...] = ([1, 1], [1, 1], [0, 0], [1, 1], [1, 1])
 
 
 @functools.cache
@@ -157,22 +156,9 @@ def statistics(y: Tensor, competition: str, tau: float) -> Statistics:
     return largest, inverse, winner
 
 
-def wgrad(
-    strategy: str,
-    images: Tensor,
-    geometry: Sequence[Sequence[int]],
-    y: Tensor,
-    g: Tensor,
-    partials: Partials,
-    problem: Problem,
-    competition: str,
-    tau: float,
-    tile: Tile,
-) -> None:
-    """Fill `partials` from images (N, C·groups, H, W) and the matrices y and g (M, K·groups).
-
-    geometry: kernel size, stride, padding, dilation, size of the output.
-    """
+def wgrad(strategy: str, task: Task, partials: Partials) -> None:
+    """Fill `partials` from images x (N, C·groups, H, W) and matrices y and g (M, K·groups)."""
+    problem, tile, images, y, g, competition, tau, out_size = task
     whole_rows = problem.groups == 1 and problem.neurons <= tile.block_k
     if strategy == "cuda_sm90":
         y, g = layout.in_chunks(y), layout.in_chunks(g)
@@ -183,7 +169,8 @@ def wgrad(
         of_rows = statistics(y, competition, tau)
     G, H0, u_sums = partials.sums
     torch.ops.ghl_kernels.pair.cuda(
-        images, y, g, *of_rows, G, H0, u_sums if partials.sum_u else None, *geometry,
+        images, y, g, *of_rows, G, H0, u_sums if partials.sum_u else None,
+        problem.kernel_size, problem.stride, problem.padding, problem.dilation, out_size,
         problem.groups, code("competition", competition), tau, partials.channels_last,
         dot_precision(problem) == "tf32", partials.splits, partials.rows_per_split,
         number_of(tile, strategy, problem), strategy == "cuda_sm90",
@@ -205,17 +192,13 @@ def kernels(strategy: str) -> Kernels:
     def tile(problem: Problem, w: Tensor) -> Tile:
         return choose(strategy, problem, w.device).tile
 
-    def of_rows(x: Tensor, y: Tensor, g: Tensor, *rest: object) -> None:
-        wgrad(strategy, x[:, :, None, None], ROWS_OF_A_LINEAR_LAYER, y, g, *rest)  # type: ignore[arg-type]
+    def of_rows(task: Task, partials: Partials) -> None:
+        wgrad(strategy, task._replace(x=task.x[:, :, None, None]), partials)
 
-    def of_images(
-        geometry: Geometry, x: Tensor, y: Tensor, g: Tensor, partials: Partials, problem: Problem,
-        competition: str, tau: float, tile: Tile,
-    ) -> None:  # fmt: skip
-        few = problem.channels < tiles.FEW_CHANNELS
-        images = x if few else layout.as_images(x)  # few are gathered number by number anyway
-        pairs = [problem.kernel_size, *geometry.pairs, geometry.out_size]
-        wgrad(strategy, images, pairs, y, g, partials, problem, competition, tau, tile)
+    def of_images(task: Task, partials: Partials) -> None:
+        # few channels are gathered number by number anyway
+        few = task.problem.channels < tiles.FEW_CHANNELS
+        wgrad(strategy, task if few else task._replace(x=layout.as_images(task.x)), partials)
 
     def folds(problem: Problem, tile: Tile) -> bool:
         return tiles.folds(problem)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from ghl_kernels.composed import updates
+from ghl_kernels.composed import update_of
 from ghl_kernels.cuda.kernels import foreach_merge, kernels, logsumexp, merge
-from ghl_kernels.pairs import pairs
+from ghl_kernels.pairs import pair_by
 
-__all__ = ["conv2d_pair", "conv2d_update", "foreach_merge", "linear_pair", "linear_update"]
-__all__ += ["logsumexp", "merge"]
+__all__ = ["foreach_merge", "logsumexp", "merge", "pair", "update"]
 
-linear_pair, conv2d_pair = pairs(kernels("cuda_sm90"))
-linear_update, conv2d_update = updates(linear_pair, conv2d_pair, merge)
+pair = pair_by(kernels("cuda_sm90"))
+update = update_of(pair, merge)

@@ -17,12 +17,11 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from ghl_kernels.pairs import Geometry
-from ghl_kernels.problem import Problem, dot_precision
+from ghl_kernels.pairs import Task
+from ghl_kernels.problem import dot_precision
 from ghl_kernels.splits import Partials
-from ghl_kernels.tiles import Tile, programs
+from ghl_kernels.tiles import programs
 from ghl_kernels.triton.competition import exponent_scale, u_of_tile
 from ghl_kernels.triton.logsumexp import Statistics, statistics
 from ghl_kernels.triton.split_k import in_units, without_spills
@@ -151,32 +150,21 @@ def conv_wgrad_kernel(
         tl.store(u_sums + split * neurons + first_neuron + k, u_sum, kept_u)
 
 
-def image_arguments(
-    x: Tensor, y: Tensor, g: Tensor, geometry: Geometry, tau: float, unit: int = 1
-) -> tuple:
+def image_arguments(task: Task, unit: int = 1) -> tuple:
     """What a kernel over images is told of them, from `in_height` to `scale`."""
-    height, width = geometry.out_size
-    x_image, x_channel, x_height, x_width = x.stride()
+    problem, (height, width) = task.problem, task.out_size
+    x_image, x_channel, x_height, x_width = task.x.stride()
     return (
-        *x.shape[2:], height * width, *division_by(height * width), width, *division_by(width),
-        *(number for pair in geometry.pairs for number in pair),
+        *task.x.shape[2:], height * width, *division_by(height * width), width, *division_by(width),
+        *problem.stride, *problem.padding, *problem.dilation,
         x_image // unit, x_channel, x_height // unit, x_width // unit,
-        *y.stride(), *g.stride(), exponent_scale(tau),
+        *task.y.stride(), *task.g.stride(), exponent_scale(task.tau),
     )  # fmt: skip
 
 
-def conv_wgrad(
-    x: Tensor,
-    y: Tensor,
-    g: Tensor,
-    partials: Partials,
-    problem: Problem,
-    geometry: Geometry,
-    competition: str,
-    tau: float,
-    tile: Tile,
-) -> None:
-    """Fill `partials` from x (N, C·groups, H, W), y and g (M, K·groups), matrices."""
+def conv_wgrad(task: Task, partials: Partials) -> None:
+    """Fill `partials` from images x (N, C·groups, H, W) and matrices y and g (M, K·groups)."""
+    problem, tile, x, y, g, competition, tau, _ = task
     unit = 1 if tile.packed else in_units(x)
     tile = without_spills(tile, problem, y, g, *([] if tile.packed or unit > 1 else [x]))
     in_tile = problem.groups == 1 and problem.neurons <= tile.block_k
@@ -187,7 +175,7 @@ def conv_wgrad(
     conv_wgrad_kernel[(in_group, partials.splits, problem.groups)](
         x, y, g, *row_statistics, *partials.sums,
         problem.rows, problem.neurons, problem.channels, problem.columns, partials.rows_per_split,
-        *image_arguments(x, y, g, geometry, tau, unit),
+        *image_arguments(task, unit),
         *problem.kernel_size, partials.channels_last, competition, in_tile, partials.sum_u,
         dot_precision(problem), tile.packed, tile.taps, unit,
         tile.block_m, tile.block_k, tile.block_c,

@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from ghl_kernels.pairs import Geometry
-from ghl_kernels.problem import Problem
+from ghl_kernels.pairs import Task
 from ghl_kernels.splits import Partials
-from ghl_kernels.tiles import Tile, programs
+from ghl_kernels.tiles import programs
 from ghl_kernels.triton.competition import u_of_tile
 from ghl_kernels.triton.conv_wgrad import divide, image_arguments
 from ghl_kernels.triton.logsumexp import Statistics, statistics
@@ -86,25 +84,17 @@ def depthwise_wgrad_kernel(
         tl.store(u_sums + split * K + k, tl.sum(u_sum, 0), kept_u)
 
 
-def depthwise_wgrad(
-    x: Tensor,
-    y: Tensor,
-    g: Tensor,
-    partials: Partials,
-    problem: Problem,
-    geometry: Geometry,
-    competition: str,
-    tau: float,
-    tile: Tile,
-) -> None:
-    """Fill `partials` from x (N, channels, H, W), y and g (M, K), matrices; tile.block_c taps."""
+def depthwise_wgrad(task: Task, partials: Partials) -> None:
+    """Fill `partials` from images x (N, channels, H, W), matrices y and g (M, K); tile.block_c
+    taps."""
+    problem, tile, x, y, g, competition, tau, _ = task
     row_statistics = Statistics(*partials.sums)
     if competition != "linear":
         row_statistics = statistics(y, competition, tau)
     depthwise_wgrad_kernel[(programs(problem, tile), partials.splits)](
         x, y, g, *row_statistics, *partials.sums,
         problem.rows, problem.all_neurons, problem.neurons, problem.taps, partials.rows_per_split,
-        *image_arguments(x, y, g, geometry, tau),
+        *image_arguments(task),
         problem.kernel_size[1], competition, partials.sum_u,
         tile.block_m, tile.block_k, tile.block_c,
         num_warps=tile.warps, num_stages=tile.stages,

@@ -38,7 +38,7 @@ def fold_kernel(
         tl.store(buffer + number, found, inside)
 
 
-def fold_images(x: Tensor, shape: Shape, padding: list[int]) -> Tensor:
+def fold_images(x: Tensor, shape: Shape, padding: tuple[int, int]) -> Tensor:
     """x (N, C, H, W) in a buffer of this shape; a program for each of its rows."""
     batch, rows, width, stride_h, depth = shape
     buffer = torch.empty(shape, dtype=x.dtype, device=x.device)

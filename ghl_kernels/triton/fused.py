@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from ghl_kernels import layout, tiles
-from ghl_kernels.composed import updates
-from ghl_kernels.pairs import Geometry, Kernels, as_it_lies, pairs
+from ghl_kernels.composed import update_of
+from ghl_kernels.pairs import Kernels, Task, as_it_lies, pair_by
 from ghl_kernels.problem import Problem
 from ghl_kernels.splits import Partials
 from ghl_kernels.tiles import Tile
@@ -24,30 +24,18 @@ from ghl_kernels.triton.logsumexp import logsumexp
 from ghl_kernels.triton.merge import merge
 from ghl_kernels.triton.split_k import sum_splits
 
-__all__ = ["conv2d_pair", "conv2d_update", "foreach_merge", "linear_pair", "linear_update"]
-__all__ += ["logsumexp", "merge"]
+__all__ = ["foreach_merge", "logsumexp", "merge", "pair", "update"]
 
 
-def wgrad_of_rows(*arguments: Any) -> None:
-    linear_wgrad(*arguments)
+def wgrad_of_rows(task: Task, partials: Partials) -> None:
+    linear_wgrad(task, partials)
 
 
-def wgrad_of_images(
-    geometry: Geometry,
-    x: Tensor,
-    y: Tensor,
-    g: Tensor,
-    partials: Partials,
-    problem: Problem,
-    competition: str,
-    tau: float,
-    tile: Tile,
-) -> None:
-    """A convolution's; x (N, C, H, W) in any layout."""
-    by_kind = depthwise_wgrad if problem.depthwise else conv_wgrad
+def wgrad_of_images(task: Task, partials: Partials) -> None:
+    by_kind = depthwise_wgrad if task.problem.depthwise else conv_wgrad
     # few channels are read as they lie: the columns of a tile are gathered anyway
-    images = x if tile.packed and layout.small_images(x) else layout.as_images(x)
-    by_kind(images, y, g, partials, problem, geometry, competition, tau, tile)
+    as_they_lie = task.tile.packed and layout.small_images(task.x)
+    by_kind(task if as_they_lie else task._replace(x=layout.as_images(task.x)), partials)
 
 
 def kernels(strategy: str, signal: Any = as_it_lies) -> Kernels:
@@ -62,5 +50,5 @@ def kernels(strategy: str, signal: Any = as_it_lies) -> Kernels:
     return Kernels(tile, signal, wgrad_of_rows, wgrad_of_images, sum_splits, folds, fold_images)
 
 
-linear_pair, conv2d_pair = pairs(kernels("triton"))
-linear_update, conv2d_update = updates(linear_pair, conv2d_pair, merge)
+pair = pair_by(kernels("triton"))
+update = update_of(pair, merge)

@@ -8,41 +8,24 @@ from __future__ import annotations
 from torch import Tensor
 
 from ghl_kernels import composed, layout
-from ghl_kernels.composed import Triple, updates
+from ghl_kernels.composed import Triple
+from ghl_kernels.problem import Problem
 from ghl_kernels.triton.foreach_merge import foreach_merge
 from ghl_kernels.triton.logsumexp import logsumexp
 from ghl_kernels.triton.merge import merge
 from ghl_kernels.triton.store_u import store_u
 
-__all__ = ["conv2d_pair", "conv2d_update", "foreach_merge", "linear_pair", "linear_update"]
-__all__ += ["logsumexp", "merge"]
+__all__ = ["foreach_merge", "logsumexp", "merge", "pair", "update"]
 
 
-def linear_pair(
-    x: Tensor, y: Tensor, g: Tensor, w: Tensor, competition: str, tau: float, sum_u: bool = True
-) -> Triple:
-    u = store_u(layout.as_matrix(y), competition, tau)
-    return composed.linear_pair(x, u, g, w, "linear", tau, sum_u)
+def pair(problem: Problem, x: Tensor, y: Tensor, g: Tensor, w: Tensor, tau: float) -> Triple:
+    if problem.rows == 0:
+        return composed.no_rows(w)
+    u = store_u(layout.as_matrix(y), problem.competition, tau)
+    if not problem.linear:
+        batch, neurons, height, width = y.shape
+        u = u.view(batch, height, width, neurons).movedim(-1, 1)
+    return composed.sums(problem, x, u, g, w)
 
 
-def conv2d_pair(
-    x: Tensor,
-    y: Tensor,
-    g: Tensor,
-    w: Tensor,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    competition: str,
-    tau: float,
-    sum_u: bool = True,
-) -> Triple:
-    batch, neurons, height, width = y.shape
-    rows = store_u(layout.as_matrix(y), competition, tau)
-    u = rows.view(batch, height, width, neurons).movedim(-1, 1)
-    geometry = stride, padding, dilation, groups
-    return composed.conv2d_pair(x, u, g, w, *geometry, "linear", tau, sum_u)
-
-
-linear_update, conv2d_update = updates(linear_pair, conv2d_pair, merge)
+update = composed.update_of(pair, merge)

@@ -19,9 +19,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ghl_kernels.problem import Problem, dot_precision
+from ghl_kernels.pairs import Task
+from ghl_kernels.problem import dot_precision
 from ghl_kernels.splits import Partials
-from ghl_kernels.tiles import Tile, programs
+from ghl_kernels.tiles import programs
 from ghl_kernels.triton.competition import exponent_scale, u_of_tile
 from ghl_kernels.triton.logsumexp import Statistics, statistics
 from ghl_kernels.triton.split_k import without_spills
@@ -101,17 +102,9 @@ def takes_descriptors(*matrices: Tensor) -> bool:
     )
 
 
-def linear_wgrad(
-    x: Tensor,
-    y: Tensor,
-    g: Tensor,
-    partials: Partials,
-    problem: Problem,
-    competition: str,
-    tau: float,
-    tile: Tile,
-) -> None:
-    """Fill `partials` from x (M, C), y and g (M, K); matrices with offsets that `layout.fits`."""
+def linear_wgrad(task: Task, partials: Partials) -> None:
+    """Fill `partials`; of matrices with offsets that `layout.fits`."""
+    problem, tile, x, y, g, competition, tau, _ = task
     descriptors = tile.descriptors and takes_descriptors(x, y, g)
     sources = (x, y, g)
     if not descriptors:

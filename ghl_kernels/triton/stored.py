@@ -8,16 +8,15 @@ from __future__ import annotations
 from torch import Tensor
 
 from ghl_kernels import layout
-from ghl_kernels.composed import updates
-from ghl_kernels.pairs import pairs
+from ghl_kernels.composed import update_of
+from ghl_kernels.pairs import pair_by
 from ghl_kernels.triton.foreach_merge import foreach_merge
 from ghl_kernels.triton.fused import kernels
 from ghl_kernels.triton.logsumexp import logsumexp
 from ghl_kernels.triton.merge import merge
 from ghl_kernels.triton.store_u import store_u
 
-__all__ = ["conv2d_pair", "conv2d_update", "foreach_merge", "linear_pair", "linear_update"]
-__all__ += ["logsumexp", "merge"]
+__all__ = ["foreach_merge", "logsumexp", "merge", "pair", "update"]
 
 
 def stored_u(y: Tensor, competition: str, tau: float) -> tuple[Tensor, str]:
@@ -25,5 +24,5 @@ def stored_u(y: Tensor, competition: str, tau: float) -> tuple[Tensor, str]:
     return store_u(layout.as_matrix(y), competition, tau), "linear"
 
 
-linear_pair, conv2d_pair = pairs(kernels("triton_stored", stored_u))
-linear_update, conv2d_update = updates(linear_pair, conv2d_pair, merge)
+pair = pair_by(kernels("triton_stored", stored_u))
+update = update_of(pair, merge)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -76,17 +77,17 @@ def test_a_wrong_result_has_no_time(bench: Bench, monkeypatch: pytest.MonkeyPatc
 
 
 def test_wrong_sums_of_ours_have_no_time(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    pair = composed.conv2d_pair
+    pair = composed.pair
 
-    def one_weight_off(*arguments: object) -> tuple[torch.Tensor, ...]:
-        G, H0, totals = pair(*arguments)  # type: ignore[arg-type]
+    def one_weight_off(*arguments: Any) -> tuple[torch.Tensor, ...]:
+        G, H0, totals = pair(*arguments)
         return G, H0 + H0.abs().amax() * (torch.arange(H0.numel()).view(H0.shape) == 7), totals
 
     import ghl_kernels
     from ghl_kernels import native
 
     for module in (composed, native):
-        monkeypatch.setattr(module, "conv2d_pair", one_weight_off)
+        monkeypatch.setattr(module, "pair", one_weight_off)
     expected = Expected(*(t for t in pair_of(pair)))
     with ghl_kernels.force("composed"):
         row = bench.row(CONV, "ghl", "float32", CONV.tensors(torch.float32, CPU), expected)
@@ -94,8 +95,8 @@ def test_wrong_sums_of_ours_have_no_time(bench: Bench, monkeypatch: pytest.Monke
 
 
 def pair_of(pair: Callable[..., tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
-    geometry = [2, 2], [1, 1], [1, 1], 1
-    G, H0, _ = pair(*CONV.tensors(torch.float32, CPU), *geometry, "softmax", CONV.tau)
+    tensors = CONV.tensors(torch.float32, CPU)
+    G, H0, _ = pair(CONV.problem(*tensors), *tensors, CONV.tau)
     return G, H0, G
 
 

@@ -20,6 +20,8 @@ from ghl.bench.layers import Layer, layers_of
 from ghl.bench.tuning import Tuned, compile_all, compiled_alike, layers_to_tune, tune_layers
 from ghl.cli import WORKLOADS
 from ghl_kernels import Problem, dispatch, tiles, tune
+from ghl_kernels.pairs import Task
+from ghl_kernels.splits import Partials
 from ghl_kernels.tiles import Entry, Table, Tile
 from ghl_kernels.triton import fused
 from ghl_kernels.tune import Attempt
@@ -248,10 +250,10 @@ def test_the_whole_tuner_on_a_small_layer(
     monkeypatch.setattr(tuning, "fastest_merges", lambda clock: "triton")
     linear_wgrad = fused.linear_wgrad
 
-    def wrong_for_bad(*arguments: object) -> None:
-        linear_wgrad(*arguments)
-        if arguments[-1].programs == 0:  # type: ignore[attr-defined]
-            arguments[3].sums[0].mul_(2)  # type: ignore[attr-defined]
+    def wrong_for_bad(task: Task, partials: Partials) -> None:
+        linear_wgrad(task, partials)
+        if task.tile.programs == 0:
+            partials.sums.G.mul_(2)
 
     monkeypatch.setattr(fused, "linear_wgrad", wrong_for_bad)
     path = tmp_path / "gpu.json"

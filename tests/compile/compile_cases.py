@@ -161,14 +161,15 @@ def images(case: Case, channels: int, size: int) -> Tensor:
 
 def launch_layer(case: Case) -> None:
     """The pair of a layer whose sizes follow from the tile."""
-    pairs = stored if case.form == "stored" else fused
-    rule = "softmax", 1.0, case.sum_u
+    pair = (stored if case.form == "stored" else fused).pair
+    wanted = "softmax", case.sum_u
     entry = Entry(case.kind, case.bits, ROWS, 1, 1, "triton", case.tile)
     with tiles.use(entry):
         if case.kind == "pointwise":
             y = empty(ROWS, case.neurons, dtype=case.dtype)
             x = empty(ROWS, case.channels, dtype=case.dtype)
-            pairs.linear_pair(x, y, y, empty(case.neurons, case.channels, dtype=case.dtype), *rule)
+            w = empty(case.neurons, case.channels, dtype=case.dtype)
+            pair(Problem.of_linear(x, w, *wanted), x, y, y, w, 1.0)
             return
         groups, channels = (case.neurons, 1) if case.kind == "depthwise" else (1, case.channels)
         x = images(case, groups * channels, 16 + case.kernel - 1)
@@ -176,7 +177,8 @@ def launch_layer(case: Case) -> None:
         w = empty(case.neurons, channels, case.kernel, case.kernel, dtype=case.dtype)
         if not case.channels_first:
             w = w.contiguous(memory_format=torch.channels_last)
-        pairs.conv2d_pair(x, y, y, w, [1, 1], [0, 0], [1, 1], groups, *rule)
+        problem = Problem.of_conv2d(x, y, y, w, (1, 1), (0, 0), (1, 1), groups, *wanted)
+        pair(problem, x, y, y, w, 1.0)
 
 
 def launch_rest(case: Case) -> None:
@@ -192,9 +194,9 @@ def launch_rest(case: Case) -> None:
         merge.merge(*sums, w, decay, gate, normalize)
         foreach_merge(*([t, t] for t in (*sums, w)), decay, gate, normalize)
     for stride in ((1, 1), (2, 2), (3, 3)):
-        layer = Problem(ROWS, 64, 3, case.dtype, (7, 7), stride, padded=True)
+        layer = Problem(ROWS, 64, 3, case.dtype, (7, 7), stride, padding=(3, 3))
         x, shape = images(case, 3, 32), Fold.of(layer).shape(ROWS // 256, (10, 10))
-        fold_images(x, shape, [3, 3])
+        fold_images(x, shape, layer.padding)
 
 
 def launch_case(case: Case) -> None:

@@ -247,7 +247,7 @@ def test_the_tile_of_few_channels_is_one_for_the_folded_layer(
     dilation: tuple[int, int], tile: Tile, machine: Machine
 ) -> None:
     """Of 96 columns instead of 27; its entry has the layer's own sizes, so that it is found."""
-    layer = Problem(4096, 128, 3, HALF, (3, 3), padded=True, dilation=dilation)
+    layer = Problem(4096, 128, 3, HALF, (3, 3), padding=(1, 1), dilation=dilation)
     machine.table()
     chosen = kernels.choose("cuda", layer, GPU)
     assert (chosen.kind, chosen.columns, chosen.tile) == ("packed", 27, tile)

@@ -9,11 +9,12 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import LAYOUTS, Conv, Layer, Linear, assert_pair, problem_of
-from torch import Tensor
 
 import ghl_kernels
-from ghl_kernels import Rule, composed, tiles
+from ghl_kernels import Problem, Rule, composed, tiles
 from ghl_kernels.cuda import kernels
+from ghl_kernels.pairs import Task
+from ghl_kernels.splits import Partials
 
 pytestmark = pytest.mark.usefixtures("emulated")
 HALF, BFLOAT, FLOAT = torch.float16, torch.bfloat16, torch.float32
@@ -55,16 +56,16 @@ def test_few_channels_are_copied_wide_where_they_can_be(
     layer, dtype, _ = LAYERS[name]
     told, own = [], kernels.wgrad
 
-    def wgrad(strategy: str, images: Tensor, geometry: object, *rest: object) -> None:
-        told.append((images.shape[1], geometry))
-        own(strategy, images, geometry, *rest)
+    def wgrad(strategy: str, task: Task, partials: Partials) -> None:
+        told.append((task.x.shape[1], task.problem))
+        own(strategy, task, partials)
 
     monkeypatch.setattr(kernels, "wgrad", wgrad)
     layer.pair(layer.tensors(dtype), Rule())
-    ((channels, (kernel, stride, padding, *_)),) = told
+    ((channels, problem),) = told
     if tiles.folds(problem_of(layer, dtype)):
-        assert channels % 16 == 0 and kernel[1] == 1
-        assert [*stride, *padding] == [1, 1, 0, 0]
+        assert channels % 16 == 0 and problem.kernel_size[1] == 1
+        assert (problem.stride, problem.padding) == ((1, 1), (0, 0))
     else:
         assert channels == layer.channels
 
@@ -118,7 +119,8 @@ def test_an_empty_layer(shape: tuple[int, int, int]) -> None:
     layer = Linear(*shape)
     tensors, rule = layer.tensors(), ("softmax", 1.0)
     results = torch.ops.ghl_kernels.linear_pair(*tensors, *rule)
-    for actual, wanted in zip(results, composed.linear_pair(*tensors, *rule), strict=True):
+    problem = Problem.of_linear(tensors[0], tensors[3], sum_u=True)
+    for actual, wanted in zip(results, composed.pair(problem, *tensors, 1.0), strict=True):
         torch.testing.assert_close(actual, wanted)
     update = layer.update(tensors, Rule())[0]
     assert update.shape == tensors[3].shape and not update.any()

@@ -78,7 +78,7 @@ def test_a_problem_is_read_from_the_tensors_of_a_layer() -> None:
     x, y, g, w = Conv(2, 6, (7, 5), 15, (3, 2), (2, 1), (0, 1), groups=3).tensors()
     of_conv = Problem.of_conv2d(x, y, g, w, (2, 1), (0, 1), (1, 1), 3)
     wanted = Problem(
-        2 * 3 * 6, 5, 2, torch.float32, (3, 2), (2, 1), padded=True, groups=3, image=6 * 7 * 5
+        2 * 3 * 6, 5, 2, torch.float32, (3, 2), (2, 1), padding=(0, 1), groups=3, image=6 * 7 * 5
     )
     assert dataclasses.astuple(of_conv) == dataclasses.astuple(wanted)
     assert (of_conv.columns, of_conv.all_neurons, of_conv.depthwise) == (12, 15, False)
@@ -185,7 +185,7 @@ def test_a_failed_trial_is_composed_and_said_once(
 
 
 def test_a_gpu_takes_the_strategy_of_the_nearest_entry_and_says_which(hopper: None) -> None:
-    first = Problem(12544, 512, 512, torch.float16, (3, 3), padded=True)
+    first = Problem(12544, 512, 512, torch.float16, (3, 3), padding=(1, 1))
     backend = ghl_kernels.backend("conv2d_pair", on_gpu(), first)
     assert backend.name == "library"
     measured = "table sm90 (measured on NVIDIA H100 80GB HBM3)"

@@ -11,12 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ghl_kernels import Problem, fold, splits, tiles
+from ghl_kernels.composed import weight_gradient
 from ghl_kernels.fold import Fold, fold_images
 from ghl_kernels.tiles import Tile
 from ghl_kernels.tune import TILES, useful
 
-RESNET = Problem(256 * 112 * 112, 64, 3, torch.bfloat16, (7, 7), (2, 2), padded=True)
-VGG = Problem(256 * 224 * 224, 64, 3, torch.bfloat16, (3, 3), padded=True)
+RESNET = Problem(256 * 112 * 112, 64, 3, torch.bfloat16, (7, 7), (2, 2), padding=(3, 3))
+VGG = Problem(256 * 224 * 224, 64, 3, torch.bfloat16, (3, 3), padding=(1, 1))
 VIT = Problem(256 * 14 * 14, 768, 3, torch.bfloat16, (16, 16), (16, 16))
 
 
@@ -67,18 +68,13 @@ def test_the_convolution_and_the_way_back(layer: Conv) -> None:
     problem = problem_of(layer, torch.float64)
     x, _, g, w = layer.tensors(torch.float64)
     layout = Fold.of(dataclasses.replace(problem, dtype=torch.float16))
-    buffer = fold_images(x, layout.shape(layer.batch, out_size(layer)), list(layer.padding))
+    buffer = fold_images(x, layout.shape(layer.batch, out_size(layer)), layer.padding)
     images = layout.images(buffer, out_size(layer))
 
-    def wgrad(x: torch.Tensor, w: torch.Tensor, pairs: tuple) -> torch.Tensor:
-        return torch.ops.aten.convolution_backward(
-            g, x, w, None, *pairs, False, [0, 0], 1, [False, True, False]
-        )[1]
-
     like = layout.weight(w)
-    sums = wgrad(images.contiguous(), like, layout.pairs())
+    sums = weight_gradient(layout.folded(), g, images.contiguous(), like)
     sums = torch.empty_like(like, dtype=torch.float32).copy_(sums)
-    exact = wgrad(x, w, (layer.stride, layer.padding, layer.dilation))
+    exact = weight_gradient(problem, g, x, w)
     for weight in (w, w.contiguous(memory_format=torch.channels_last)):
         back = layout.unfolded(sums, weight)
         assert back.dtype == torch.float32 and back.stride() == torch.empty_like(weight).stride()
@@ -122,7 +118,7 @@ def test_the_buffer_of_resnets_first_layer() -> None:
         ({"dilation": (2, 1), "kernel_size": (1, 3)}, True),
         ({"groups": 2}, False),
         ({"channels": 16}, False),
-        ({"kernel_size": (1, 1), "stride": (1, 1), "padded": False}, False),
+        ({"kernel_size": (1, 1), "stride": (1, 1), "padding": (0, 0)}, False),
     ],
 )
 def test_what_is_folded(changes: dict, foldable: bool) -> None:

@@ -162,7 +162,7 @@ def test_a_copy_of_rows_longer_than_a_block(monkeypatch: pytest.MonkeyPatch) -> 
     layer = LAYERS["resnet"]
     x = layer.tensors()[0]
     shape = Fold.of(problem_of(layer, x.dtype)).shape(2, (5, 4))
-    assert torch.equal(fold_images(x, shape, [3, 3]), fold.fold_images(x, shape, [3, 3]))
+    assert torch.equal(fold_images(x, shape, (3, 3)), fold.fold_images(x, shape, (3, 3)))
 
 
 def test_a_folds_workspace_is_counted(

@@ -133,7 +133,7 @@ def test_an_entry_in_use_is_taken_by_this_thread_alone(monkeypatch: pytest.Monke
         (Problem(4, 4, 4, torch.float16), "pointwise"),
         (Problem(4, 4, 4, torch.float16, stride=(2, 2)), "packed"),
         (Problem(4, 4, 64, torch.float16, stride=(2, 2)), "conv"),
-        (Problem(4, 4, 64, torch.float16, padded=True), "conv"),
+        (Problem(4, 4, 64, torch.float16, padding=(1, 1)), "conv"),
         (Problem(4, 4, 64, torch.float16, groups=2), "conv"),
         (Problem(4, 4, 16, torch.float16, (3, 3)), "conv"),
         (Problem(4, 4, 3, torch.float16, (3, 3)), "packed"),

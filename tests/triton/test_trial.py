@@ -10,6 +10,7 @@ import triton
 
 from ghl_kernels import Problem, tiles, trial
 from ghl_kernels.dispatch import IMPLEMENTATIONS
+from ghl_kernels.pairs import Task
 from ghl_kernels.splits import Partials
 from ghl_kernels.triton import conv_wgrad, fused
 
@@ -17,13 +18,13 @@ FLOAT = torch.float32
 PROBLEMS = {
     "linear": Problem(1, 20, 33, FLOAT, linear=True),
     "linear_sums": Problem(1, 20, 33, FLOAT, linear=True, competition="hard", sum_u=True),
-    "conv": Problem(1, 18, 20, FLOAT, (3, 3), padded=True),
+    "conv": Problem(1, 18, 20, FLOAT, (3, 3), padding=(1, 1)),
     "conv_dilated": Problem(1, 18, 20, FLOAT, (3, 2), (2, 1), dilation=(2, 3), channels_last=True),
-    "padded": Problem(1, 5, 16, FLOAT, (1, 1), padded=True),
+    "padded": Problem(1, 5, 16, FLOAT, (1, 1), padding=(1, 1)),
     "conv_sums": Problem(1, 5, 16, FLOAT, (1, 2), competition="softhebb", sum_u=True),
-    "packed": Problem(1, 9, 3, FLOAT, (3, 3), padded=True),
+    "packed": Problem(1, 9, 3, FLOAT, (3, 3), padding=(1, 1)),
     "groups": Problem(1, 6, 20, torch.float16, (3, 3), groups=2),
-    "depthwise": Problem(1, 2, 1, FLOAT, (3, 3), groups=9, padded=True),
+    "depthwise": Problem(1, 2, 1, FLOAT, (3, 3), groups=9, padding=(1, 1)),
 }
 
 
@@ -43,15 +44,14 @@ def test_what_is_right_is_taken(problem: Problem, strategy: str, device: torch.d
 
 def test_the_batch_has_the_layers_layout(device: torch.device) -> None:
     """The memory order of the weight is a kernel of its own; the geometry is the layer's."""
-    (x, y, _, w), geometry = trial.small_batch(PROBLEMS["conv_dilated"], device)
+    problem, (x, y, _, w) = trial.small_batch(PROBLEMS["conv_dilated"], device)
     assert w.is_contiguous(memory_format=torch.channels_last) and w.shape == (18, 20, 3, 2)
-    assert geometry == ([2, 1], [0, 0], [2, 3], 1)
-    wanted = torch.nn.functional.conv2d(x, w, None, *geometry).shape
+    assert (problem.stride, problem.padding, problem.dilation) == ((2, 1), (0, 0), (2, 3))
+    wanted = torch.nn.functional.conv2d(x, w, None, (2, 1), 0, (2, 3)).shape
     assert y.shape == wanted
-    (*_, w), _ = trial.small_batch(PROBLEMS["conv"], device)
+    _, (*_, w) = trial.small_batch(PROBLEMS["conv"], device)
     assert w.is_contiguous()
-    _, (_, padding, *_) = trial.small_batch(PROBLEMS["padded"], device)
-    assert padding == [1, 1]
+    assert not trial.small_batch(PROBLEMS["padded"], device)[0].pointwise
 
 
 def test_what_computes_something_else_is_not_taken(
@@ -70,8 +70,8 @@ def test_wrong_sums_of_u_are_found_where_they_are_asked_for(
 ) -> None:
     convolve = fused.conv_wgrad
 
-    def wrong(x: object, y: object, g: object, partials: Partials, *rest: object) -> None:
-        convolve(x, y, g, partials, *rest)  # type: ignore[arg-type]
+    def wrong(task: Task, partials: Partials) -> None:
+        convolve(task, partials)
         partials.sums.totals[:3] += 3
 
     monkeypatch.setattr(fused, "conv_wgrad", wrong)

@@ -35,13 +35,7 @@ class Expected:
         torch.backends.cudnn.benchmark = False  # not worth a search for one call
         try:
             with precision("float32"):
-                if layer.linear:
-                    sums = composed.linear_pair(x, y, g, w, "softmax", layer.tau, False)
-                else:
-                    geometry = (list(layer.stride), list(layer.padding), list(layer.dilation))
-                    sums = composed.conv2d_pair(
-                        x, y, g, w, *geometry, layer.groups, "softmax", layer.tau, False
-                    )
+                sums = composed.pair(layer.problem(x, y, g, w), x, y, g, w, layer.tau)
         finally:
             torch.backends.cudnn.benchmark = benchmark
         update = composed.merge(*sums, w, "oja", "sign", "absmax")[0]

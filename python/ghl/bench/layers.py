@@ -125,11 +125,14 @@ class Layer:
         x, y, w = (torch.empty(shape, **options) for shape in shapes)
         return x, y, y, w
 
-    def problem(self, x: Tensor, y: Tensor, g: Tensor, w: Tensor) -> Problem:
-        """The layer as the dispatcher sees it."""
+    def problem(
+        self, x: Tensor, y: Tensor, g: Tensor, w: Tensor, competition: str = "softmax"
+    ) -> Problem:
+        """The layer as the dispatcher and implementations see it."""
         if self.linear:
-            return Problem.of_linear(x, w)
-        return Problem.of_conv2d(x, y, g, w, self.stride, self.padding, self.dilation, self.groups)
+            return Problem.of_linear(x, w, competition)
+        geometry = self.stride, self.padding, self.dilation, self.groups
+        return Problem.of_conv2d(x, y, g, w, *geometry, competition)
 
 
 def of_convolution(name: str, module: nn.Conv2d, x: Tensor, tau: float) -> Layer:
