@@ -1,5 +1,6 @@
 """Cells of `ghl reproduce`: computed once, and what is left of them by interrupts and kills."""
 
+import contextlib
 import json
 import os
 import signal
@@ -11,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from ghl.recipes.reproduce import cells
+from tests.recipes import slow_cells
 from tests.recipes.slow_cells import make
 
 
@@ -49,6 +51,21 @@ def test_a_kill_loses_only_the_cells_in_progress(tmp_path):
     assert len(cells.run(make(3), tmp_path, 1, "test")) == 3
 
 
+def test_an_interrupt_that_was_swallowed_ends_the_run(tmp_path, monkeypatch):
+    """Python discards one in a finalizer. The cells in progress are kept, others not begun."""
+    monkeypatch.setattr(slow_cells, "slow", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        cells.run(make(3), tmp_path, 1, "test")
+    assert [p.name for p in tmp_path.glob("cells/*")] == ["c0.json"]
+
+
+def interrupted(seconds, value):
+    with contextlib.suppress(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)
+    return {"value": value}
+
+
 def start(out):
     """Two processes that compute cells of three seconds."""
     code = (
@@ -72,7 +89,7 @@ def stop(out, process, *signals):
         send(process)
         time.sleep(0.5)
     errors = process.communicate(timeout=60)[1]  # until the last of its processes has ended
-    assert process.returncode
+    assert process.returncode, errors
     return len(list(out.glob("cells/*.json"))), errors
 
 

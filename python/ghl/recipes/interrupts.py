@@ -1,4 +1,4 @@
-"""Ctrl-C that is not lost: Python discards it in finalizers, as in that of a loader's workers.
+"""Interrupts that are not lost: Python discards them in finalizers, as in that of a loader worker.
 
 What was asked is remembered, and looked at again between steps.
 """
@@ -24,14 +24,20 @@ def check() -> None:
         raise KeyboardInterrupt
 
 
+def answer() -> None:
+    """What was asked is being done; the next one is another."""
+    _asked.clear()
+
+
 @contextmanager
-def heard() -> Iterator[None]:
-    """Around a run: what fails because its workers were interrupted too is an interruption."""
+def heard(*signals: int) -> Iterator[None]:
+    """Around a run: these signals interrupt it, Ctrl-C if none is given, and what fails because its
+    workers were interrupted too is an interruption."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     _asked.clear()
-    before = signal.signal(signal.SIGINT, ask)
+    before = {number: signal.signal(number, ask) for number in signals or (signal.SIGINT,)}
     try:
         yield
     except RuntimeError as error:
@@ -39,4 +45,5 @@ def heard() -> Iterator[None]:
             raise KeyboardInterrupt from error
         raise
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

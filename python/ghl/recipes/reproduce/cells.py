@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from ghl.recipes import interrupts
 from ghl.recipes.checkpoint import write_text
 
 _computing = threading.Lock()
@@ -105,10 +106,12 @@ def run(cells: Sequence[Cell], out: Path, processes: int, label: str) -> dict[st
         bar.update(cell.cost)
         bar.set_postfix_str(f"{len(results)}/{len(cells)} {cell.name}")
 
-    with bar, terminate_as_interrupt():
+    # a scheduler ends a job by SIGTERM
+    with bar, interrupts.heard(signal.SIGINT, signal.SIGTERM):
         if processes == 1:
             for cell in left:
                 keep(cell, compute(cell, out))
+                interrupts.check()
         elif left:
             _run_parallel(left, out, processes, keep)
     return results
@@ -126,6 +129,7 @@ def _run_parallel(
     try:
         while running or waiting:
             try:
+                interrupts.check()
                 # no more than there are processes: what a pool has queued it cannot take back
                 while waiting and len(running) < processes:
                     with interrupts_held():
@@ -138,6 +142,7 @@ def _run_parallel(
                 if interrupted:
                     raise
                 interrupted = True
+                interrupts.answer()
                 waiting.clear()
                 names = ", ".join(cell.name for cell in running.values())
                 print(f"\nInterrupted: finishing {names}; once more to drop them", file=sys.stderr)
@@ -175,16 +180,3 @@ def interrupts_held() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-@contextmanager
-def terminate_as_interrupt() -> Iterator[None]:
-    """Inside, SIGTERM is an interrupt too, as a scheduler's end of a job is."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
