@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ghl_kernels.checks import sum_dtype
+from ghl_kernels.layout import is_channels_last
 from ghl_kernels.problem import Problem
 
 Triple = tuple[Tensor, Tensor, Tensor]
@@ -27,11 +28,19 @@ def compete(y: Tensor, competition: str, tau: float) -> Tensor:
     if competition == "linear":
         return y
     if competition == "softmax":
-        return torch.softmax(y.to(sum_dtype(y.dtype)) / tau, 1).to(y.dtype)
+        return softmax(y, tau)
     winner = torch.zeros_like(y).scatter_(1, y.argmax(1, keepdim=True), 1)
     if competition == "hard":
         return winner.masked_fill_(y.isnan().any(1, keepdim=True), float("nan"))
     return compete(y, "softmax", tau) * (2 * winner - 1)
+
+
+def softmax(y: Tensor, tau: float) -> Tensor:
+    """In the memory order of y: torch.softmax over dimension 1 would copy a channels_last y."""
+    rows, dim = (y.movedim(1, -1), -1) if is_channels_last(y) else (y, 1)
+    dtype = sum_dtype(y.dtype)
+    scaled = rows if tau == 1 else rows.to(dtype) / tau
+    return torch.softmax(scaled, dim, dtype=dtype).to(y.dtype).movedim(dim, 1)
 
 
 def totals(u: Tensor, rows: int, sum_u: bool) -> Tensor:
