@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.baselines import gate
+from ghl.bench.formulas import gate
 
 
 class NaturalFunction(torch.autograd.Function):

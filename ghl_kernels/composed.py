@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ghl_kernels.checks import sum_dtype
-from ghl_kernels.layout import is_channels_last
+from ghl_kernels.layout import is_channels_last, like_weight
 from ghl_kernels.problem import Problem
 
 Triple = tuple[Tensor, Tensor, Tensor]
@@ -58,11 +58,6 @@ def no_rows(w: Tensor, dtype: torch.dtype = torch.float32) -> Triple:
     return G, G.clone(), w.new_zeros(w.shape[0] + 1, dtype=dtype)
 
 
-def like_weight(sums: Tensor, w: Tensor) -> Tensor:
-    """`sums` in the dtype of sums and with the strides of w."""
-    return torch.empty_like(w, dtype=sum_dtype(sums.dtype)).copy_(sums)
-
-
 def weight_gradient(problem: Problem, signal: Tensor, x: Tensor, w: Tensor) -> Tensor:
     """signalᵀx, in the dtype of x; of w only the shape and the memory order are read."""
     if problem.linear:
@@ -76,7 +71,8 @@ def weight_gradient(problem: Problem, signal: Tensor, x: Tensor, w: Tensor) -> T
 
 def sums(problem: Problem, x: Tensor, u: Tensor, g: Tensor, w: Tensor) -> Triple:
     """The pair from a u that is stored."""
-    G, H0 = (like_weight(weight_gradient(problem, signal, x, w), w) for signal in (g, u))
+    products = (weight_gradient(problem, signal, x, w) for signal in (g, u))
+    G, H0 = (like_weight(product, w, sum_dtype(x.dtype)) for product in products)
     return G, H0, totals(u, problem.rows, problem.sum_u)
 
 

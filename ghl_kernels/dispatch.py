@@ -1,6 +1,7 @@
 """Which implementation runs an operator, and why: the only place that chooses.
 
-Implementations are modules with one function per operator; operators ask here, kernels never do.
+Implementations are modules with `pair`, `update`, `merge`, `foreach_merge` and `logsumexp`;
+operators ask here, kernels never do.
 """
 
 from __future__ import annotations
@@ -278,7 +279,7 @@ def reason_of(entry: Entry, table: tiles.Table) -> str:
 
 
 def implementation(operator: str, first: Tensor, problem: Problem | None = None) -> ModuleType:
-    """The module whose function `operator` is to be called, noted as the last that ran."""
+    """The module that is to run `operator`, noted as the last that did."""
     backend = _last[operator] = settled(operator, first, problem)
     return module_of(backend.name)
 

@@ -13,12 +13,12 @@ LARGEST_OFFSET = 2**31 - 1
 LARGEST_TILE = 256  # rows; offsets inside a tile are 32-bit
 
 
-def is_channels_last(w: Tensor) -> bool:
-    """Whether a neuron's weights lie in the order (kh, kw, in_channels)."""
+def is_channels_last(t: Tensor) -> bool:
+    """Whether images, or a neuron's weights, lie in the order (height, width, channels) alone."""
     return (
-        w.dim() == 4
-        and not w.is_contiguous()
-        and w.is_contiguous(memory_format=torch.channels_last)
+        t.dim() == 4
+        and not t.is_contiguous()
+        and t.is_contiguous(memory_format=torch.channels_last)
     )
 
 

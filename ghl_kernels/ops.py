@@ -76,7 +76,7 @@ def logsumexp(y: Tensor, tau: float, dim: int) -> Tensor:
     return dispatch.implementation("logsumexp", y).logsumexp(y, tau, dim)
 
 
-def linear_layer(
+def problem_of_linear(
     x: Tensor, y: Tensor, g: Tensor, w: Tensor, competition: str, tau: float, sum_u: bool
 ) -> Problem:
     """What implementations are told of a linear layer, once its arguments are checked."""
@@ -85,7 +85,7 @@ def linear_layer(
     return Problem.of_linear(x, w, competition, sum_u)
 
 
-def convolution(
+def problem_of_conv2d(
     tensors: tuple[Tensor, Tensor, Tensor, Tensor],
     geometry: Geometry,
     competition: str,
@@ -101,7 +101,7 @@ def convolution(
 def linear_pair(
     x: Tensor, y: Tensor, g: Tensor, w: Tensor, competition: str, tau: float, sum_u: bool = True
 ) -> Triple:
-    problem = linear_layer(x, y, g, w, competition, tau, sum_u)
+    problem = problem_of_linear(x, y, g, w, competition, tau, sum_u)
     return dispatch.implementation("linear_pair", x, problem).pair(problem, x, y, g, w, tau)
 
 
@@ -119,7 +119,7 @@ def conv2d_pair(
     sum_u: bool = True,
 ) -> Triple:
     geometry = stride, padding, dilation, groups
-    problem = convolution((x, y, g, w), geometry, competition, tau, sum_u)
+    problem = problem_of_conv2d((x, y, g, w), geometry, competition, tau, sum_u)
     return dispatch.implementation("conv2d_pair", x, problem).pair(problem, x, y, g, w, tau)
 
 
@@ -152,7 +152,7 @@ def linear_update(
     gate: str,
     normalize: str,
 ) -> Triple:
-    problem = linear_layer(x, y, g, w, competition, tau, decay == "instar")
+    problem = problem_of_linear(x, y, g, w, competition, tau, decay == "instar")
     check_rule(decay=decay, gate=gate, normalize=normalize)
     implementation = dispatch.implementation("linear_update", x, problem)
     return implementation.update(problem, x, y, g, w, tau, decay, gate, normalize)
@@ -174,7 +174,7 @@ def conv2d_update(
     normalize: str,
 ) -> Triple:
     geometry = stride, padding, dilation, groups
-    problem = convolution((x, y, g, w), geometry, competition, tau, decay == "instar")
+    problem = problem_of_conv2d((x, y, g, w), geometry, competition, tau, decay == "instar")
     check_rule(decay=decay, gate=gate, normalize=normalize)
     implementation = dispatch.implementation("conv2d_update", x, problem)
     return implementation.update(problem, x, y, g, w, tau, decay, gate, normalize)

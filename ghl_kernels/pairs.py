@@ -1,4 +1,4 @@
-"""From a layer's tensors to kernels of a GPU and back: what every implementation there shares.
+"""From a layer's tensors to kernels of a GPU and back: what all with products of their own share.
 
 Activations are brought into matrices, the rows are split, and sums become results like the weight.
 Which kernels fill the sums is an implementation's; nothing here launches one.

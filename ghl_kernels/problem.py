@@ -1,4 +1,4 @@
-"""One layer's pair as the dispatcher and the tables of tiles see it: sizes, not tensors."""
+"""One layer's pair as all below the operators sees it: sizes and choices, not tensors."""
 
 from __future__ import annotations
 

@@ -41,10 +41,10 @@ class Tile:
     """One program's share and how it runs.
 
     block_m rows a step, block_k neurons, block_c inputs (of one tap unless `packed`, as those of
-    `cuda` always are; a layer of few channels is folded for a tile that is not); `taps` of a
-    kernel's row at once; `descriptors`: by the tensor memory accelerator where the layout allows;
-    `box`: if not 0, the inputs come in boxes of one tap and up to so many; `programs`: how many per
-    multiprocessor to split the rows for.
+    compiled kernels always are; a layer of few channels is folded by Triton for a tile that is not,
+    by compiled kernels wherever it can be); `taps` of a kernel's row at once; `descriptors`: by the
+    tensor memory accelerator where the layout allows; `box`: if not 0, the inputs come in boxes of
+    one tap and up to so many; `programs`: how many per multiprocessor to split the rows for.
     """
 
     block_m: int

@@ -1,4 +1,4 @@
-// Picks the dual weight gradient of a dtype; which are compiled is in dual_wgrad_launch.h.
+// Picks the dual weight gradient of a dtype and precision; the shapes are dual_wgrad_shape.h's.
 #include "dual_wgrad_launch.h"
 
 namespace ghl::cuda {

@@ -1,5 +1,5 @@
-// The launches of one dtype's dual weight gradients; a .cu file for each dtype instantiates them,
-// so that they compile side by side.
+// The launches of one dtype's and precision's dual weight gradients; a .cu file for each
+// instantiates them, so that they compile side by side.
 #pragma once
 
 #include "dual_wgrad.h"

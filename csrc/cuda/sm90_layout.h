@@ -1,5 +1,5 @@
-// The arithmetic of the sm_90a weight gradient: where everything lies in shared memory, which part
-// of the work is whose, what tensor maps say. All of it runs on a host as well.
+// The arithmetic of the sm_90a weight gradient: where everything lies in shared memory, and which
+// part of the work is whose. All of it runs on a host as well.
 //
 // A box is 64 rows of 64 numbers of 16 bits, one copy of the copy engine: rows of 128 bytes, whose
 // eight 16-byte chunks are permuted by the row's number (128-byte swizzle, "Swizzling Modes" of the

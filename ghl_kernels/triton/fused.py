@@ -27,10 +27,6 @@ from ghl_kernels.triton.split_k import sum_splits
 __all__ = ["foreach_merge", "logsumexp", "merge", "pair", "update"]
 
 
-def wgrad_of_rows(task: Task, partials: Partials) -> None:
-    linear_wgrad(task, partials)
-
-
 def wgrad_of_images(task: Task, partials: Partials) -> None:
     by_kind = depthwise_wgrad if task.problem.depthwise else conv_wgrad
     # few channels are read as they lie: the columns of a tile are gathered anyway
@@ -47,7 +43,7 @@ def kernels(strategy: str, signal: Any = as_it_lies) -> Kernels:
     def folds(problem: Problem, tile: Tile) -> bool:
         return tiles.folds(problem) and not tile.packed
 
-    return Kernels(tile, signal, wgrad_of_rows, wgrad_of_images, sum_splits, folds, fold_images)
+    return Kernels(tile, signal, linear_wgrad, wgrad_of_images, sum_splits, folds, fold_images)
 
 
 pair = pair_by(kernels("triton"))

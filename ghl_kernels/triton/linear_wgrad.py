@@ -103,7 +103,7 @@ def takes_descriptors(*matrices: Tensor) -> bool:
 
 
 def linear_wgrad(task: Task, partials: Partials) -> None:
-    """Fill `partials`; of matrices with offsets that `layout.fits`."""
+    """Fill `partials` from x (M, C), y and g (M, K), matrices with offsets that `layout.fits`."""
     problem, tile, x, y, g, competition, tau, _ = task
     descriptors = tile.descriptors and takes_descriptors(x, y, g)
     sources = (x, y, g)

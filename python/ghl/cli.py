@@ -28,8 +28,21 @@ def absolute(text: str) -> str:
     return str(Path(text).resolve())
 
 
+class WithDefaults(argparse.HelpFormatter):
+    """Tells what each option of `ghl train` is when none is given."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        from ghl.recipes.config import Config
+
+        value = vars(Config.resolve({})).get(action.dest)
+        told = isinstance(value, int | float | str) and not isinstance(value, bool)
+        return f"{action.help} ({value})" if told else action.help
+
+
 def train_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `ghl train`; those not given are left to the defaults of arch and rule."""
+    parser.formatter_class = WithDefaults
+    parser.epilog = "In brackets: without any option. Networks and rules have rates of their own."
     add = parser.add_argument
     add("--rule", nargs="+", metavar="RULE", help="ghl, hebb, sign, bp; several are compared")
     add(
@@ -45,14 +58,14 @@ def train_arguments(parser: argparse.ArgumentParser) -> None:
     add("--size", type=int, help="side of the images in pixels")
     add("--limit-train", type=int, metavar="N", help="train on a fixed subset of N images")
     add("--limit-test", type=int, metavar="N", help="test on a fixed subset of N images")
-    add("--epochs", type=int)
+    add("--epochs", type=int, help="passes over the training images")
     add("--batch-size", type=int, help="images of a step: of all processes and micro-batches")
     add("--lr", type=float, help="learning rate of everything but the swapped layers")
     add("--lr-hebb", type=float, help="learning rate of the swapped layers' weights")
     add("--wd", type=float, help="weight decay of everything but the swapped layers")
     add("--wd-hebb", type=float, help="weight decay of the swapped layers' weights")
     add("--schedule", help="cosine or constant")
-    add("--seed", type=int)
+    add("--seed", type=int, help="of weights, order and crops")
     add("--device", help="cpu, cuda, cuda:1; by default a GPU where there is one")
     add("--workers", type=int, help="processes that load data")
     add(
@@ -72,7 +85,7 @@ def large_arguments(parser: argparse.ArgumentParser) -> None:
     add("--optimizer", help="sgd, or adamw, which has learning rates and decays of its own")
     add("--momentum", type=float, help="of SGD, for every parameter")
     add("--warmup", type=int, metavar="EPOCHS", help="over which learning rates rise linearly")
-    add("--label-smoothing", type=float, metavar="SHARE")
+    add("--label-smoothing", type=float, metavar="SHARE", help="of the target, over all classes")
     add("--ema", type=float, metavar="DECAY", help="evaluate with averaged parameters; 0.9999, say")
     add("--resize-from", type=int, metavar="SIZE", help="side of the first epoch's photographs")
     add("--amp", help="none, bf16 or fp16 (with a GradScaler)")
@@ -192,10 +205,12 @@ def bench_arguments(parser: argparse.ArgumentParser) -> None:
             help=f"by default {' '.join(WORKLOADS)}")  # fmt: skip
     add = layers.add_argument
     add("--device", default="cuda", help="cuda by default; cpu")
-    add("--seconds", type=float, default=300, help="begin no further layer after these")
+    add(
+        "--seconds", type=float, default=300, help="begin no further layer after these, %(default)s"
+    )
     add("--out", type=Path, metavar="FILE", help="write all figures there as JSON")
     add = tune.add_argument
-    add("--budget", type=float, default=300, metavar="SECONDS", help="300 by default")
+    add("--budget", type=float, default=300, metavar="SECONDS", help="to spend, %(default)s")
     add("--out", type=Path, metavar="FILE", help="by default the user's table for this GPU")
     add("--log", type=Path, metavar="FILE", help="write every attempt there as JSON")
 

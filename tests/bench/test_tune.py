@@ -20,10 +20,8 @@ from ghl.bench.layers import Layer, layers_of
 from ghl.bench.tuning import Tuned, compile_all, compiled_alike, layers_to_tune, tune_layers
 from ghl.cli import WORKLOADS
 from ghl_kernels import Problem, dispatch, tiles, tune
-from ghl_kernels.pairs import Task
-from ghl_kernels.splits import Partials
 from ghl_kernels.tiles import Entry, Table, Tile
-from ghl_kernels.triton import fused
+from ghl_kernels.triton import fused, stored
 from ghl_kernels.tune import Attempt
 
 SHIPPED = Table.read(tiles.SHIPPED / "sm90.json")
@@ -248,14 +246,14 @@ def test_the_whole_tuner_on_a_small_layer(
     present = Entry("pointwise", 32, 1, 1, 1, "library", Tile(*good[0]))
     monkeypatch.setattr(tuning.tiles, "find", find_or(present))
     monkeypatch.setattr(tuning, "fastest_merges", lambda clock: "triton")
-    linear_wgrad = fused.linear_wgrad
 
-    def wrong_for_bad(task: Task, partials: Partials) -> None:
-        linear_wgrad(task, partials)
-        if task.tile.programs == 0:
-            partials.sums.G.mul_(2)
+    def wrong_for_bad(pair: Callable[..., Any], *arguments: Any) -> tuple[torch.Tensor, ...]:
+        G, H0, totals = pair(*arguments)
+        entry = tiles.used()
+        return 2 * G if entry and entry.tile.programs == 0 else G, H0, totals
 
-    monkeypatch.setattr(fused, "linear_wgrad", wrong_for_bad)
+    for module in (fused, stored):
+        monkeypatch.setattr(module, "pair", functools.partial(wrong_for_bad, module.pair))
     path = tmp_path / "gpu.json"
     tuned, written = tuning.tune_gpu(["any_b1"], 60, path, WallClock(torch.device("cpu")))
     assert written == path

@@ -12,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from ghl.recipes.reproduce import cells
-from tests.recipes import slow_cells
 from tests.recipes.slow_cells import make
 
 
@@ -51,19 +50,23 @@ def test_a_kill_loses_only_the_cells_in_progress(tmp_path):
     assert len(cells.run(make(3), tmp_path, 1, "test")) == 3
 
 
-def test_an_interrupt_that_was_swallowed_ends_the_run(tmp_path, monkeypatch):
-    """Python discards one in a finalizer. The cells in progress are kept, others not begun."""
-    monkeypatch.setattr(slow_cells, "slow", interrupted)
+@pytest.mark.parametrize("more", [0, 3])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_an_interrupt_that_was_swallowed_ends_the_run(tmp_path, monkeypatch, processes, more):
+    """Python discards one in a finalizer. The cells in progress are kept, others not begun; also
+    that of the last cells is told."""
+
+    class Bar(cells.tqdm):
+        def update(self, cost):
+            with contextlib.suppress(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(1)
+            super().update(cost)
+
+    monkeypatch.setattr(cells, "tqdm", Bar)
     with pytest.raises(KeyboardInterrupt):
-        cells.run(make(3), tmp_path, 1, "test")
-    assert [p.name for p in tmp_path.glob("cells/*")] == ["c0.json"]
-
-
-def interrupted(seconds, value):
-    with contextlib.suppress(KeyboardInterrupt):
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(1)
-    return {"value": value}
+        cells.run(make(processes + more), tmp_path, processes, "test")
+    assert len(list(tmp_path.glob("cells/*"))) == processes
 
 
 def start(out):

@@ -23,6 +23,14 @@ def test_train_then_eval(tmp_path, capsys):
     assert capsys.readouterr().out == f"epoch 1: test accuracy {row[5]} %, test loss {row[4]}\n"
 
 
+def test_help_tells_what_is_not_given(capsys):
+    with pytest.raises(SystemExit):
+        run("train", "--help")
+    told = " ".join(capsys.readouterr().out.split())
+    for option in ("--epochs EPOCHS passes over the training images (100)", "layers (0.005)"):
+        assert option in told
+
+
 def test_default_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert run("train", *SMALL, "--rule", "bp") == 0

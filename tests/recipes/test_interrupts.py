@@ -44,3 +44,21 @@ def test_what_fails_because_of_an_interrupt_is_one():
         raise RuntimeError("DataLoader worker exited unexpectedly")
     with pytest.raises(RuntimeError, match="a bug"), interrupts.heard():
         raise RuntimeError("a bug")
+
+
+def test_what_was_asked_of_one_run_does_not_end_the_next():
+    with pytest.raises(KeyboardInterrupt), interrupts.heard():
+        swallowed()
+    interrupts.check()
+
+
+def test_what_is_ignored_stays_so():
+    """As of a command in a shell's background, which Ctrl-C is not meant for."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with interrupts.heard(signal.SIGINT, signal.SIGTERM):
+            os.kill(os.getpid(), signal.SIGINT)
+            assert signal.getsignal(signal.SIGTERM) is interrupts.ask
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)

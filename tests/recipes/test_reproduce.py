@@ -363,6 +363,12 @@ def test_trainings_too_short_to_measure(tmp_path):
         sre.Students("sgd", 0.1, steps=4)
 
 
+def test_without_images_the_other_experiments_are_run(capsys):
+    assert command.by_default(None) == [n for n in command.EXPERIMENTS if n != "sce"]
+    assert capsys.readouterr().out == "left out, for want of --root: sce\n"
+    assert command.by_default("somewhere") == list(command.EXPERIMENTS)
+
+
 def test_bad_words(tmp_path, capsys):
     assert list(options.EXPERIMENTS) == list(command.EXPERIMENTS)
     for words, message in (

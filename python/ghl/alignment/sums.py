@@ -75,7 +75,9 @@ class Use:
         if self.geometry is None:
             return signal.T @ x
         place = self.geometry
-        shape = torch.empty_like(self.weight, dtype=x.dtype)  # of it nothing else is read
+        shape = self.weight  # of it nothing else is read
+        if shape.dtype != x.dtype:
+            shape = torch.empty_like(shape, dtype=x.dtype)
         return torch.ops.aten.convolution_backward(
             signal, x, shape, None, place.stride, place.padding, place.dilation,
             False, [0, 0], place.groups, [False, True, False],

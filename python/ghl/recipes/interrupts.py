@@ -31,19 +31,24 @@ def answer() -> None:
 
 @contextmanager
 def heard(*signals: int) -> Iterator[None]:
-    """Around a run: these signals interrupt it, Ctrl-C if none is given, and what fails because its
-    workers were interrupted too is an interruption."""
+    """Around a run: these signals interrupt it, Ctrl-C if none is given; one that is ignored, as in
+    a shell's background, stays so. What fails because its workers were interrupted too is an
+    interruption."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    _asked.clear()
-    before = {number: signal.signal(number, ask) for number in signals or (signal.SIGINT,)}
+    wanted = signals or (signal.SIGINT,)
+    before = {n: h for n in wanted if (h := signal.getsignal(n)) is not signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, ask)
     try:
         yield
+        check()
     except RuntimeError as error:
         if _asked.is_set():
             raise KeyboardInterrupt from error
         raise
     finally:
+        _asked.clear()
         for number, handler in before.items():
             signal.signal(number, handler)

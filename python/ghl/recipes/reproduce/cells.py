@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -148,6 +149,8 @@ def _run_parallel(
                 print(f"\nInterrupted: finishing {names}; once more to drop them", file=sys.stderr)
         if interrupted:
             raise KeyboardInterrupt
+    except BrokenProcessPool as error:  # its processes got the signal too
+        raise KeyboardInterrupt if interrupted else error from error
     except BaseException:
         for process in list((pool._processes or {}).values()):
             process.terminate()

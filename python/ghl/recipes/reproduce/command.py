@@ -43,6 +43,7 @@ class Experiment:
 
     cells: Callable[[Settings], list[Cell]]
     summarize: Callable[[Mapping[str, dict[str, Any]], Path], Section]
+    needs_root: bool = False
 
 
 def table_cells(network: str) -> Callable[[Settings], list[Cell]]:
@@ -58,7 +59,7 @@ def sweep_experiment(name: str) -> Experiment:
 
 
 EXPERIMENTS = {
-    "sce": Experiment(lambda s: sce.cells(s.seeds, s.root, s.shorten), sce.summarize),
+    "sce": Experiment(lambda s: sce.cells(s.seeds, s.root, s.shorten), sce.summarize, True),
     "table": Experiment(table_cells("mlp"), table.summarize),
     "length-sgd": sweep_experiment("length-sgd"),
     "length-dfa": sweep_experiment("length-dfa"),
@@ -88,7 +89,7 @@ EXPERIMENTS = {
 
 def reproduce(args: argparse.Namespace) -> int:
     """Run `ghl reproduce`: compute what is not there yet, then write CSV, figures, report."""
-    chosen = list(dict.fromkeys(args.experiments)) or list(EXPERIMENTS)
+    chosen = list(dict.fromkeys(args.experiments)) or by_default(args.root)
     for name in chosen:
         if name not in EXPERIMENTS:
             known = ", ".join(EXPERIMENTS)
@@ -111,6 +112,14 @@ def reproduce(args: argparse.Namespace) -> int:
             print("  " + " | ".join(line))
     print(f"report in {args.out / 'report.md'} and report.html")
     return 0
+
+
+def by_default(root: str | None) -> list[str]:
+    """Every experiment that can be run without images, or with those in `root`."""
+    left_out = [name for name, of in EXPERIMENTS.items() if of.needs_root and root is None]
+    if left_out:
+        print(f"left out, for want of --root: {', '.join(left_out)}")
+    return [name for name in EXPERIMENTS if name not in left_out]
 
 
 def cost(results: Mapping[str, dict[str, Any]]) -> str:

@@ -1,4 +1,4 @@
-"""The arguments of `ghl reproduce`, apart from what it runs: `ghl --help` imports nothing heavy."""
+"""The arguments of `ghl reproduce`, apart from what it runs: `ghl --help` imports no recipe."""
 
 from __future__ import annotations
 
@@ -29,10 +29,26 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `ghl reproduce`."""
     listed = "; ".join(f"{name} ({text})" for name, text in EXPERIMENTS.items())
     add = parser.add_argument
-    add("experiments", nargs="*", metavar="EXPERIMENT", help=f"all by default: {listed}")
-    add("--out", type=Path, default=Path("runs/reproduce"), metavar="DIR")
-    add("--seeds", type=int, default=10, help="of every MLP (fewer where an experiment says so)")
-    add("--transformer-seeds", type=int, default=3)
-    add("--processes", type=int, default=2, help="cells computed at a time, with a thread each")
+    add(
+        "experiments",
+        nargs="*",
+        metavar="EXPERIMENT",
+        help=f"all by default, sce with --root alone: {listed}",
+    )
+    out = Path("runs/reproduce")
+    add("--out", type=Path, default=out, metavar="DIR", help="of results, %(default)s")
+    add(
+        "--seeds",
+        type=int,
+        default=10,
+        help="of every MLP, %(default)s (fewer where an experiment says so)",
+    )
+    add("--transformer-seeds", type=int, default=3, help="of every transformer, %(default)s")
+    add(
+        "--processes",
+        type=int,
+        default=2,
+        help="cells computed at a time, with a thread each, %(default)s",
+    )
     add("--root", help="directory of CIFAR-10 or Fashion-MNIST, for sce")
     add("--shorten", type=int, default=1, help="divide the length of every training, for a trial")
