@@ -14,6 +14,8 @@ import pytest
 from ghl.recipes.reproduce import cells
 from tests.recipes.slow_cells import make
 
+pytestmark = pytest.mark.usefixtures("interruptible")
+
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_cells_are_computed_once(tmp_path, processes):

@@ -10,6 +10,7 @@ import pytest
 from ghl.cli import main
 from ghl.recipes import interrupts, trainer
 
+pytestmark = pytest.mark.usefixtures("interruptible")
 SMALL = ["train", "--width", "0.05", "--epochs", "3", "--limit-train", "128", "--limit-test", "64"]
 
 
