@@ -24,11 +24,6 @@ def check() -> None:
         raise KeyboardInterrupt
 
 
-def answer() -> None:
-    """What was asked is being done; the next one is another."""
-    _asked.clear()
-
-
 @contextmanager
 def heard(*signals: int) -> Iterator[None]:
     """Around a run: these signals interrupt it, Ctrl-C if none is given; one that is ignored, as in

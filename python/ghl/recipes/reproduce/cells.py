@@ -16,7 +16,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -130,7 +129,8 @@ def _run_parallel(
     try:
         while running or waiting:
             try:
-                interrupts.check()
+                if not interrupted:
+                    interrupts.check()
                 # no more than there are processes: what a pool has queued it cannot take back
                 while waiting and len(running) < processes:
                     with interrupts_held():
@@ -143,14 +143,11 @@ def _run_parallel(
                 if interrupted:
                     raise
                 interrupted = True
-                interrupts.answer()
                 waiting.clear()
                 names = ", ".join(cell.name for cell in running.values())
                 print(f"\nInterrupted: finishing {names}; once more to drop them", file=sys.stderr)
         if interrupted:
             raise KeyboardInterrupt
-    except BrokenProcessPool as error:  # its processes got the signal too
-        raise KeyboardInterrupt if interrupted else error from error
     except BaseException:
         for process in list((pool._processes or {}).values()):
             process.terminate()
