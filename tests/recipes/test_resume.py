@@ -19,7 +19,7 @@ SMALL = {"width": 0.05, "epochs": 3, "limit_train": 128, "limit_test": 64, "devi
 # 2: metrics.csv, then both files of every epoch), or after an optimizer's step.
 KILLER = """
 import os, signal, sys
-import torch
+import sklearn.datasets, sklearn.model_selection, torch, torch._dynamo  # once, not in every fork
 from ghl.cli import main
 from ghl.recipes import train
 
@@ -127,7 +127,7 @@ def test_resume_gives_the_uninterrupted_result(killed, uninterrupted, point):
 
 def test_kill_and_resume_on_the_command_line(tmp_path):
     """Killed by the clock, not at a chosen line; resumed with nothing but the directory."""
-    settings = SMALL | {"epochs": 40}
+    settings = SMALL | {"epochs": 15}
     out = tmp_path / "killed"
     process = start("-m", "ghl.cli", *arguments(settings), "--out", str(out))
     deadline = time.monotonic() + 60
@@ -139,7 +139,7 @@ def test_kill_and_resume_on_the_command_line(tmp_path):
         time.sleep(0.001)
     process.kill()
     process.wait()
-    assert torch.load(out / "checkpoint.pt", weights_only=True)["epoch"] < 40
+    assert torch.load(out / "checkpoint.pt", weights_only=True)["epoch"] < settings["epochs"]
 
     resumed = start("-m", "ghl.cli", "train", "--out", str(out), "--resume")
     train(Run(tmp_path / "whole", Config.resolve(settings)))

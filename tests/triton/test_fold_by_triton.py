@@ -87,7 +87,7 @@ def test_folded_pair_is_the_references(
 def test_every_layout(layout: str, forced: Callable, use: Use, folded: list[Fold]) -> None:
     """NaN in every gap between the numbers of x, or of w."""
     use(forms.FOLDED)
-    layer = LAYERS["resnet"]
+    layer = LAYERS["two_channels"]
     with forced("triton"):
         for argument in (0, 3):
             tensors = layer.tensors(torch.float16)
@@ -124,7 +124,7 @@ def test_a_trial_folds(name: str, use: Use, folded: list[Fold], monkeypatch) -> 
     monkeypatch.setattr(trial, "BATCH", 2)
     monkeypatch.setattr(trial, "SIZE", 5)
     device = torch.get_default_device()
-    problem = problem_of(LAYERS["resnet"], torch.float32)
+    problem = problem_of(LAYERS["two_channels"], torch.float32)
     assert trial.disagreement(problem, device, IMPLEMENTATIONS[name]) is None
     assert len(folded) == 1
 

@@ -38,8 +38,12 @@ def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS)
 def test_what_is_right_is_taken(problem: Problem, strategy: str, device: torch.device) -> None:
     assert trial.disagreement(problem, device, IMPLEMENTATIONS[strategy]) is None
-    for operator in ("merge", "logsumexp"):
-        assert trial.disagreement_of_sums(device, IMPLEMENTATIONS[strategy], operator) is None
+
+
+@pytest.mark.parametrize("strategy", tiles.BY_TRITON)
+@pytest.mark.parametrize("operator", ["merge", "logsumexp"])
+def test_right_sums_are_taken(operator: str, strategy: str, device: torch.device) -> None:
+    assert trial.disagreement_of_sums(device, IMPLEMENTATIONS[strategy], operator) is None
 
 
 def test_the_batch_has_the_layers_layout(device: torch.device) -> None:
