@@ -1,10 +1,12 @@
 """What the options of large runs do to a small one."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 from recipes.photographs import write_folders, write_shards
+from torch.distributed import destroy_process_group, init_process_group
 
 from ghl.recipes.config import Config
 from ghl.recipes.ema import Average
@@ -74,6 +76,27 @@ def test_compiled_is_the_same_run():
     assert loss == pytest.approx(expected, rel=0.05)  # dropout draws other numbers there
     begin = Trainer(Config.resolve(NARROW | {"device": "cpu"} | settings))
     assert not torch.equal(compiled.model.conv1.weight, begin.model.conv1.weight)
+
+
+def test_shards_are_compiled_one_by_one(tmp_path, monkeypatch):
+    """Each in one graph, in training and in evaluation, however many there are."""
+    settings = {"arch": "deephebb", "width": 0.05, "limit_train": 64, "limit_test": 8}
+    init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    try:
+        with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True, recompile_limit=2):
+            compiled, loss = trained(**settings, compile=True, fsdp=True)
+            compiled.evaluate()
+        found = torch._dynamo.utils.counters
+    finally:
+        destroy_process_group()
+    parts = sum(any(True for _ in child.parameters()) for child in compiled.model.children())
+    assert found["stats"]["unique_graphs"] == 2 * parts == 8
+    assert not found["graph_break"]
+    _, expected = trained(**settings)
+    assert loss == pytest.approx(expected, rel=0.05)  # as above
 
 
 def test_channels_last_images_reach_the_network():
@@ -248,7 +271,6 @@ def test_decoding_on_the_device_trains(tmp_path):
         ({"accumulate": 0}, "--accumulate 0: expected an integer of at least 1"),
         ({"checkpoint_every": 0}, "--checkpoint-every 0: expected an integer of at least 1"),
         ({"warmup": 5, "epochs": 5}, "--warmup 5: expected fewer than --epochs 5"),
-        ({"compile": True, "fsdp": True}, "--compile: expected without --fsdp"),
         ({"resize_from": 16}, "--resize-from 16: expected photographs, .* not --data digits"),
         ({"data": "fake", "resize_from": 300}, "--resize-from 300: expected at most --size 224"),
     ],

@@ -192,11 +192,6 @@ class Config:
             raise ValueError(
                 f"--momentum {self.momentum}: expected with --optimizer sgd, not {self.optimizer}"
             )
-        if self.compile and self.fsdp:
-            raise ValueError(
-                "--compile: expected without --fsdp, whose hooks cut the network into a graph a"
-                " layer, more than torch.compile keeps; DDP compiles"
-            )
         for field in ("compile", "fsdp"):
             if self.align_every is not None and getattr(self, field):
                 raise ValueError(

@@ -150,6 +150,24 @@ def spread(model: nn.Module, device: torch.device, *, fsdp: bool) -> nn.Module:
     return model
 
 
+def compile_called(model: nn.Module) -> None:
+    """Compile what `spread` gave: its parts one by one where the hooks of fully_shard, which no
+    graph takes up, run before and after each.
+
+    The code around forwards is one for all parts, and so is its limit of recompilations: each
+    part wants some, for training, evaluation and another size of images.
+    """
+    shards = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    if not shards:
+        model.compile()
+        return
+    parts = shards[1:] or shards  # the first is the model, around them
+    limits = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, 8 * len(parts))
+    for part in parts:
+        part.forward = torch.compile(part.forward)
+
+
 @contextmanager
 def communicating(model: nn.Module, *, last: bool) -> Iterator[None]:
     """Around a micro-batch's forward and backward: gradients travel with the `last` one only."""

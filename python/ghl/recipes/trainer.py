@@ -21,7 +21,7 @@ from ghl.recipes import interrupts, models, optimizers
 from ghl.recipes.checkpoint import random_states, restore_random_states, seed_everything
 from ghl.recipes.config import Config
 from ghl.recipes.data import Data, load
-from ghl.recipes.distributed import World, communicating, local_device, spread
+from ghl.recipes.distributed import World, communicating, compile_called, local_device, spread
 from ghl.recipes.ema import Average
 from ghl.recipes.loader import Batches, Damage, Order, TooManyDamaged
 from ghl.recipes.photographs import decodes
@@ -89,7 +89,7 @@ class Trainer:
         self.swapped = ghl.swap(self.model, rule=self.rule, tau=config.tau)
         self.called = spread(self.model, self.device, fsdp=config.fsdp)
         if config.compile:
-            self.called.compile()
+            compile_called(self.called)
         groups = ghl.param_groups(
             self.model,
             lr=config.lr,
