@@ -8,6 +8,7 @@ import torch
 from recipes.photographs import write_folders, write_shards
 from torch.distributed import destroy_process_group, init_process_group
 
+from ghl.layers import Plastic
 from ghl.recipes.config import Config
 from ghl.recipes.ema import Average
 from ghl.recipes.loader import TooManyDamaged
@@ -66,6 +67,22 @@ def test_the_same_numbers_another_way(plain, options):
     weight = trainer.model.stage1[0].conv1.weight
     assert weight.is_contiguous(memory_format=torch.channels_last) == ("channels_last" in options)
     assert bool(trainer.optimizer.defaults["fused"]) == ("fused" in options)
+
+
+@pytest.mark.parametrize(
+    ("options", "swapped"),
+    [
+        ({}, {"Conv2d"}),
+        ({"layers": "linear"}, {"Linear"}),
+        ({"layers": "linear", "arch": "deephebb", "width": 0.05}, {"Linear"}),
+        ({"layers": "all"}, {"Conv2d", "Linear"}),
+        ({"layers": "all", "exclude": "stage*"}, {"conv1", "classifier"}),
+    ],
+)
+def test_the_rule_trains_the_layers_asked_for(options, swapped):
+    trainer = Trainer(Config.resolve(NARROW | {"device": "cpu"} | options))
+    plastic = {n: m for n, m in trainer.model.named_modules() if isinstance(m, Plastic)}
+    assert swapped in ({type(m).__name__ for m in plastic.values()}, plastic.keys())
 
 
 def test_compiled_is_the_same_run():
@@ -268,6 +285,7 @@ def test_decoding_on_the_device_trains(tmp_path):
         ({"momentum": -0.1}, "--momentum -0.1: expected a finite number of at least 0"),
         ({"label_smoothing": math.nan}, "--label-smoothing nan: expected a finite number"),
         ({"damaged_share": 2}, "--damaged-share 2: expected .* below 1"),
+        ({"layers": "conv1d"}, "--layers is 'conv1d', must be one of .*; did you mean 'conv2d'"),
         ({"accumulate": 0}, "--accumulate 0: expected an integer of at least 1"),
         ({"checkpoint_every": 0}, "--checkpoint-every 0: expected an integer of at least 1"),
         ({"warmup": 5, "epochs": 5}, "--warmup 5: expected fewer than --epochs 5"),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ghl.recipes.checkpoint import write_text
 from ghl.recipes.data import SOURCES, source
@@ -19,6 +20,11 @@ from ghl.recipes.models import architecture
 from ghl.recipes.optimizers import OPTIMIZERS
 
 RULES = ("ghl", "hebb", "sign", "bp")
+LAYERS: dict[str, tuple[type[nn.Module], ...]] = {
+    "conv2d": (nn.Conv2d,),
+    "linear": (nn.Linear,),
+    "all": (nn.Conv2d, nn.Linear),
+}
 NORMALIZE = ("absmax", "mean", "none")
 SCHEDULES = ("cosine", "constant")
 AMP = ("none", "bf16", "fp16")
@@ -30,6 +36,8 @@ DEFAULTS: dict[str, Any] = {
     "arch": "deephebb",
     "data": "digits",
     "width": 1.0,
+    "layers": "conv2d",
+    "exclude": None,
     "root": None,
     "download": False,
     "tau": 1.0,
@@ -110,7 +118,8 @@ RELOCATABLE = (
 class Config:
     """The settings of one run, all resolved; ValueError names the first that is not valid.
 
-    `tau` is one number or one per layer name, `size` the side of the images in pixels.
+    `tau` is one number or one per layer name, `exclude` a pattern of names, both as `ghl.swap`
+    takes them; `size` is the side of the images in pixels.
     `batch_size` is that of a step: of all processes and micro-batches.
     """
 
@@ -118,6 +127,8 @@ class Config:
     arch: str
     data: str
     width: float
+    layers: str
+    exclude: str | None
     size: int
     root: str | None
     download: bool
@@ -158,6 +169,7 @@ class Config:
         check_choice("rule", self.rule, RULES)
         architecture(self.arch)
         check_choice("data", self.data, SOURCES)
+        check_choice("layers", self.layers, LAYERS)
         check_choice("normalize", self.normalize, NORMALIZE)
         check_choice("schedule", self.schedule, SCHEDULES)
         check_choice("optimizer", self.optimizer, OPTIMIZERS)
@@ -219,6 +231,8 @@ class Config:
         settings |= {name: given[name] for name in ("arch", "rule", "data") if name in given}
         smallest = architecture(settings["arch"]).smallest
         settings |= PUBLISHED.get(settings["arch"], {})
+        if given.get("layers") == "linear":
+            settings["tau"] = DEFAULTS["tau"]  # published ones are those of convolutions
         settings |= RULE_DEFAULTS.get(settings["rule"], {})
         settings |= OPTIMIZER_DEFAULTS.get(given.get("optimizer", "sgd"), {})
         settings["size"] = max(source(settings["data"]).size, smallest)

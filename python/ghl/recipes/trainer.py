@@ -19,7 +19,7 @@ import ghl
 from ghl.layers import Plastic
 from ghl.recipes import interrupts, models, optimizers
 from ghl.recipes.checkpoint import random_states, restore_random_states, seed_everything
-from ghl.recipes.config import Config
+from ghl.recipes.config import LAYERS, Config
 from ghl.recipes.data import Data, load
 from ghl.recipes.distributed import World, communicating, compile_called, local_device, spread
 from ghl.recipes.ema import Average
@@ -86,7 +86,9 @@ class Trainer:
         if config.channels_last and not config.fsdp:  # which shards contiguous weights only
             self.model.to(memory_format=torch.channels_last)
         self.rule = ghl.Rule.preset(config.rule).replace(normalize=config.normalize)
-        self.swapped = ghl.swap(self.model, rule=self.rule, tau=config.tau)
+        self.swapped = ghl.swap(
+            self.model, self.rule, config.tau, LAYERS[config.layers], config.exclude or ()
+        )
         self.called = spread(self.model, self.device, fsdp=config.fsdp)
         if config.compile:
             compile_called(self.called)
