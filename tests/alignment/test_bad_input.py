@@ -120,6 +120,21 @@ def test_signal_that_is_not_finite(bad):
         assert "NaN or infinity" in gap(monitor, "2", part)
 
 
+@pytest.mark.parametrize("hebbian", ["hebb", "oja", "ghl"])
+def test_an_empty_batch(hebbian):
+    model = nn.Sequential(nn.Conv2d(4, 6, 2, groups=2), nn.Flatten(), nn.Linear(24, 3))
+    monitor = Monitor(model, hebbian=hebbian)
+    model(torch.randn(0, 4, 3, 3)).sum().backward()
+    for layer in ("0", "2"):
+        for part in ("batch", "sample"):
+            assert gap(monitor, layer, part) == "the batch was empty"
+    monitor.step()
+    model.zero_grad()
+    model(torch.randn(2, 4, 3, 3)).sum().backward()
+    for found in monitor.report().values():
+        assert -1 <= found["batch"]["cosine"] <= 1 and -1 <= found["sample"]["cosine"] <= 1
+
+
 @pytest.mark.parametrize(("size", "scale"), [(1e12, 1e-6), (1.0, 1e-22)])
 def test_numbers_whose_squares_leave_the_range(size, scale):
     """There is a cosine, but ‖B‖² or ‖S‖² is none of float32's numbers: it is not 0, nor any."""

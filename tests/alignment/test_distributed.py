@@ -32,6 +32,30 @@ def steps(model, x, accumulate, hebbian):
     return reports
 
 
+def given_steps(model, x, signals):
+    """Reports of one step of a rule that has each rank add a signal of its own, per loss."""
+    found = []
+    for loss in ("mean", "sum"):
+        monitor = Monitor(model, signal="given", statistic="batch", loss=loss)
+        with torch.no_grad():
+            model(x)
+        for name, signal in signals.items():
+            monitor.measure(name, signal)
+        monitor.step()
+        found.append(monitor.report())
+        monitor.remove()
+    return found
+
+
+def signals_of(rank):
+    generator = torch.Generator().manual_seed(rank)
+    layers = {"0": (3, 2, 3, 3), "3": (4, 12)}
+    return {
+        name: torch.randn(shape, generator=generator, dtype=torch.float64)
+        for name, shape in layers.items()
+    }
+
+
 def rank_main(rank, file, x, results):
     torch.set_num_threads(1)
     with process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2):
@@ -43,6 +67,9 @@ def measure(rank, x, results):
         model = DistributedDataParallel(network())
         found = steps(model, x.chunk(2)[rank], accumulate, hebbian)
         torch.save(found, f"{results}/{rank}-{index}.pt")
+
+    found = given_steps(network(), x.chunk(2)[rank], signals_of(rank))
+    torch.save(found, f"{results}/{rank}-given.pt")
 
     model = network()  # rank 1 is in evaluation mode: the gap is told on both
     model.train(rank == 0)
@@ -63,6 +90,12 @@ def test_two_ranks_are_one_batch(tmp_path):
         for found in ranks:
             for one, other in zip(found, expected, strict=True):
                 assert_same_report(one, other, rtol=1e-9, atol=1e-12)
+    means = {n: (s + signals_of(1)[n]) / 2 for n, s in signals_of(0).items()}
+    expected = given_steps(network(), x, means)
+    for rank in (0, 1):
+        found = torch.load(tmp_path / f"{rank}-given.pt")
+        for one, other in zip(found, expected, strict=True):
+            assert_same_report(one, other, rtol=1e-9, atol=1e-12)
     for rank, words in ((0, "another rank"), (1, "evaluation mode")):
         for found in torch.load(tmp_path / f"{rank}-gap.pt")[-1].values():
             assert found["batch"] is None

@@ -93,12 +93,3 @@ def test_a_weight_kept_for_a_step_that_raised_is_not_compared_later():
         found = monitor.report()["0"]
     assert found["update"] is None
     assert found["gaps"]["update"] == "no optimizer has made a step with it"
-
-
-def test_a_batch_without_rows_is_a_gap():
-    model = network(1)
-    with Monitor(model, statistic="batch") as monitor:
-        model(torch.randn(0, 5)).sum().backward()
-        found = monitor.report()["0"]
-    assert found["batch"] is None
-    assert "NaN" in found["gaps"]["batch"]

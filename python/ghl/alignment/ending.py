@@ -131,11 +131,12 @@ def signs(gradients: list[Tensor]) -> list[Tensor]:
 def add_over_ranks(tracks: Sequence[Track]) -> None:
     """Sum what the weights have gathered over all ranks; each must call it for the same weights.
 
-    A loss that is a mean is averaged over ranks, as DDP averages gradients.
+    A loss that is a mean is averaged over ranks, as DDP averages gradients; so are signals that
+    were given, each of which is what its rank adds to the weight.
     """
     for track in tracks:
         track.sums.problem = track.problem() or track.sums.sample_problem
-        if track.mean_loss:
+        if track.mean_loss or track.takes_signals:
             track.sums.scale = 1 / dist.get_world_size()
     places = [(track.sums, name) for track in tracks for name in track.sums.fill_in()]
     # apart: a report keeps some of the small ones, and with them the message they are views of

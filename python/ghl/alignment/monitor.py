@@ -188,8 +188,9 @@ class Monitor:
         """Take `signal`, of the weight's shape, as what a rule adds to the weight before decay.
 
         For rules that do not come from autograd: a Monitor with signal="given" has the Hebbian
-        direction from the forwards in training mode. Several signals of a step add up; on steps
-        that are not measured nothing happens. Raises KeyError, ValueError or RuntimeError.
+        direction from the forwards in training mode. Several signals of a step add up, those of
+        several ranks are averaged; on steps that are not measured nothing happens. Raises
+        KeyError, ValueError or RuntimeError.
         """
         if not self.given:
             raise RuntimeError("signal is 'autograd', must be 'given' for measure(): make it anew")

@@ -23,7 +23,7 @@ def patch_norms(
     pixels = x.square().unflatten(1, (groups, -1)).sum(2)
     ones = x.new_ones((1, 1, *kernel_size))
     sums = F.conv2d(pixels.flatten(0, 1)[:, None], ones, None, stride, padding, dilation)
-    return sums.view(x.shape[0], groups, -1)
+    return sums.unflatten(0, (x.shape[0], groups)).flatten(2)
 
 
 def measure(

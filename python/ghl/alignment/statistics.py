@@ -208,7 +208,9 @@ def numbers_of(
 def part_to_numbers(
     part: Part, ratios: Ratios, rows: float
 ) -> tuple[dict[str, Any] | None, str | None]:
-    inner = part.factor * ratios.inner / rows**part.powers_of_rows if rows else math.nan
+    if not rows:
+        return None, "the batch was empty"
+    inner = part.factor * ratios.inner / rows**part.powers_of_rows
     if not math.isfinite(inner):
         return None, "the signal or the Hebbian direction holds NaN or infinity"
     sign = math.copysign(1, part.factor)

@@ -87,7 +87,7 @@ class Use:
 class Sums:
     """G (K, ...), H0 (K, ...), Σu (K), and sums of samples.
 
-    signal: whether G is gathered; a rule's signal comes from elsewhere.
+    signal: whether there is a G; a layer's with a rule of ours is its weight.grad.
     problem: why none of it may be reported; sample_problem: why not the sample statistic.
     """
 
@@ -180,7 +180,7 @@ class Sums:
                 x, tuple(w.shape[2:]), place.stride, place.padding, place.dilation, groups
             ).unsqueeze(2)
         w2 = w.flatten(1).square().sum(1).view(groups, -1, 1)
-        h, u, g = (t.reshape(t.shape[0], groups, t.shape[1] // groups, -1) for t in (h, u, g))
+        h, u, g = (t.unflatten(1, (groups, -1)).unsqueeze(-1).flatten(3) for t in (h, u, g))
         neurons, layer = samples.measure(x2, w2, h, u, g, self.rule.decay)
         self._accumulate("neurons", neurons, use.neurons)
         self.layer = layer if self.layer is None else self.layer + layer

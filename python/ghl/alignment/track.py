@@ -49,7 +49,8 @@ class Track:
         weight = self.target.weight
         shape: Any = torch.empty(0, 0) if weight is None or self.target.gap else weight
         sample = self.sample and not self.target.ruled
-        return Sums(shape, self.rule, self.batch, sample, self.gathers)
+        has_signal = self.gathers or self.takes_signals
+        return Sums(shape, self.rule, self.batch, sample, has_signal)
 
     def accumulated(self, weight: Tensor) -> None:
         """A backward has added to weight.grad."""
