@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -34,8 +34,13 @@ from ghl.sums import RawSums
 from ghl_kernels.layout import is_channels_last
 
 _living: weakref.WeakSet[Synchronizer] = weakref.WeakSet()
+_orphans: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # weights whose handle is gone
 _of_weight: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # to a weakref of its handle
 WIRES = (None, torch.float32, torch.bfloat16)
+GONE = (
+    "the optimizer that ghl.synchronize was given is gone, and nothing would make updates of "
+    "gradients: call ghl.synchronize(model, optimizer) with the new one"
+)
 
 
 def synchronize(
@@ -69,7 +74,7 @@ def synchronize(
     Only zero_grad(), `weight.grad = None` and zeroing in place drop what is held: nothing tells of
     `weight.grad.data.zero_()`. The decay is taken of the weight as it is in the step. Gradients
     must not be taken away and added back (as PCGrad does), nor be made by backward(inputs=) or
-    autograd.grad. Over several ranks, remove() comes before another rule, and model.join() is
+    autograd.grad. A forward counts as often as backwards go through it (retain_graph=True). Over several ranks, remove() comes before another rule, and model.join() is
     refused: a rank that has joined would not add its sums. Of a CUDA graph, forward, backward and
     step must be in the same one. Another optimizer's step raises while gradients are held;
     synchronize with it, when none are, replaces the former.
@@ -139,6 +144,21 @@ def check_others(optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> N
     """The hook of every optimizer's step."""
     for synchronizer in list(_living):
         synchronizer.check_other(optimizer)
+    if _orphans:
+        check_orphans(optimizer)
+
+
+def check_orphans(optimizer: Optimizer) -> None:
+    """Raise where an optimizer steps with gradients that another one, which is gone, was to make
+    updates of."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if p in _orphans and isinstance(RawSums.present(p), HeldSums) and is_owed(p):
+                raise RuntimeError(GONE)
+
+
+def orphan(weights: Sequence[weakref.ref[nn.Parameter]]) -> None:
+    _orphans.update((w, None) for weight in weights if (w := weight()) is not None)
 
 
 @functools.cache
@@ -178,10 +198,7 @@ class Synchronizer:
 
         def checked_begin(sums: HeldSums) -> None:
             if (method := begin()) is None:
-                raise RuntimeError(
-                    "the optimizer that ghl.synchronize was given is gone, and nothing would make "
-                    "updates of gradients: call ghl.synchronize(model, optimizer) with the new one"
-                )
+                raise RuntimeError(GONE)
             method(sums)
 
         for weight in weights.values():
@@ -189,14 +206,24 @@ class Synchronizer:
             if is_sharded(weight):
                 maker = functools.partial(ShardedSums, begin=checked_begin, wire=communicate)
             _of_weight[weight] = weakref.ref(self)
+            _orphans.pop(weight, None)
             RawSums.choose(weight, maker)
         self._attach()
         self._rules = [(layer, layer.rule) for layer in self._layers]
         _living.add(self)
         watch_optimizers()
+        self._orphaned = weakref.finalize(self, orphan, [*map(weakref.ref, weights.values())])
+        self._orphaned.atexit = False
+        forward = weakref.WeakMethod(self._before_forward)
+
+        def before_forward(*_: Any) -> None:
+            if not torch.compiler.is_compiling() and (method := forward()) is not None:
+                method()
+
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
+            *(wrapper.register_forward_pre_hook(before_forward) for wrapper in self._wrappers),
         ]
 
     def remove(self) -> None:
@@ -207,6 +234,7 @@ class Synchronizer:
                 "optimizer.step() or optimizer.zero_grad() before remove()"
             )
         _living.discard(self)
+        self._orphaned.detach()
         for hook in self._hooks:
             hook.remove()
         for weight in self._weights.values():
@@ -278,13 +306,17 @@ class Synchronizer:
                     "a process group was made after ghl.synchronize, whose sums would not be added "
                     "up over its ranks: call remove() and ghl.synchronize again, on every rank"
                 )
+        for _, weight in self._ruled():
+            if RawSums.present(weight) is None and is_owed(weight):
+                raise RuntimeError(REPLACED)
+
+    def _ruled(self) -> Iterator[tuple[Plastic, nn.Parameter]]:
+        """The layers that still have a rule for one of these weights."""
         ids = self._ids()
         for layer in self._layers:
             weight, rule = layer._parameters.get("weight"), getattr(layer, "_rule", None)
-            if weight is None or id(weight) not in ids or rule is None or rule.gate == "gradient":
-                continue
-            if RawSums.present(weight) is None and is_owed(weight):
-                raise RuntimeError(REPLACED)
+            if weight is not None and id(weight) in ids and rule and rule.gate != "gradient":
+                yield layer, weight
 
     def _attach(self) -> None:
         for layer in self._layers:
@@ -300,6 +332,23 @@ class Synchronizer:
         if self._wire is not None:
             parts.append(f"H0 sent as {self._wire}")
         return f"Synchronizer({', '.join(parts)})"
+
+    def _before_forward(self) -> None:
+        """Drop what zeroing says to, before a backward in which this rank may have no gradient of
+        a weight: DDP then writes other ranks' into what was zeroed."""
+        if not torch.is_grad_enabled() or torch._C._current_graph_task_id() != -1:
+            return
+        self._attach_missing()
+        for weight, sums in self._held():
+            if not is_update(weight.grad):
+                sums.follow(weight, arriving=False)
+
+    def _attach_missing(self) -> None:
+        """Sums for weights that lost theirs while they were frozen, on ranks that use them or not:
+        all send the same messages."""
+        for layer, weight in self._ruled():
+            if weight.requires_grad and RawSums.present(weight) is None:
+                layer._attach()
 
     def _begin(self, arriving: HeldSums) -> None:
         """Before the first gradient of a backward: what its sums are added to is of this step."""

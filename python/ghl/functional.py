@@ -48,6 +48,7 @@ def save(ctx: Any, x: Tensor, w: Tensor, b: Tensor | None, y: Tensor) -> None:
         ctx.probe = None
         return
     ctx.save_for_backward(x, w, b, y.data)  # .data: no version check, or backward would refuse
+    ctx.around = torch._C._current_graph_task_id()  # a backward that recomputes, or -1
     ctx.probe = y.detach()  # shares y's version counter...
     ctx.probe.data = y.new_empty(0)  # ...but not its memory
     ctx.version = y._version
@@ -184,6 +185,7 @@ def note_pair(ctx: Any, w: Tensor) -> None:
     """Tell the sums that this backward made a pair: with inputs=, autograd may drop its H0."""
     if ctx.hebbian is not None:
         check_pair(ctx.hebbian, w)
+        ctx.hebbian._ghl_around = ctx.around
         ctx.hebbian._ghl_paired = torch._C._current_graph_task_id()
 
 

@@ -139,11 +139,11 @@ class HeldSums(RawSums):
     def _arrive(self, name: str, begin: Begin) -> None:
         task = torch._C._current_graph_task_id()
         if task != self._task:
-            begin(self)
+            begin(self)  # while _task is still the backward before
             self._task = task
         if name == "H0":
             self.hebbian._ghl_paired = -1  # type: ignore[attr-defined]
-        if name != "totals":  # they come beside H0, in no set order
+        if name != "totals" and not self.sharded:  # they come beside H0, in no set order
             self._half = name if self._half in (None, name) else None
 
     def _accumulated(self, weight: Tensor) -> None:
@@ -183,12 +183,14 @@ class HeldSums(RawSums):
     def follow(self, weight: Tensor, arriving: bool) -> None:
         """Drop what an earlier accumulation left, which `weight.grad` tells: None or all zeros.
 
-        arriving: gradients of this weight come next. Of another weight, one half of the sums may
-        be on its way in a backward around this one (a reentrant checkpoint).
+        arriving: gradients of this weight come next. One half of the sums may be on its way in a
+        backward around this one (a reentrant checkpoint); else it is of a backward that raised.
         """
         grad = weight.grad
         if grad is None:
-            if arriving or self._half is None:
+            around = getattr(self.hebbian, "_ghl_around", -1)
+            inside = arriving and self._task == around != -1
+            if self._half is None or (arriving and not inside):
                 self.drop()
         elif is_update(grad):
             check_zeroed(grad)

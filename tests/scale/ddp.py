@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Sequence
 from typing import Any
 from unittest import mock
@@ -122,13 +123,37 @@ def find_unused_parameters(rank: int, world: int) -> None:
 
 @scenario
 def dropped_batch_before_an_unused_branch(rank: int, world: int) -> None:
-    """What a rank held of a branch is gone with zero_grad, also where the step does not use it."""
+    """What a rank held of a branch is gone with zero_grad, also where the step does not use it, nor
+    any other layer with a rule."""
+    for others, none in itertools.product(("ghl", "bp"), (True, False)):
+        model, whole = make("branches"), make("branches")
+        for net in (model, whole):
+            net.stem[0].rule = net.head[1].rule = others
+        wrapped, optimizer = DDP(model, find_unused_parameters=True), sgd(model)
+        ghl.synchronize(wrapped, optimizer)
+        x, target = batch("branches", 0)
+        loss_of(wrapped(x + 1), target).backward()
+        optimizer.zero_grad(none)
+        step_of_one_rank(rank, world, wrapped, whole, optimizer)
+
+
+@scenario
+def thawed_branch_that_one_rank_uses(rank: int, world: int) -> None:
+    """Its sums went when it was loaded frozen; all ranks make them anew, and send the same."""
     model, whole = make("branches"), make("branches")
     wrapped, optimizer = DDP(model, find_unused_parameters=True), sgd(model)
     ghl.synchronize(wrapped, optimizer)
+    model.branch.requires_grad_(False)
+    model.load_state_dict(whole.state_dict())
+    model.branch.requires_grad_(True)
+    step_of_one_rank(rank, world, wrapped, whole, optimizer)
+
+
+def step_of_one_rank(
+    rank: int, world: int, wrapped: nn.Module, whole: nn.Module, optimizer: torch.optim.Optimizer
+) -> None:
+    """A step in which only the first rank's images take the branch is that of one process."""
     x, target = batch("branches", 0)
-    loss_of(wrapped(x + 1), target).backward()
-    optimizer.zero_grad()
     images = x + (torch.arange(BATCH) < BATCH // world).double().sub(0.5).view(-1, 1, 1, 1)
     x, wanted = parts(rank, world, images, target, [BATCH // world] * world)
     assert (x.flatten(1).mean(1) > 0.1).any() == (rank == 0)
@@ -136,7 +161,7 @@ def dropped_batch_before_an_unused_branch(rank: int, world: int) -> None:
     optimizer.step()
     with mock.patch.object(torch.distributed, "is_initialized", lambda: False):
         loss_of(whole(images), target).backward()
-    assert_close([p.grad for p in model.parameters()], [p.grad for p in whole.parameters()])
+    assert_close([p.grad for p in wrapped.parameters()], [p.grad for p in whole.parameters()])
 
 
 @scenario

@@ -83,6 +83,27 @@ def gradients_zeroed_in_place(rank: int, world: int) -> None:
 
 
 @scenario
+def dropped_batch_before_one_that_is_not_reduced(rank: int, world: int) -> None:
+    """zero_grad drops what was reduced; what was not, FSDP keeps of G, and so does H0."""
+    updates = []
+    for drop in (False, True):
+        model = shard(make("branches"), mesh=init_device_mesh("cpu", (world,)))
+        optimizer = sgd(model)
+        ghl.synchronize(model, optimizer)
+        x, target = batch("branches", 0)
+        if drop:
+            loss_of(model(2 * x + 1), target).backward()
+        model.set_requires_gradient_sync(False)
+        loss_of(model(x + 1), target).backward()
+        optimizer.zero_grad()
+        model.set_requires_gradient_sync(True)
+        loss_of(model(x - 1), target).backward()  # without the branch
+        optimizer.step()
+        updates.append([p.grad.full_tensor() for p in model.parameters()])
+    assert_close(*updates)
+
+
+@scenario
 def micro_batches_without_a_gradient(rank: int, world: int) -> None:
     """As under DDP; for a shard of neurons that are silent as well."""
     share = BATCH // world

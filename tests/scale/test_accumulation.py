@@ -144,6 +144,30 @@ def test_activation_checkpointing(use_reentrant):
     torch.testing.assert_close(layer.weight.grad, plain.weight.grad)
 
 
+def test_reentrant_checkpoint_of_a_use_between_the_halves():
+    """H0 of a second use waits for G of the embedding, and is not of a backward that raised."""
+    embed = nn.Embedding(4, 4, dtype=torch.float64)
+    layer = ghl.Linear(4, 4, bias=False, rule="hebb", dtype=torch.float64)
+    layer.weight = embed.weight
+    plain_embed, plain = copy.deepcopy((embed, layer))
+    tokens = torch.randint(4, (20,))
+    ghl.synchronize(layer, optimizer := sgd(layer))
+    for raises in (True, False):
+        optimizer.zero_grad()
+        y = layer(checkpoint(layer, embed(tokens), use_reentrant=True).tanh())
+        if raises:
+            handle = embed.register_full_backward_hook(lambda *_: 1 / 0)
+            y = layer(checkpoint(layer, embed(tokens), use_reentrant=True).tanh())
+            with pytest.raises(ZeroDivisionError):
+                y.square().sum().backward()
+            handle.remove()
+        else:
+            y.square().sum().backward()
+    optimizer.step()
+    plain(plain(plain_embed(tokens)).tanh()).square().sum().backward()
+    torch.testing.assert_close(embed.weight.grad, plain_embed.weight.grad)
+
+
 def test_reentrant_checkpoint_between_the_halves():
     """H0 of a head tied to the embedding waits for G while a checkpoint runs its own backward."""
 
@@ -333,9 +357,12 @@ def test_nothing_is_left_behind():
 def test_new_optimizer_without_synchronize_is_an_error():
     """Nobody would make updates of its gradients."""
     model, optimizer, handle = synchronized()
+    backward(model, "conv", 0)
     del optimizer, handle
     gc.collect()
     optimizer = sgd(model)
+    with pytest.raises(RuntimeError, match=r"is gone.*with the new one"):
+        optimizer.step()
     with pytest.raises(RuntimeError, match=r"is gone.*with the new one"):
         backward(model, "conv", 0)
     ghl.synchronize(model, optimizer)
