@@ -70,7 +70,7 @@ def check_zeroed(grad: Tensor) -> None:
         "call optimizer.zero_grad() after every optimizer.step()"
     )
     grad_here = local(grad)
-    if is_unchanged(grad):
+    if is_unchanged(grad) and (grad_here is grad or grad_here.any()):  # see ShardedSums._left
         raise RuntimeError(message)
     if grad_here.is_cuda:
         torch._assert_async(~grad_here.any(), message)
@@ -199,7 +199,7 @@ class HeldSums(RawSums):
         elif not self._left(grad):  # another, or changed in place: zeroed, perhaps
             if self._reason(weight) is not None and not is_owed(weight):
                 self.drop()
-            self._keep(local(grad).any())
+            self._keep_beside(grad)
 
     def ended(self, weight: Tensor) -> None:
         """At the end of a backward, when DDP and FSDP have written what they averaged."""
@@ -221,7 +221,7 @@ class HeldSums(RawSums):
             if not is_unchanged(grad):
                 del grad._ghl_update  # type: ignore[attr-defined]
         elif self.rule.gate == "hebb" and not self._left(grad):
-            self._keep(local(grad).any())
+            self._keep_beside(grad)
 
     def _left(self, grad: Tensor) -> bool:
         """Whether this is the gradient that the last backward left, as it was."""
@@ -246,6 +246,10 @@ class HeldSums(RawSums):
                 "since: after a zero_grad() without a step call remove() on the handle of "
                 "ghl.synchronize, and ghl.synchronize again"
             )
+
+    def _keep_beside(self, grad: Tensor) -> None:
+        """Drop what is held if the gradient is all zeros."""
+        self._keep(local(grad).any())
 
     def _keep(self, condition: Tensor) -> None:
         self._check_compiled()
@@ -280,6 +284,7 @@ class ShardedSums(HeldSums):
         self._wire = wire
         self._held: tuple[Tensor, Tensor] | None = None
         self._lacking = False
+        self._zero: Tensor | None = None  # whether a backward left no gradient but zeros
         former = RawSums.latest(weight)
         # what FSDP has yet to add to weight.grad has lost its sums as well
         self._lost = isinstance(former, ShardedSums) and former.is_between
@@ -328,6 +333,24 @@ class ShardedSums(HeldSums):
         """Forget what has been reduced; what has not, FSDP keeps of G as well."""
         self._half, self._held, self._lacking = None, None, False
         self._forget()
+
+    @torch.no_grad()
+    def ended(self, weight: Tensor) -> None:
+        super().ended(weight)
+        grad = weight.grad
+        self._zero = None if grad is None or self._held is None else ~local(grad).any()
+
+    def _left(self, grad: Tensor) -> bool:
+        """Never for sure: operations on many DTensors at once, zero_grad of a fused optimizer for
+        one, change no version."""
+        return self._held is None and super()._left(grad)
+
+    def _keep_beside(self, grad: Tensor) -> None:
+        """Drop it where the gradient is all zeros and was not, or has another version."""
+        found = local(grad).any()
+        if self._zero is not None and super()._left(grad):
+            found = found | self._zero
+        self._keep(found)
 
     def _keep(self, condition: Tensor) -> None:
         if self._held is not None:

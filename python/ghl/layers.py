@@ -98,9 +98,21 @@ class Plastic(nn.Module):
         return None if self._rule.gate == "sign_only" else sums
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        if hasattr(self._parameters.get("weight"), "device_mesh") and "_rule" in self.__dict__:
+            self._let_go_of_shard()
         result = super()._apply(fn, recurse)
         self._follow_weight()
         return result
+
+    def _let_go_of_shard(self) -> None:
+        """A shard is exchanged for another in place, but not while anything refers to it weakly."""
+        if self._sums is not None and self._sums.sharded:
+            raise RuntimeError(
+                "a weight that is sharded and synchronized cannot be moved or converted: call "
+                "remove() on the handle of ghl.synchronize before, and ghl.synchronize afterwards"
+            )
+        self._detach()
+        RawSums.forget(self.weight)
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)

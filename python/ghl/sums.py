@@ -113,6 +113,11 @@ class RawSums:
         return sums if sums is not None and sums.live else None
 
     @staticmethod
+    def forget(weight: nn.Parameter) -> None:
+        """Let nothing of released sums refer to `weight`."""
+        _of_weight.pop(weight, None)
+
+    @staticmethod
     def latest(weight: nn.Parameter) -> RawSums | None:
         """The sums that `weight` has or had last."""
         return _of_weight.get(weight)

@@ -285,6 +285,7 @@ def test_decoding_on_the_device_trains(tmp_path):
         ({"momentum": -0.1}, "--momentum -0.1: expected a finite number of at least 0"),
         ({"label_smoothing": math.nan}, "--label-smoothing nan: expected a finite number"),
         ({"damaged_share": 2}, "--damaged-share 2: expected .* below 1"),
+        ({"fused": True, "fsdp": True}, "--fused: expected without --fsdp or with .* adamw"),
         ({"layers": "conv1d"}, "--layers is 'conv1d', must be one of .*; did you mean 'conv2d'"),
         ({"accumulate": 0}, "--accumulate 0: expected an integer of at least 1"),
         ({"checkpoint_every": 0}, "--checkpoint-every 0: expected an integer of at least 1"),

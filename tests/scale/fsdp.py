@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -101,6 +102,41 @@ def dropped_batch_before_one_that_is_not_reduced(rank: int, world: int) -> None:
         optimizer.step()
         updates.append([p.grad.full_tensor() for p in model.parameters()])
     assert_close(*updates)
+
+
+@scenario
+def zeroed_where_no_version_tells(rank: int, world: int) -> None:
+    """zero_grad of a foreach or fused optimizer zeroes many DTensors at once."""
+    model = shard(make("conv"), mesh=init_device_mesh("cpu", (world,)))
+    optimizer = sgd(model, foreach=True)
+    ghl.synchronize(model, optimizer)
+    for step in range(STEPS):
+        x, target = batch("conv", step)
+        optimizer.zero_grad(set_to_none=False)
+        loss_of(model(1 - x), target).backward()
+        optimizer.zero_grad(set_to_none=False)  # dropped
+        loss_of(model(x), target).backward()
+        optimizer.step()
+    assert_close([p.full_tensor().detach() for p in model.parameters()], alone("conv"))
+
+
+@scenario
+def converted(rank: int, world: int) -> None:
+    """Any number of times, but not while it is synchronized."""
+    model = shard(make("conv"), mesh=init_device_mesh("cpu", (world,)))
+    model.float().double()
+    model.load_state_dict(shard(make("conv"), mesh=init_device_mesh("cpu", (world,))).state_dict())
+    handle = ghl.synchronize(model, sgd(model))
+    with pytest.raises(RuntimeError, match=r"cannot be moved or converted: call remove\(\)"):
+        model.to("cpu")
+    handle.remove()
+    model.float().double()
+    handle = ghl.synchronize(model, optimizer := sgd(model))
+    x, target = batch("conv", 0)
+    loss_of(model(x), target).backward()
+    optimizer.step()
+    for p in model.parameters():
+        assert p.grad.full_tensor().abs().max() <= 1
 
 
 @scenario

@@ -204,6 +204,11 @@ class Config:
             raise ValueError(
                 f"--momentum {self.momentum}: expected with --optimizer sgd, not {self.optimizer}"
             )
+        if self.fused and self.fsdp and self.optimizer == "sgd":
+            raise ValueError(
+                "--fused: expected without --fsdp or with --optimizer adamw: PyTorch has no fused"
+                " step of SGD for shards"
+            )
         for field in ("compile", "fsdp"):
             if self.align_every is not None and getattr(self, field):
                 raise ValueError(
