@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ghl import merging, ranks
@@ -197,6 +198,16 @@ class Synchronizer:
         ]
         begin = weakref.WeakMethod(self._begin)
 
+        def watch(module: nn.Module, args: tuple, output: Any) -> None:
+            if not torch.compiler.is_compiling() and torch.is_grad_enabled():
+                for t in tree_leaves(output):
+                    if isinstance(t, Tensor) and t.requires_grad:
+                        t.register_hook(begin_backward)
+
+        def begin_backward(gradient: Tensor) -> None:
+            if (method := begin()) is not None:
+                method(None)
+
         def checked_begin(sums: HeldSums) -> None:
             if (method := begin()) is None:
                 raise RuntimeError(GONE)
@@ -215,16 +226,10 @@ class Synchronizer:
         watch_optimizers()
         self._orphaned = weakref.finalize(self, orphan, [*map(weakref.ref, weights.values())])
         self._orphaned.atexit = False
-        forward = weakref.WeakMethod(self._before_forward)
-
-        def before_forward(*_: Any) -> None:
-            if not torch.compiler.is_compiling() and (method := forward()) is not None:
-                method()
-
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
-            *(wrapper.register_forward_pre_hook(before_forward) for wrapper in self._wrappers),
+            *(module.register_forward_hook(watch) for module in self._watched(model)),
         ]
 
     def remove(self) -> None:
@@ -246,7 +251,10 @@ class Synchronizer:
 
     def _owes(self) -> bool:
         """Whether gradients await the step that makes updates of them."""
-        return any(is_owed(weight) or sums.is_between for weight, sums in self._held())
+        return any(
+            is_owed(weight) or sums.holds(weight) or sums.is_between
+            for weight, sums in self._held()
+        )
 
     def may_be_replaced(self, optimizer: Optimizer, weights: Collection[int]) -> bool:
         """Whether `synchronize` with another optimizer of these weights, by id, may replace it."""
@@ -334,15 +342,11 @@ class Synchronizer:
             parts.append(f"H0 sent as {self._wire}")
         return f"Synchronizer({', '.join(parts)})"
 
-    def _before_forward(self) -> None:
-        """Drop what zeroing says to, before a backward in which this rank may have no gradient of
-        a weight: DDP then writes other ranks' into what was zeroed."""
-        if not torch.is_grad_enabled() or torch._C._current_graph_task_id() != -1:
-            return
-        self._attach_missing()
-        for weight, sums in self._held():
-            if not is_update(weight.grad):
-                sums.follow(weight, arriving=False)
+    def _watched(self, model: nn.Module) -> Sequence[nn.Module]:
+        """Whose backward begins at their outputs, on a rank that has no gradients of a layer with a
+        rule as well: other ranks' are then written into what was zeroed before."""
+        several = ranks.size(self._group) > 1 or any(map(is_sharded, self._weights.values()))
+        return (list(self._wrappers) or [model]) if several else []
 
     def _attach_missing(self) -> None:
         """Sums for weights that lost theirs while they were frozen, on ranks that use them or not:
@@ -351,15 +355,18 @@ class Synchronizer:
             if weight.requires_grad and RawSums.present(weight) is None:
                 layer._attach()
 
-    def _begin(self, arriving: HeldSums) -> None:
-        """Before the first gradient of a backward: what its sums are added to is of this step."""
+    def _begin(self, arriving: HeldSums | None) -> None:
+        """At the outputs of a model, before the first gradient of a backward, or of some sums: what
+        is added to is of this step."""
         task = torch._C._current_graph_task_id()
-        for weight, sums in self._held():
-            if sums is arriving or task != self._task:
-                sums.follow(weight, sums is arriving)
         if task != self._task:
+            self._attach_missing()
+            for weight, sums in self._held():
+                sums.follow(weight)
             after_all_callbacks(self._ended)
         self._task = task
+        if arriving is not None:
+            arriving.drop_half()
 
     def _ended(self) -> None:
         """At the end of a backward."""

@@ -115,7 +115,10 @@ class HeldSums(RawSums):
         self._grad: Any = None  # a weak reference to weight.grad as a backward left it
         self._captured = False
         self._channels_last: bool | None = None  # the memory order of what is held
-        self._incomplete = REPLACED if is_owed(weight) else None  # why H0 lacks what G has
+        former = RawSums.latest(weight)
+        lost = is_owed(weight) or (isinstance(former, HeldSums) and former.holds(weight))
+        self._incomplete = REPLACED if lost else None  # why H0 lacks what G has
+        self._note(weight.grad)
         owner = weakref.ref(self)  # a leaf and its owner in a cycle would never be collected
 
         def arrives(name: str) -> Any:
@@ -147,9 +150,7 @@ class HeldSums(RawSums):
             self._half = name if self._half in (None, name) else None
 
     def _accumulated(self, weight: Tensor) -> None:
-        assert weight.grad is not None
-        self._versions = versions(weight.grad)
-        self._grad = weakref.ref(weight.grad)
+        self._note(weight.grad)
         self._captured |= capturing()
         if getattr(self.hebbian, "_ghl_paired", -1) == torch._C._current_graph_task_id() != -1:
             self._incomplete = DROPPED
@@ -179,18 +180,29 @@ class HeldSums(RawSums):
         """Whether FSDP has yet to reduce what is held."""
         return False
 
-    @torch.no_grad()
-    def follow(self, weight: Tensor, arriving: bool) -> None:
-        """Drop what an earlier accumulation left, which `weight.grad` tells: None or all zeros.
+    def holds(self, weight: Tensor) -> bool:
+        """Whether sums are held beside a gradient that was not zeroed, though it may be zero."""
+        grad = weight.grad
+        if self.hebbian.grad is None or grad is None or is_update(grad):
+            return False
+        return self._left(grad)
 
-        arriving: gradients of this weight come next. One half of the sums may be on its way in a
-        backward around this one (a reentrant checkpoint); else it is of a backward that raised.
-        """
+    @torch.no_grad()
+    def drop_half(self) -> None:
+        """Before gradients of these sums arrive: one half without the other is of a backward that
+        raised, or on its way in the one around this one (a reentrant checkpoint)."""
+        weight = self._weight()
+        around = getattr(self.hebbian, "_ghl_around", -1)
+        if weight is not None and weight.grad is None and not self._task == around != -1:
+            self.drop()
+
+    @torch.no_grad()
+    def follow(self, weight: Tensor) -> None:
+        """Before a backward: drop what `weight.grad` says is of an accumulation before, being None
+        or all zeros. Within one, views of a bucket of DDP's change each other's versions."""
         grad = weight.grad
         if grad is None:
-            around = getattr(self.hebbian, "_ghl_around", -1)
-            inside = arriving and self._task == around != -1
-            if self._half is None or (arriving and not inside):
+            if self._half is None:
                 self.drop()
         elif is_update(grad):
             check_zeroed(grad)
@@ -203,7 +215,9 @@ class HeldSums(RawSums):
 
     def ended(self, weight: Tensor) -> None:
         """At the end of a backward, when DDP and FSDP have written what they averaged."""
-        grad = weight.grad
+        self._note(weight.grad)
+
+    def _note(self, grad: Tensor | None) -> None:
         if grad is not None and not is_update(grad):
             self._versions, self._grad = versions(grad), weakref.ref(grad)
 

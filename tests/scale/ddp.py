@@ -133,8 +133,7 @@ def dropped_batch_before_an_unused_branch(rank: int, world: int) -> None:
         ghl.synchronize(wrapped, optimizer)
         x, target = batch("branches", 0)
         loss_of(wrapped(x + 1), target).backward()
-        optimizer.zero_grad(none)
-        step_of_one_rank(rank, world, wrapped, whole, optimizer)
+        step_of_one_rank(rank, world, wrapped, whole, optimizer, none)
 
 
 @scenario
@@ -150,14 +149,23 @@ def thawed_branch_that_one_rank_uses(rank: int, world: int) -> None:
 
 
 def step_of_one_rank(
-    rank: int, world: int, wrapped: nn.Module, whole: nn.Module, optimizer: torch.optim.Optimizer
+    rank: int,
+    world: int,
+    wrapped: nn.Module,
+    whole: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    none: bool = True,
 ) -> None:
-    """A step in which only the first rank's images take the branch is that of one process."""
+    """A step in which only the first rank's images take the branch is that of one process.
+
+    Gradients are zeroed between its forward and its backward."""
     x, target = batch("branches", 0)
     images = x + (torch.arange(BATCH) < BATCH // world).double().sub(0.5).view(-1, 1, 1, 1)
     x, wanted = parts(rank, world, images, target, [BATCH // world] * world)
     assert (x.flatten(1).mean(1) > 0.1).any() == (rank == 0)
-    loss_of(wrapped(x), wanted, world).backward()
+    loss = loss_of(wrapped(x), wanted, world)
+    optimizer.zero_grad(none)
+    loss.backward()
     optimizer.step()
     with mock.patch.object(torch.distributed, "is_initialized", lambda: False):
         loss_of(whole(images), target).backward()
@@ -271,17 +279,20 @@ def halved_bytes(rank: int, world: int) -> None:
 
 @scenario
 def micro_batches_without_a_gradient(rank: int, world: int) -> None:
-    """Averaged zeros are not gradients that were zeroed: H0 of those images is kept."""
+    """Averaged zeros are not gradients that were zeroed: H0 of those images is kept; also where
+    gradients are views of a bucket, which have one version together."""
     share = BATCH // world
-    for rule in ("ghl", "hebb")[: 4 - world]:
+    for rule, view in (("ghl", False), ("ghl", True), ("hebb", True))[: 5 - world]:
         model, whole = make("conv", rule), make("conv", rule)
-        wrapped, optimizer = DDP(model), sgd(model)
+        wrapped, optimizer = DDP(model, gradient_as_bucket_view=view), sgd(model)
         ghl.synchronize(wrapped, optimizer)
         x, target = batch("conv", 0)
         target[torch.arange(BATCH) % share < share // 4 * 3] = -100  # which counts for nothing
         with mock.patch.object(torch.distributed, "is_initialized", lambda: False):
             loss_of(whole(x), target).backward()
         own = parts(rank, world, x, target, [share] * world)
+        loss_of(wrapped(own[0]), own[1], world).backward()
+        optimizer.zero_grad(set_to_none=False)  # gradients are views from here on
         for piece, wanted in zip(*(t.chunk(4) for t in own), strict=True):
             loss_of(wrapped(piece), wanted, world).backward()
         optimizer.step()

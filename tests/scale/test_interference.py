@@ -345,6 +345,20 @@ def test_micro_batches_without_a_gradient_keep_their_sums():
     assert_close(grads(model), grads(whole))
 
 
+def test_sums_beside_a_gradient_of_zeros_are_not_forgotten():
+    model, optimizer, handle = synchronized("conv", "hebb")
+    x, target = batch("conv", 0)
+    (model(x) * 0).sum().backward()
+    with pytest.raises(RuntimeError, match="gradients are held"):
+        handle.remove()
+    model.first[0].rule = "ghl"
+    loss_of(model(x), target).backward()
+    with pytest.raises(RuntimeError, match="whose sums are gone"):
+        optimizer.step()
+    optimizer.zero_grad()
+    handle.remove()
+
+
 @pytest.mark.parametrize("rule", ["hebb", "ghl"])
 def test_a_batch_that_was_dropped_in_place_moves_nothing(rule):
     """By zeroing its gradients before the step."""
