@@ -187,12 +187,14 @@ def fake_logsumexp(y: Tensor, tau: float, dim: int) -> Tensor:
 
 
 def fake_pair(x: Tensor, y: Tensor, g: Tensor, w: Tensor, *rest: object) -> Triple:
+    checks.check_device(x, y=y, g=g, w=w)
     dtype = sum_dtype(x.dtype)
     G, H0 = torch.empty_like(w, dtype=dtype), torch.empty_like(w, dtype=dtype)
     return G, H0, w.new_empty(w.shape[0] + 1, dtype=dtype)
 
 
 def fake_merge(G: Tensor, H0: Tensor, totals: Tensor, w: Tensor, *rest: object) -> Triple:
+    checks.check_device(G, H0=H0, totals=totals, w=w)
     dtype = sum_dtype(G.dtype)
     update = torch.empty_like(w, dtype=G.dtype)
     return update, w.new_empty((3, w.shape[0]), dtype=dtype), w.new_empty(3, dtype=dtype)
@@ -207,6 +209,7 @@ def fake_foreach_merge(
 
 
 def fake_update(x: Tensor, y: Tensor, g: Tensor, w: Tensor, *rest: object) -> Triple:
+    checks.check_device(x, y=y, g=g, w=w)
     dtype = sum_dtype(x.dtype)
     return (
         torch.empty_like(w),

@@ -51,7 +51,8 @@ def train_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--width", type=float, help="multiplier on the channels, 0.25 for a narrow network")
     add("--layers", help="that the rule trains: conv2d, linear or all")
-    add("--exclude", metavar="PATTERN", help="but not those of this name, or inside: heads, say")
+    names = "but not those of these names, or inside: heads, '*attn*'"
+    add("--exclude", nargs="+", action="extend", metavar="PATTERN", help=names)
     add("--tau", type=float, help="softmax temperature of every swapped layer")
     add("--normalize", help="absmax, mean or none")
     add("--data", help="digits, fashion-mnist, cifar10, cifar100, imagefolder, imagenet or fake")

@@ -73,13 +73,13 @@ def synchronize(
     no_sync H0 would be sent once too often; and the one hook that DDP takes stays the user's.
 
     Only zero_grad(), `weight.grad = None` and zeroing in place drop what is held: nothing tells of
-    `weight.grad.data.zero_()`. The decay is taken of the weight as it is in the step. Gradients
-    must not be taken away and added back (as PCGrad does), nor be made by backward(inputs=) or
-    autograd.grad. A forward counts as often as backwards go through it (retain_graph=True). Over
-    several ranks, remove() comes before another rule, and model.join() is refused: a rank that has
-    joined would not add its sums. Of a CUDA graph, forward, backward and step must be in the same
-    one. Another optimizer's step raises while gradients are held; synchronize with it, when none
-    are, replaces the former.
+    `weight.grad.data.zero_()`, and a gradient of zeros that is changed in place counts as zeroed.
+    The decay is taken of the weight as it is in the step. Gradients must not be taken away and
+    added back (as PCGrad does), nor be made by backward(inputs=) or autograd.grad. A forward counts
+    as often as backwards go through it (retain_graph=True). Over several ranks, remove() comes
+    before another rule, and model.join() is refused: a rank that has joined would not add its sums.
+    Of a CUDA graph, forward, backward and step must be in the same one. Another optimizer's step
+    raises while gradients are held; synchronize with it, when none are, replaces the former.
 
     Returns a handle: `remove()` takes the hook off, and the updates are made in backward again.
     Raises ValueError where there is nothing to synchronize, RuntimeError for weights that already

@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ghl.sums import RawSums, as_rows, check_pair
-from ghl_kernels import Rule
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -189,17 +188,15 @@ def note_pair(ctx: Any, w: Tensor) -> None:
         ctx.hebbian._ghl_paired = torch._C._current_graph_task_id()
 
 
-def signals(rule: Rule) -> tuple[str, float, bool]:
+def signals(sums: RawSums) -> tuple[str, float, bool]:
     """What the pair must know of a rule; the sums of u are no by-product of a GPU's kernels."""
-    return rule.competition, rule.tau, rule.decay == "instar"
+    return sums.rule.competition, float(sums.tau), sums.rule.decay == "instar"
 
 
 def linear(x: Tensor, w: Tensor, b: Tensor | None, sums: RawSums) -> Tensor:
     """F.linear of x (..., in_features) whose backward feeds `sums`."""
     note_dtype(x, w, sums)
-    return LinearFunction.apply(
-        sums.hebbian, sums.totals, x, behind_leaves(w), b, *signals(sums.rule)
-    )
+    return LinearFunction.apply(sums.hebbian, sums.totals, x, behind_leaves(w), b, *signals(sums))
 
 
 def conv2d(
@@ -216,5 +213,5 @@ def conv2d(
     note_dtype(x, w, sums)
     return Conv2dFunction.apply(
         sums.hebbian, sums.totals, x, behind_leaves(w), b, stride, padding, dilation, groups,
-        *signals(sums.rule),
+        *signals(sums),
     )  # fmt: skip

@@ -54,13 +54,21 @@ def device_of(weight: Tensor) -> torch.device:
     return weight.device if mesh is None else torch.empty(0, device=mesh.device_type).device
 
 
+def described(weight: Tensor) -> str:
+    """Its shape, and where `ghl.swap` found a layer that has it."""
+    sums = RawSums.latest(weight)
+    layers = [] if sums is None else list(sums.layers)
+    names = {n for layer in layers if (n := layer.__dict__.get("_swapped_as"))}
+    return " ".join([*map(repr, sorted(names)), str(tuple(weight.shape))])
+
+
 def without_sums(weights: Sequence[Tensor]) -> str:
     """What is said of weights with a gradient that must not pass for an update."""
-    shapes = ", ".join(str(tuple(weight.shape)) for weight in weights)
     return (
-        f"weight.grad of {shapes} holds an ordinary gradient, because no layer with a rule gave "
-        "the sums for an update: call backward() without inputs=, and use the weight through its "
-        "layer (or give the layer rule='bp', or leave it out of the swap)"
+        f"weight.grad of {', '.join(map(described, weights))} holds an ordinary gradient, because "
+        "no layer with a rule gave the sums for an update: call backward() without inputs=, and "
+        "use the weight through its layer (or give the layer rule='bp', or leave it out of the "
+        "swap)"
     )
 
 
@@ -76,6 +84,8 @@ class RawSums:
 
     def __init__(self, weight: nn.Parameter, rule: Rule) -> None:
         self.rule = rule
+        # a string: torch.compile may make a number a symbol, which no two functions can share
+        self.tau = repr(rule.tau)
         self.live = True
         self.layers: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self.compute_dtype = weight.dtype
@@ -118,7 +128,7 @@ class RawSums:
         _of_weight.pop(weight, None)
 
     @staticmethod
-    def latest(weight: nn.Parameter) -> RawSums | None:
+    def latest(weight: Tensor) -> RawSums | None:
         """The sums that `weight` has or had last."""
         return _of_weight.get(weight)
 

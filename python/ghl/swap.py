@@ -83,6 +83,7 @@ def swap(
             layer._detach()  # or layers that share a weight would see each other's old rule
     for name, layer_rule in swapped.items():
         become_plastic(layers[name], layer_rule)
+        layers[name].__dict__["_swapped_as"] = name  # errors tell it
     return Report(swapped, skipped)
 
 
@@ -104,7 +105,7 @@ def unswap(model: nn.Module) -> list[str]:
 
 def forget_rule(layer: Any) -> None:
     layer._detach()
-    for attribute in ("_rule", "_sums", "_summed"):
+    for attribute in ("_rule", "_sums", "_summed", "_swapped_as"):
         layer.__dict__.pop(attribute, None)
 
 

@@ -151,6 +151,10 @@ def test_given_signals():
         monitor.measure("0", torch.zeros(3, 4))
     with pytest.raises(KeyError, match="name is '1', must be one of 0, 2"):
         monitor.measure("1", torch.zeros(4, 3))
+    with pytest.raises(TypeError, match="signal is NoneType, must be a dense Tensor"):
+        monitor.measure("0", None)
+    with pytest.raises(TypeError, match=r"signal is torch.sparse_coo, must be a dense Tensor"):
+        monitor.measure("0", torch.zeros(4, 3).to_sparse())
     monitor.measure("0", torch.full((4, 3), float("nan")))
     assert "did not run" in gap(monitor)
     with pytest.raises(RuntimeError, match="must be 'given'"):
@@ -163,6 +167,7 @@ def test_given_signal_that_is_nan():
     model(torch.randn(2, 3))
     monitor.measure("0", torch.full((4, 3), float("nan")))
     assert "NaN" in gap(monitor, "0", "batch")
+    assert "of the whole batch" in gap(monitor, "0", "sample")
 
 
 def test_swapped_after_attaching():

@@ -27,7 +27,7 @@ def call(kind: str, **changes: object) -> None:
         arguments.update(zip(names, layer.geometry, strict=True))
     arguments.update(competition="softmax", tau=1.0)
     arguments.update(changes)
-    getattr(ops, f"{kind}_pair")(**arguments)
+    getattr(torch.ops.ghl_kernels, f"{kind}_pair")(**arguments)
 
 
 def changed(kind: str, name: str, change: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
@@ -229,7 +229,7 @@ def test_tensors_of_the_merge(name: str) -> None:
             n: torch.ones(s, device="meta" if n == name else "cpu") for n, s in MERGE.items()
         }
         with pytest.raises(ValueError, match=f"^{name} is on meta, must be on cpu like the rest"):
-            ops.merge(**arguments, decay="oja", gate="sign", normalize="absmax")
+            torch.ops.ghl_kernels.merge(**arguments, decay="oja", gate="sign", normalize="absmax")
 
 
 def test_lists_of_the_foreach_merge() -> None:

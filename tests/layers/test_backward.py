@@ -134,9 +134,11 @@ def test_backward_of_chosen_inputs_is_an_error(inputs):
 def test_weight_used_without_its_layer_is_an_error():
     """A gradient that no layer's backward accompanied has no update."""
     torch.manual_seed(3)
-    layer, x = ghl.Linear(5, 4), torch.randn(7, 5)
-    with pytest.raises(RuntimeError, match="use the weight through its layer"):
-        F.linear(x, layer.weight).square().sum().backward()
+    model, x = nn.Sequential(nn.Linear(5, 4)), torch.randn(7, 5)
+    ghl.swap(model, types=nn.Linear)
+    named = r"weight.grad of '0' \(4, 5\) holds .* use the weight through its layer"
+    with pytest.raises(RuntimeError, match=named):
+        F.linear(x, model[0].weight).square().sum().backward()
 
 
 def test_penalty_on_the_weight_joins_its_gradient():

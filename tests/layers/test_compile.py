@@ -136,6 +136,19 @@ def test_another_batch_size():
             torch.testing.assert_close(given[name], expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("dynamic", [True, None])
+@pytest.mark.parametrize("net", [small_net, shared_net])
+def test_a_temperature_that_changes(net, dynamic):
+    """Of a Rule that layers share, and of one that has many layers: it must be a constant."""
+    model, x = net(), torch.randn(INPUTS[net])
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    for tau in (1.0, 0.7, 0.1):
+        ghl.swap(model, rule=ghl.Rule(tau=tau), types=BOTH)
+        given = gradients(compiled, model, x)
+        for name, expected in gradients(model, model, x).items():
+            torch.testing.assert_close(given[name], expected, atol=1e-4, rtol=1e-4)
+
+
 def test_after_a_state_was_assigned():
     """New Parameters are taken up when they are loaded, not inside the traced forward."""
     model, x = small_net(), torch.randn(INPUTS[small_net])

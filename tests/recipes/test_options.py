@@ -76,7 +76,8 @@ def test_the_same_numbers_another_way(plain, options):
         ({"layers": "linear"}, {"Linear"}),
         ({"layers": "linear", "arch": "deephebb", "width": 0.05}, {"Linear"}),
         ({"layers": "all"}, {"Conv2d", "Linear"}),
-        ({"layers": "all", "exclude": "stage*"}, {"conv1", "classifier"}),
+        ({"layers": "all", "exclude": ["stage*"]}, {"conv1", "classifier"}),
+        ({"layers": "all", "exclude": ["stage*", "conv1"]}, {"classifier"}),
     ],
 )
 def test_the_rule_trains_the_layers_asked_for(options, swapped):

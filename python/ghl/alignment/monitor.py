@@ -190,12 +190,15 @@ class Monitor:
         For rules that do not come from autograd: a Monitor with signal="given" has the Hebbian
         direction from the forwards in training mode. Several signals of a step add up, those of
         several ranks are averaged; on steps that are not measured nothing happens. Raises
-        KeyError, ValueError or RuntimeError.
+        KeyError, TypeError, ValueError or RuntimeError.
         """
         if not self.given:
             raise RuntimeError("signal is 'autograd', must be 'given' for measure(): make it anew")
         if name not in self._by_name:
             raise KeyError(f"name is {name!r}, must be one of {', '.join(self._by_name)}")
+        if not isinstance(signal, Tensor) or signal.layout != torch.strided:
+            what = signal.layout if isinstance(signal, Tensor) else type(signal).__name__
+            raise TypeError(f"signal is {what}, must be a dense Tensor")
         track = self._by_name[name]
         weight = track.target.weight
         if weight is not None and signal.shape != weight.shape:

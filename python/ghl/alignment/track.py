@@ -163,7 +163,11 @@ class Track:
             found.gaps["batch"] = "weight.grad is None, though a rule trains the layer"
         if self.sums.sample and self.sums.sample_problem is None:
             found.parts["sample"] = of_samples(self.sums, self.mean_loss)
-        elif self.sample:
+        elif self.takes_signals:
+            found.gaps["sample"] = "a signal that is given is of the whole batch"
+        elif not self.sample:
+            found.gaps["sample"] = "needs statistic='sample' or 'both'"
+        else:
             rule = "its signal is made of the whole batch by a rule"
             found.gaps["sample"] = self.sums.sample_problem or rule
         return found

@@ -118,7 +118,7 @@ RELOCATABLE = (
 class Config:
     """The settings of one run, all resolved; ValueError names the first that is not valid.
 
-    `tau` is one number or one per layer name, `exclude` a pattern of names, both as `ghl.swap`
+    `tau` is one number or one per layer name, `exclude` patterns of names, both as `ghl.swap`
     takes them; `size` is the side of the images in pixels.
     `batch_size` is that of a step: of all processes and micro-batches.
     """
@@ -128,7 +128,7 @@ class Config:
     data: str
     width: float
     layers: str
-    exclude: str | None
+    exclude: list[str] | None
     size: int
     root: str | None
     download: bool

@@ -154,8 +154,9 @@ def compile_called(model: nn.Module) -> None:
     """Compile what `spread` gave: its parts one by one where the hooks of fully_shard, which no
     graph takes up, run before and after each.
 
-    The code around forwards is one for all parts, and so is its limit of recompilations: each
-    part wants some, for training, evaluation and another size of images.
+    The code around forwards is one for all parts. So is its limit of recompilations, of which each
+    part wants some, for training, evaluation and another size of images; and sizes that differ
+    from part to part would be taken for dynamic ones.
     """
     shards = [module for module in model.modules() if isinstance(module, FSDPModule)]
     if not shards:
@@ -165,7 +166,7 @@ def compile_called(model: nn.Module) -> None:
     limits = torch._dynamo.config
     limits.recompile_limit = max(limits.recompile_limit, 8 * len(parts))
     for part in parts:
-        part.forward = torch.compile(part.forward)
+        part.forward = torch.compile(part.forward, dynamic=False)
 
 
 @contextmanager

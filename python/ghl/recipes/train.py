@@ -54,8 +54,8 @@ def open_run(out: Path, given: Mapping[str, Any], *, resume: bool) -> Run:
         return Run(out, Config.resolve(given))
     if not resume:
         raise FileExistsError(
-            f"--out {out}: expected a directory without a run, found {held[0]}"
-            " (--resume continues it)"
+            f"--out {out}: expected a directory without a run, found {held[0]} (--resume"
+            " continues it; other settings want another directory, or this one deleted)"
         )
     return Run(out, Config.load(out / CONFIG).resumed(given))
 
