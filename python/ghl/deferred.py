@@ -370,8 +370,10 @@ class Synchronizer:
 
     def _ended(self) -> None:
         """At the end of a backward."""
-        for weight, sums in self._held():
+        held = self._held()
+        for weight, sums in held:
             sums.ended(weight)
+        ShardedSums.note_sizes(held)
 
     def _held(self) -> list[tuple[nn.Parameter, HeldSums]]:
         """Weights that still have a rule, with their sums."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -298,7 +298,7 @@ class ShardedSums(HeldSums):
         self._wire = wire
         self._held: tuple[Tensor, Tensor] | None = None
         self._lacking = False
-        self._zero: Tensor | None = None  # whether a backward left no gradient but zeros
+        self._size: Tensor | None = None  # Σ |G| as a backward left it
         former = RawSums.latest(weight)
         # what FSDP has yet to add to weight.grad has lost its sums as well
         self._lost = isinstance(former, ShardedSums) and former.is_between
@@ -345,14 +345,21 @@ class ShardedSums(HeldSums):
 
     def drop(self) -> None:
         """Forget what has been reduced; what has not, FSDP keeps of G as well."""
-        self._half, self._held, self._lacking = None, None, False
+        self._half, self._held, self._size, self._lacking = None, None, None, False
         self._forget()
 
+    @staticmethod
     @torch.no_grad()
-    def ended(self, weight: Tensor) -> None:
-        super().ended(weight)
-        grad = weight.grad
-        self._zero = None if grad is None or self._held is None else ~local(grad).any()
+    def note_sizes(pairs: Sequence[tuple[nn.Parameter, HeldSums]]) -> None:
+        """At the end of a backward, in one operation."""
+        noted = [
+            (sums, local(weight.grad))
+            for weight, sums in pairs
+            if isinstance(sums, ShardedSums) and sums._held and weight.grad is not None
+        ]
+        sizes = torch._foreach_norm([grad for _, grad in noted], 1) if noted else []
+        for (sums, _), size in zip(noted, sizes, strict=True):
+            sums._size = size
 
     def _left(self, grad: Tensor) -> bool:
         """Never for sure: operations on many DTensors at once, zero_grad of a fused optimizer for
@@ -362,8 +369,8 @@ class ShardedSums(HeldSums):
     def _keep_beside(self, grad: Tensor) -> None:
         """Drop it where the gradient is all zeros and was not, or has another version."""
         found = local(grad).any()
-        if self._zero is not None and super()._left(grad):
-            found = found | self._zero
+        if self._size is not None and super()._left(grad):
+            found = found | (self._size == 0)
         self._keep(found)
 
     def _keep(self, condition: Tensor) -> None:
