@@ -6,6 +6,7 @@ The update is then the same however the batch is cut. What is held until then is
 from __future__ import annotations
 
 import functools
+import threading
 import weakref
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
@@ -30,6 +31,7 @@ from ghl.held import (
     is_sharded,
     note_versions,
 )
+from ghl.hooks import Hook, weak
 from ghl.layers import Plastic
 from ghl.sums import RawSums
 from ghl_kernels.layout import is_channels_last
@@ -81,7 +83,8 @@ def synchronize(
     Of a CUDA graph, forward, backward and step must be in the same one. Another optimizer's step
     raises while gradients are held; synchronize with it, when none are, replaces the former.
 
-    Returns a handle: `remove()` takes the hook off, and the updates are made in backward again.
+    Over several ranks a hook on `model` (not if that is compiled) tells where a backward begins.
+    Returns a handle: `remove()` takes all hooks off, and the updates are made in backward again.
     Raises ValueError where there is nothing to synchronize, RuntimeError for weights that already
     are, and on all ranks where they differ in layers, dtypes, rules or `communicate`.
     """
@@ -159,8 +162,11 @@ def check_orphans(optimizer: Optimizer) -> None:
                 raise RuntimeError(GONE)
 
 
-def orphan(weights: Sequence[weakref.ref[nn.Parameter]]) -> None:
+def orphan(weights: Sequence[weakref.ref[nn.Parameter]], hooks: Sequence[Any]) -> None:
+    """What is left to do when a handle goes with its optimizer."""
     _orphans.update((w, None) for weight in weights if (w := weight()) is not None)
+    for hook in hooks:
+        hook.remove()
 
 
 @functools.cache
@@ -188,7 +194,7 @@ class Synchronizer:
         self._group, self._wire = group, communicate
         self._wrappers = weakref.WeakSet(wrappers_of(model))
         self._optimizer = weakref.ref(optimizer)
-        self._task = -1
+        self._task, self._lock = -1, threading.Lock()
         self._compared = False  # whether ranks were seen to have the same gradients
         ids = {id(weight) for weight in weights.values()}
         self._layers = [
@@ -196,17 +202,7 @@ class Synchronizer:
             for module in model.modules()
             if isinstance(module, Plastic) and id(module.weight) in ids
         ]
-        begin = weakref.WeakMethod(self._begin)
-
-        def watch(module: nn.Module, args: tuple, output: Any) -> None:
-            if not torch.compiler.is_compiling() and torch.is_grad_enabled():
-                for t in tree_leaves(output):
-                    if isinstance(t, Tensor) and t.requires_grad:
-                        t.register_hook(begin_backward)
-
-        def begin_backward(gradient: Tensor) -> None:
-            if (method := begin()) is not None:
-                method(None)
+        begin = weakref.WeakMethod(self._arrives)
 
         def checked_begin(sums: HeldSums) -> None:
             if (method := begin()) is None:
@@ -224,13 +220,14 @@ class Synchronizer:
         self._rules = [(layer, layer.rule) for layer in self._layers]
         _living.add(self)
         watch_optimizers()
-        self._orphaned = weakref.finalize(self, orphan, [*map(weakref.ref, weights.values())])
-        self._orphaned.atexit = False
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
-            *(module.register_forward_hook(watch) for module in self._watched(model)),
+            *self._watch(model),
         ]
+        owned = [*map(weakref.ref, weights.values())]
+        self._orphaned = weakref.finalize(self, orphan, owned, self._hooks)
+        self._orphaned.atexit = False
 
     def remove(self) -> None:
         """Make updates in backward again. Raises RuntimeError while gradients await a step."""
@@ -342,11 +339,18 @@ class Synchronizer:
             parts.append(f"H0 sent as {self._wire}")
         return f"Synchronizer({', '.join(parts)})"
 
-    def _watched(self, model: nn.Module) -> Sequence[nn.Module]:
-        """Whose backward begins at their outputs, on a rank that has no gradients of a layer with a
-        rule as well: other ranks' are then written into what was zeroed before."""
-        several = ranks.size(self._group) > 1 or any(map(is_sharded, self._weights.values()))
-        return (list(self._wrappers) or [model]) if several else []
+    def _watch(self, model: nn.Module) -> Iterator[Any]:
+        """Have every backward begin here at the model's outputs: one that brings this rank no sums
+        may still write other ranks' gradients into what was zeroed."""
+        watched: list[nn.Module] = [*self._wrappers] or [model]
+        if ranks.size(self._group) > 1 or any(map(is_sharded, self._weights.values())):
+            for module in watched:
+                yield module.register_forward_hook(Hook(weak(self, "_after_forward")))
+
+    def _after_forward(self, module: nn.Module, args: tuple, output: Any) -> None:
+        for t in tree_leaves(output) if torch.is_grad_enabled() else ():
+            if isinstance(t, Tensor) and t.grad_fn is not None:
+                t.grad_fn.register_prehook(weak(self, "_begin"))
 
     def _attach_missing(self) -> None:
         """Sums for weights that lost theirs while they were frozen, on ranks that use them or not:
@@ -355,18 +359,21 @@ class Synchronizer:
             if weight.requires_grad and RawSums.present(weight) is None:
                 layer._attach()
 
-    def _begin(self, arriving: HeldSums | None) -> None:
-        """At the outputs of a model, before the first gradient of a backward, or of some sums: what
-        is added to is of this step."""
-        task = torch._C._current_graph_task_id()
-        if task != self._task:
-            self._attach_missing()
-            for weight, sums in self._held():
-                sums.follow(weight)
-            after_all_callbacks(self._ended)
-        self._task = task
-        if arriving is not None:
-            arriving.drop_half()
+    def _begin(self, *gradients: Any) -> None:
+        """Once in a backward, before it adds to gradients: drop what was zeroed."""
+        with self._lock:  # devices have threads of their own
+            task = torch._C._current_graph_task_id()
+            if task != self._task:
+                self._attach_missing()
+                for weight, sums in self._held():
+                    sums.follow(weight)
+                after_all_callbacks(self._ended)
+            self._task = task
+
+    def _arrives(self, sums: HeldSums) -> None:
+        """Before the first gradient of a weight or of its sums in a backward."""
+        self._begin()
+        sums.check_free()
 
     def _ended(self) -> None:
         """At the end of a backward."""

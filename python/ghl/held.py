@@ -64,7 +64,8 @@ def is_owed(weight: Tensor) -> bool:
 
 
 def check_zeroed(grad: Tensor) -> None:
-    """Raise unless an update was zeroed in place; a GPU is not waited for, and aborts by itself."""
+    """Raise unless an update was zeroed in place; a GPU aborts by itself, where a version has told
+    that somebody changed it."""
     message = (
         "weight.grad still holds the update of the last step, to which a backward must not add: "
         "call optimizer.zero_grad() after every optimizer.step()"
@@ -188,12 +189,18 @@ class HeldSums(RawSums):
         return self._left(grad)
 
     @torch.no_grad()
-    def drop_half(self) -> None:
-        """Before gradients of these sums arrive: one half without the other is of a backward that
-        raised, or on its way in the one around this one (a reentrant checkpoint)."""
+    def check_free(self) -> None:
+        """Before gradients arrive: they must be added to no update, nor to half of the sums of a
+        backward that raised. A reentrant checkpoint's are added to half of those around it."""
         weight = self._weight()
-        around = getattr(self.hebbian, "_ghl_around", -1)
-        if weight is not None and weight.grad is None and not self._task == around != -1:
+        grad = None if weight is None else weight.grad
+        if grad is None:
+            around = getattr(self.hebbian, "_ghl_around", -1)
+            if around == -1 or around != self._task:
+                self.drop()
+        elif is_update(grad):
+            check_zeroed(grad)
+            del grad._ghl_update  # type: ignore[attr-defined]
             self.drop()
 
     @torch.no_grad()
@@ -204,11 +211,9 @@ class HeldSums(RawSums):
         if grad is None:
             if self._half is None:
                 self.drop()
-        elif is_update(grad):
-            check_zeroed(grad)
-            del grad._ghl_update  # type: ignore[attr-defined]  # zeroed in place
-            self.drop()
-        elif not self._left(grad):  # another, or changed in place: zeroed, perhaps
+        elif not is_update(grad) and not self._left(
+            grad
+        ):  # another, or changed in place: zeroed, perhaps
             if self._reason(weight) is not None and not is_owed(weight):
                 self.drop()
             self._keep_beside(grad)
@@ -298,7 +303,7 @@ class ShardedSums(HeldSums):
         self._wire = wire
         self._held: tuple[Tensor, Tensor] | None = None
         self._lacking = False
-        self._size: Tensor | None = None  # Σ |G| as a backward left it
+        self._size: Tensor | None = None  # Σ |G| as the last backward left it, once that has ended
         former = RawSums.latest(weight)
         # what FSDP has yet to add to weight.grad has lost its sums as well
         self._lost = isinstance(former, ShardedSums) and former.is_between
@@ -322,7 +327,7 @@ class ShardedSums(HeldSums):
             torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
             for leaf in (self.hebbian, self.totals)
         )
-        self._half = self.hebbian.grad = self.totals.grad = None
+        self._half = self.hebbian.grad = self.totals.grad = self._size = None
         if H0.device.type != "cpu":  # FSDP reduces in a stream of its own
             stream = torch.accelerator.current_stream()
             for t in (H0, totals):
@@ -362,9 +367,9 @@ class ShardedSums(HeldSums):
             sums._size = size
 
     def _left(self, grad: Tensor) -> bool:
-        """Never for sure: operations on many DTensors at once, zero_grad of a fused optimizer for
-        one, change no version."""
-        return self._held is None and super()._left(grad)
+        """Only within a backward for sure: operations on many DTensors at once change no version,
+        zero_grad of a fused optimizer for one."""
+        return self._size is None and super()._left(grad)
 
     def _keep_beside(self, grad: Tensor) -> None:
         """Drop it where the gradient is all zeros and was not, or has another version."""

@@ -111,7 +111,9 @@ class Plastic(nn.Module):
                 "a weight that is sharded and synchronized cannot be moved or converted: call "
                 "remove() on the handle of ghl.synchronize before, and ghl.synchronize afterwards"
             )
-        self._detach()
+        sums: Any = RawSums.latest(self.weight)
+        for layer in [self] if sums is None else [self, *sums.layers]:
+            layer._detach()
         RawSums.forget(self.weight)
 
     def _load_from_state_dict(self, *args: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import pickle
 from collections.abc import Sequence
 from typing import Any
 from unittest import mock
@@ -170,6 +171,28 @@ def step_of_one_rank(
     with mock.patch.object(torch.distributed, "is_initialized", lambda: False):
         loss_of(whole(images), target).backward()
     assert_close([p.grad for p in wrapped.parameters()], [p.grad for p in whole.parameters()])
+
+
+@scenario
+def backwards_that_add_nothing(rank: int, world: int) -> None:
+    """Beside updates that are not zeroed yet: of inputs, of a frozen model, of a copy; and hooks on
+    outputs stay nobody's but the model's."""
+    model = make("branches")
+    handle = ghl.synchronize(model, optimizer := sgd(model))
+    x, target = batch("branches", 0)  # the same on all ranks
+    x = (x + 1).requires_grad_()
+    loss_of(model(x), target).backward()
+    optimizer.step()
+    update = model.stem[0].weight.grad.clone()
+    copied = pickle.loads(pickle.dumps(model))
+    loss_of(copied.requires_grad_(False)(x), target).backward()
+    torch.autograd.grad(loss_of(model(x), target), x)
+    model.requires_grad_(False)
+    loss_of(model(x), target).backward()
+    model.requires_grad_(True)
+    assert torch.equal(model.stem[0].weight.grad, update)
+    handle.remove()
+    assert not model._forward_hooks
 
 
 @scenario

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.utils.checkpoint import checkpoint
 
 import ghl
 
@@ -135,8 +136,32 @@ def converted(rank: int, world: int) -> None:
     x, target = batch("conv", 0)
     loss_of(model(x), target).backward()
     optimizer.step()
-    for p in model.parameters():
-        assert p.grad.full_tensor().abs().max() <= 1
+    whole = make("conv")
+    with mock.patch.object(torch.distributed, "is_initialized", lambda: False):
+        loss_of(whole(x), target).backward()
+    given = [p.grad.full_tensor() for p in model.parameters()]
+    assert_close(given, [p.grad for p in whole.parameters()], 1e-6)  # after float()
+
+
+@scenario
+def gradients_of_zeros_around_a_checkpoint(rank: int, world: int) -> None:
+    """H0 that was reduced in the backward around outlives that of a reentrant checkpoint."""
+    updates = []
+    for checkpointed in (False, True):
+        torch.manual_seed(0)
+        first, second = (ghl.Linear(6, 6, rule="hebb", dtype=torch.float64) for _ in range(2))
+        model = nn.ModuleList([first, second])
+        for layer in model:
+            fully_shard(layer, mesh=init_device_mesh("cpu", (world,)))
+        optimizer = sgd(model)
+        ghl.synchronize(model, optimizer)
+        x = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
+        hidden = checkpoint(first, x, use_reentrant=True) if checkpointed else first(x)
+        (second(hidden) * 0).sum().backward()
+        optimizer.step()
+        updates.append([layer.weight.grad.full_tensor() for layer in model])
+        assert all(update.any() for update in updates[-1])
+    assert_close(*updates)
 
 
 @scenario

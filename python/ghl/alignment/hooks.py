@@ -1,4 +1,4 @@
-"""What a Monitor hangs on modules and on gradients; without a Monitor behind it, it does nothing.
+"""What a Monitor sees of modules and of gradients.
 
 Hooks see a layer's input and output and hand them on; what is computed from them is in `sums.py`.
 """
@@ -13,31 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ghl.alignment.sums import Geometry, Use
-
-
-def nothing(*args: Any, **kwargs: Any) -> None:
-    """What a copied or unpickled hook is: the copy of a model is not measured."""
-
-
-def inert() -> Callable[..., None]:
-    return nothing
-
-
-class Hook:
-    """A callable for a module that neither deepcopy nor pickle takes with it."""
-
-    def __init__(self, call: Callable[..., None]) -> None:
-        self.call = call
-
-    def __call__(self, *args: Any, **kwargs: Any) -> None:
-        if not torch.compiler.is_compiling():
-            self.call(*args, **kwargs)
-
-    def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
-        return inert, ()
-
-    def __deepcopy__(self, memo: dict) -> Callable[..., None]:
-        return nothing
 
 
 def use_of(module: nn.Module, x: Tensor, y: Tensor, weight: Tensor) -> Use:

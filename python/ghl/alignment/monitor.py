@@ -27,6 +27,7 @@ from ghl.alignment.statistics import to_numbers
 from ghl.alignment.sums import Use
 from ghl.alignment.targets import find_targets
 from ghl.alignment.track import Track
+from ghl.hooks import Hook, weak
 from ghl_kernels import Rule
 from ghl_kernels.rule import check_choice
 
@@ -122,15 +123,15 @@ class Monitor:
             self._attach(module)
         for track in self._tracks:
             if track.target.weight is not None and track.gathers:
-                done = hooks.Hook(weak(track, "accumulated"))
+                done = Hook(weak(track, "accumulated"))
                 self._handles.append(track.target.weight.register_post_accumulate_grad_hook(done))
 
     def _attach(self, module: nn.Module) -> None:
         if not isinstance(module, nn.MultiheadAttention):
-            hook: Any = hooks.Hook(weak(self, "_after_forward"))
+            hook: Any = Hook(weak(self, "_after_forward"))
             self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
             return
-        enter, leave = (hooks.Hook(weak(self, n)) for n in ("_enter", "_leave"))
+        enter, leave = (Hook(weak(self, n)) for n in ("_enter", "_leave"))
         self._handles.append(module.register_forward_pre_hook(enter))  # type: ignore[arg-type]
         self._handles.append(
             module.register_forward_hook(leave, always_call=True)  # type: ignore[arg-type]
@@ -341,15 +342,3 @@ class Monitor:
         self._depth = 0
         self._leave_step()
         ending.after(self._of(optimizer))
-
-
-def weak(owned: Any, method: str) -> Any:
-    """A call of a method that does not keep its object alive; nothing once it is gone."""
-    reference = weakref.ref(owned)
-
-    def call(*args: Any, **kwargs: Any) -> None:
-        owner = reference()
-        if owner is not None:
-            getattr(owner, method)(*args, **kwargs)
-
-    return call

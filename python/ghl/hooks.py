@@ -1,0 +1,46 @@
+"""Hooks that keep nothing alive, and that no copy of a module takes with it."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def weak(owned: Any, method: str) -> Any:
+    """A call of a method that does not keep its object alive; nothing once it is gone."""
+    reference = weakref.ref(owned)
+
+    def call(*args: Any, **kwargs: Any) -> None:
+        owner = reference()
+        if owner is not None:
+            getattr(owner, method)(*args, **kwargs)
+
+    return call
+
+
+def nothing(*args: Any, **kwargs: Any) -> None:
+    """What a copied or unpickled hook is: the copy of a model is not measured."""
+
+
+def inert() -> Callable[..., None]:
+    return nothing
+
+
+class Hook:
+    """A callable for a module that neither deepcopy nor pickle takes with it."""
+
+    def __init__(self, call: Callable[..., None]) -> None:
+        self.call = call
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        if not torch.compiler.is_compiling():
+            self.call(*args, **kwargs)
+
+    def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
+        return inert, ()
+
+    def __deepcopy__(self, memo: dict) -> Callable[..., None]:
+        return nothing
