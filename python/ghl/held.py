@@ -199,9 +199,13 @@ class HeldSums(RawSums):
             if around == -1 or around != self._task:
                 self.drop()
         elif is_update(grad):
-            check_zeroed(grad)
-            del grad._ghl_update  # type: ignore[attr-defined]
-            self.drop()
+            self._free(grad)
+
+    def _free(self, update: Tensor) -> None:
+        """Let a gradient that was an update, and was zeroed in place, be one again."""
+        check_zeroed(update)
+        del update._ghl_update  # type: ignore[attr-defined]
+        self.drop()
 
     @torch.no_grad()
     def follow(self, weight: Tensor) -> None:
@@ -211,9 +215,10 @@ class HeldSums(RawSums):
         if grad is None:
             if self._half is None:
                 self.drop()
-        elif not is_update(grad) and not self._left(
-            grad
-        ):  # another, or changed in place: zeroed, perhaps
+        elif is_update(grad):
+            if not is_unchanged(grad):
+                self._free(grad)
+        elif not self._left(grad):  # another, or changed in place: zeroed, perhaps
             if self._reason(weight) is not None and not is_owed(weight):
                 self.drop()
             self._keep_beside(grad)

@@ -174,6 +174,28 @@ def step_of_one_rank(
 
 
 @scenario
+def branch_of_one_rank_then_of_all(rank: int, world: int) -> None:
+    """Micro-batches after an update that was zeroed in place, into which DDP writes others' G."""
+    model, whole = make("branches"), make("branches")
+    wrapped, optimizer = DDP(model, find_unused_parameters=True), sgd(model)
+    ghl.synchronize(wrapped, optimizer)
+    x, target = batch("branches", 0)
+    loss_of(wrapped(x + 1), target).backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=False)
+    whole.load_state_dict(model.state_dict())
+    first_rank = torch.arange(BATCH) < BATCH // world
+    micro = [x + first_rank.double().sub(0.5).view(-1, 1, 1, 1), x + 1]
+    for images in micro:
+        own, wanted = parts(rank, world, images, target, [BATCH // world] * world)
+        loss_of(wrapped(own), wanted, world).backward()
+    optimizer.step()
+    with mock.patch.object(torch.distributed, "is_initialized", lambda: False):
+        loss_of(whole(torch.cat(micro)), target.repeat(2)).backward()
+    assert_close([p.grad for p in model.parameters()], [p.grad for p in whole.parameters()])
+
+
+@scenario
 def backwards_that_add_nothing(rank: int, world: int) -> None:
     """Beside updates that are not zeroed yet: of inputs, of a frozen model, of a copy; and hooks on
     outputs stay nobody's but the model's."""
