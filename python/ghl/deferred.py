@@ -8,42 +8,28 @@ from __future__ import annotations
 import functools
 import threading
 import weakref
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ghl import merging, ranks
+from ghl import merging, others, ranks
 from ghl.groups import check_one_group, group_of, wrappers_of
 from ghl.guards import is_update
-from ghl.held import (
-    REPLACED,
-    HeldSums,
-    ShardedSums,
-    capturing,
-    is_owed,
-    is_sharded,
-    note_versions,
-)
+from ghl.held import REPLACED, HeldSums, capturing, is_owed, note_versions
 from ghl.hooks import Hook, weak
 from ghl.layers import Plastic
+from ghl.shards import ShardedSums, is_sharded
 from ghl.sums import RawSums
 from ghl_kernels.layout import is_channels_last
 
-_living: weakref.WeakSet[Synchronizer] = weakref.WeakSet()
-_orphans: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # weights whose handle is gone
 _of_weight: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # to a weakref of its handle
 WIRES = (None, torch.float32, torch.bfloat16)
-GONE = (
-    "the optimizer that ghl.synchronize was given is gone, and nothing would make updates of "
-    "gradients: call ghl.synchronize(model, optimizer) with the new one"
-)
 
 
 def synchronize(
@@ -144,38 +130,6 @@ def after_all_callbacks(function: Callable[[], None]) -> None:
     queue(lambda: queue(function))
 
 
-@torch.compiler.disable
-def check_others(optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
-    """The hook of every optimizer's step."""
-    for synchronizer in list(_living):
-        synchronizer.check_other(optimizer)
-    if _orphans:
-        check_orphans(optimizer)
-
-
-def check_orphans(optimizer: Optimizer) -> None:
-    """Raise where an optimizer steps with gradients that another one, which is gone, was to make
-    updates of."""
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            if p in _orphans and isinstance(RawSums.present(p), HeldSums) and is_owed(p):
-                raise RuntimeError(GONE)
-
-
-def orphan(weights: Sequence[weakref.ref[nn.Parameter]], hooks: Sequence[Any]) -> None:
-    """What is left to do when a handle goes with its optimizer."""
-    _orphans.update((w, None) for weight in weights if (w := weight()) is not None)
-    for hook in hooks:
-        hook.remove()
-
-
-@functools.cache
-def watch_optimizers() -> None:
-    """Have the steps of all optimizers checked, from the first synchronizer on. The hook is never
-    taken off: that would be while hooks are called."""
-    register_optimizer_step_pre_hook(check_others)
-
-
 class Synchronizer:
     """The handle that `synchronize` returns."""
 
@@ -206,7 +160,7 @@ class Synchronizer:
 
         def checked_begin(sums: HeldSums) -> None:
             if (method := begin()) is None:
-                raise RuntimeError(GONE)
+                raise RuntimeError(others.GONE)
             method(sums)
 
         for weight in weights.values():
@@ -214,19 +168,19 @@ class Synchronizer:
             if is_sharded(weight):
                 maker = functools.partial(ShardedSums, begin=checked_begin, wire=communicate)
             _of_weight[weight] = weakref.ref(self)
-            _orphans.pop(weight, None)
+            others.orphans.pop(weight, None)
             RawSums.choose(weight, maker)
         self._attach()
         self._rules = [(layer, layer.rule) for layer in self._layers]
-        _living.add(self)
-        watch_optimizers()
+        others.living.add(self)
+        others.watch_optimizers()
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
             *self._watch(model),
         ]
         owned = [*map(weakref.ref, weights.values())]
-        self._orphaned = weakref.finalize(self, orphan, owned, self._hooks)
+        self._orphaned = weakref.finalize(self, others.orphan, owned, self._hooks)
         self._orphaned.atexit = False
 
     def remove(self) -> None:
@@ -236,7 +190,7 @@ class Synchronizer:
                 "gradients are held, of which nothing would make updates any more: call "
                 "optimizer.step() or optimizer.zero_grad() before remove()"
             )
-        _living.discard(self)
+        others.living.discard(self)
         self._orphaned.detach()
         for hook in self._hooks:
             hook.remove()
@@ -263,18 +217,12 @@ class Synchronizer:
 
     def check_other(self, optimizer: Optimizer) -> None:
         """Raise where an optimizer that does not make updates is about to use gradients."""
-        if optimizer is self._optimizer():
-            return
-        ids = self._ids()
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                if id(p) in ids and isinstance(RawSums.present(p), HeldSums) and is_owed(p):
-                    raise RuntimeError(
-                        f"this {type(optimizer).__name__} is about to step with an ordinary "
-                        "gradient, of which another optimizer's step makes the update: call "
-                        "ghl.synchronize(model, optimizer) with this one, after remove() on the "
-                        "handle of the other"
-                    )
+        if optimizer is not self._optimizer() and others.owes(optimizer, self._ids()):
+            raise RuntimeError(
+                f"this {type(optimizer).__name__} is about to step with an ordinary gradient, of "
+                "which another optimizer's step makes the update: call ghl.synchronize(model, "
+                "optimizer) with this one, after remove() on the handle of the other"
+            )
 
     def _check_ranks(self) -> None:
         """What only this rank did, and messages that would not fit the others' for it."""

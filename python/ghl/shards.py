@@ -1,0 +1,129 @@
+"""Sums of weights that `fully_shard` sharded, added up over the ranks where FSDP reduces G."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Partial, Replicate
+
+from ghl.held import REPLACED, Begin, HeldSums, Taken, local
+from ghl.sums import RawSums
+from ghl_kernels import Rule
+
+
+class ShardedSums(HeldSums):
+    """Sums of a weight that `fully_shard` sharded on its neurons: each rank holds its neurons'.
+
+    They are added up over the ranks where FSDP reduces G: autograd adds them until then, as it
+    does G. FSDP calls the hook on the sharded weight in the same order on all ranks.
+    """
+
+    sharded = True
+
+    def __init__(
+        self, weight: nn.Parameter, rule: Rule, begin: Begin, wire: torch.dtype | None
+    ) -> None:
+        super().__init__(weight, rule, begin)
+        self._wire = wire
+        self._held: tuple[Tensor, Tensor] | None = None
+        self._lacking = False
+        self._size: Tensor | None = None  # Σ |G| as the last backward left it, once that has ended
+        former = RawSums.latest(weight)
+        # what FSDP has yet to add to weight.grad has lost its sums as well
+        self._lost = isinstance(former, ShardedSums) and former.is_between
+
+    @property
+    def is_between(self) -> bool:
+        return self._lost or self.hebbian.grad is not None
+
+    def _accumulated(self, weight: Tensor) -> None:
+        super()._accumulated(weight)
+        if self.rule.gate != "sign_only":
+            self._reduce(weight)
+
+    @torch.no_grad()
+    def _reduce(self, weight: Tensor) -> None:
+        assert isinstance(weight, DTensor)
+        if self._lost:
+            self._incomplete, self._lost = REPLACED, False
+        self._lacking |= self.hebbian.grad is None
+        H0, totals = (
+            torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+            for leaf in (self.hebbian, self.totals)
+        )
+        self._half = self.hebbian.grad = self.totals.grad = self._size = None
+        if H0.device.type != "cpu":  # FSDP reduces in a stream of its own
+            stream = torch.accelerator.current_stream()
+            for t in (H0, totals):
+                t.record_stream(stream)  # type: ignore[arg-type]
+        neurons = torch.stack([totals[:-1], totals[-1].expand(weight.shape[0])], 1)
+        reduced = (
+            self._own_neurons(H0.to(self._wire or H0.dtype), weight).to(H0.dtype),
+            self._own_neurons(neurons, weight),
+        )
+        if self._held is not None:
+            reduced = self._held[0].add_(reduced[0]), self._held[1].add_(reduced[1])
+        self._held = reduced
+
+    @staticmethod
+    def _own_neurons(t: Tensor, weight: DTensor) -> Tensor:
+        mesh = weight.device_mesh
+        summands = DTensor.from_local(t, mesh, [Partial()] * mesh.ndim, run_check=False)
+        own = summands.redistribute(mesh, weight.placements).to_local()
+        return own.to(weight.to_local().device)
+
+    def drop(self) -> None:
+        """Forget what has been reduced; what has not, FSDP keeps of G as well."""
+        self._half, self._held, self._size, self._lacking = None, None, None, False
+        self._forget()
+
+    @staticmethod
+    @torch.no_grad()
+    def note_sizes(pairs: Sequence[tuple[nn.Parameter, HeldSums]]) -> None:
+        """At the end of a backward, in one operation."""
+        noted = [
+            (sums, local(weight.grad))
+            for weight, sums in pairs
+            if isinstance(sums, ShardedSums) and sums._held and weight.grad is not None
+        ]
+        sizes = torch._foreach_norm([grad for _, grad in noted], 1) if noted else []
+        for (sums, _), size in zip(noted, sizes, strict=True):
+            sums._size = size
+
+    def _left(self, grad: Tensor) -> bool:
+        """Only within a backward for sure: operations on many DTensors at once change no version,
+        zero_grad of a fused optimizer for one."""
+        return self._size is None and super()._left(grad)
+
+    def _keep_beside(self, grad: Tensor) -> None:
+        """Drop it where the gradient is all zeros and was not, or has another version."""
+        found = local(grad).any()
+        if self._size is not None and super()._left(grad):
+            found = found | (self._size == 0)
+        self._keep(found)
+
+    def _keep(self, condition: Tensor) -> None:
+        if self._held is not None:
+            self._held = tuple(t.where(condition, 0) for t in self._held)  # type: ignore
+
+    def take(self) -> Taken:
+        lacking, held = self._lacking, self._held
+        self.drop()
+        if held is None or held[0].shape[0] == 0:
+            return Taken(None, None, lacking)
+        H0, neurons = held
+        return Taken(H0, torch.cat([neurons[:, 0], neurons[:1, 1]]), lacking)
+
+
+def is_sharded(weight: Tensor) -> bool:
+    """Whether the weight is one of FSDP's; raises ValueError for a sharding that has no rule."""
+    if not isinstance(weight, DTensor):
+        return False
+    if not all(isinstance(p, Replicate) or p.is_shard(0) for p in weight.placements):
+        raise ValueError(
+            f"weight has placements {weight.placements}, must be sharded by fully_shard on "
+            "dimension 0, its neurons"
+        )
+    return True
