@@ -212,6 +212,9 @@ class Synchronizer:
         itself = self._optimizer() is optimizer
         return not itself and self._ids() <= set(weights) and not self._owes()
 
+    def _is_distributed(self) -> bool:
+        return ranks.size(self._group) > 1 or any(map(is_sharded, self._weights.values()))
+
     def _ids(self) -> set[int]:
         return {id(weight) for weight in self._weights.values()}
 
@@ -291,9 +294,8 @@ class Synchronizer:
         """Have every backward begin here at the model's outputs: one that brings this rank no sums
         may still write other ranks' gradients into what was zeroed."""
         watched: list[nn.Module] = [*self._wrappers] or [model]
-        if ranks.size(self._group) > 1 or any(map(is_sharded, self._weights.values())):
-            for module in watched:
-                yield module.register_forward_hook(Hook(weak(self, "_after_forward")))
+        for module in watched if self._is_distributed() else ():
+            yield module.register_forward_hook(Hook(weak(self, "_after_forward")))
 
     def _after_forward(self, module: nn.Module, args: tuple, output: Any) -> None:
         for t in tree_leaves(output) if torch.is_grad_enabled() else ():
@@ -365,7 +367,7 @@ class Synchronizer:
 
         `optimizer.step()` does this; to be called by hand only where something else uses updates.
         """
-        if ranks.size(self._group) > 1 or any(is_sharded(w) for w in self._weights.values()):
+        if self._is_distributed():
             self._check_ranks()
         self._check_lost()
         held = self._held()

@@ -110,7 +110,7 @@ class HeldSums(RawSums):
 
     def __init__(self, weight: nn.Parameter, rule: Rule, begin: Begin) -> None:
         super().__init__(weight, rule)
-        self._half: str | None = None  # which of G and H0 has come without the other
+        self._half: str | None = None  # which of G and H0 has come without the other; not of shards
         self._task = -1  # the backward that these sums were last part of
         self._versions = 0, 0
         self._grad: Any = None  # a weak reference to weight.grad as a backward left it

@@ -22,7 +22,7 @@ def weak(owned: Any, method: str) -> Any:
 
 
 def nothing(*args: Any, **kwargs: Any) -> None:
-    """What a copied or unpickled hook is: the copy of a model is not measured."""
+    """What a hook is in a copy of its module."""
 
 
 def inert() -> Callable[..., None]:

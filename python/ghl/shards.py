@@ -53,7 +53,7 @@ class ShardedSums(HeldSums):
             torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
             for leaf in (self.hebbian, self.totals)
         )
-        self._half = self.hebbian.grad = self.totals.grad = self._size = None
+        self.hebbian.grad = self.totals.grad = self._size = None
         if H0.device.type != "cpu":  # FSDP reduces in a stream of its own
             stream = torch.accelerator.current_stream()
             for t in (H0, totals):
@@ -76,7 +76,7 @@ class ShardedSums(HeldSums):
 
     def drop(self) -> None:
         """Forget what has been reduced; what has not, FSDP keeps of G as well."""
-        self._half, self._held, self._size, self._lacking = None, None, None, False
+        self._held, self._size, self._lacking = None, None, False
         self._forget()
 
     @staticmethod

@@ -139,7 +139,7 @@ def test_another_batch_size():
 @pytest.mark.parametrize("dynamic", [True, None])
 @pytest.mark.parametrize("net", [small_net, shared_net])
 def test_a_temperature_that_changes(net, dynamic):
-    """Of a Rule that layers share, and of one that has many layers: it must be a constant."""
+    """Of a Rule that layers share, and of a layer that is used twice: it must be a constant."""
     model, x = net(), torch.randn(INPUTS[net])
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=dynamic)
     for tau in (1.0, 0.7, 0.1):

@@ -87,7 +87,7 @@ class Use:
 class Sums:
     """G (K, ...), H0 (K, ...), Σu (K), and sums of samples.
 
-    signal: whether there is a G; a layer's with a rule of ours is its weight.grad.
+    signal: whether G is gathered or given; a layer with a rule of ours has it in weight.grad.
     problem: why none of it may be reported; sample_problem: why not the sample statistic.
     """
 
