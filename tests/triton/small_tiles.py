@@ -84,6 +84,7 @@ def compiled() -> tuple[str, ...]:
 COMPILED = compiled()
 
 ONE_SPLIT = Form()
+ONE_TILE = Form(block_k=32, block_c=32)  # of a small layer, whose rows are several all the same
 MANY_SPLITS = Form(splits=3)
 WHOLE_ROWS = Form(block_k=64, block_c=32)  # a row of y fits in a tile
 WHOLE_ROWS_SPLIT = Form(block_k=64, block_c=32, splits=3)
@@ -93,5 +94,5 @@ THREE_TAPS = Form(taps=3, splits=2)
 THREE_TAPS_WHOLE_ROWS = Form(taps=3, block_k=64, block_c=32)
 PACKED = Form(packed=True, block_c=32, splits=2)
 PACKED_WHOLE_ROWS = Form(packed=True, block_k=64, block_c=64)
-FOLDED = Form(folded=True, splits=2)
+FOLDED = Form(folded=True, block_c=32, splits=2)
 FOLDED_WHOLE_ROWS = Form(folded=True, block_k=64, block_c=64)

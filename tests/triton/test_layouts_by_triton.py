@@ -22,8 +22,11 @@ LAYERS: dict[str, Layer] = {"linear": LINEAR, **CONVOLUTIONS}
 
 @pytest.mark.parametrize("argument", range(4), ids="xygw")
 @pytest.mark.parametrize("name", CONVOLUTIONS)
-def test_convolution_in_every_layout(name: str, argument: int, fused: None) -> None:
+def test_convolution_in_every_layout(
+    name: str, argument: int, fused: None, use: Callable[[Form], None]
+) -> None:
     """One tensor in another layout than the rest, NaN in every gap between its elements."""
+    use(forms.ONE_TILE)
     layer = CONVOLUTIONS[name]
     for layout, others in zip(LAYOUTS.values(), itertools.cycle(list(LAYOUTS.values())[:2])):
         tensors = [others(t) for t in layer.tensors()]
@@ -32,7 +35,8 @@ def test_convolution_in_every_layout(name: str, argument: int, fused: None) -> N
 
 
 @pytest.mark.parametrize("argument", range(4), ids="xygw")
-def test_linear_in_every_layout(argument: int, fused: None) -> None:
+def test_linear_in_every_layout(argument: int, fused: None, use: Callable[[Form], None]) -> None:
+    use(forms.ONE_TILE)
     for layout in MATRIX_LAYOUTS.values():
         tensors = LINEAR.tensors()
         tensors[argument] = layout(tensors[argument])

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import pytest
 import torch
 import triton
+from small_tiles import ONE_TILE, Form
 
 from ghl_kernels import Problem, tiles, trial
 from ghl_kernels.dispatch import IMPLEMENTATIONS
@@ -29,9 +31,10 @@ PROBLEMS = {
 
 
 @pytest.fixture(autouse=True)
-def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_batches(monkeypatch: pytest.MonkeyPatch, use: Callable[[Form], None]) -> None:
     monkeypatch.setattr(trial, "BATCH", 2)
     monkeypatch.setattr(trial, "SIZE", 5)
+    use(ONE_TILE)
 
 
 @pytest.mark.parametrize("strategy", tiles.BY_TRITON)
