@@ -2,6 +2,7 @@
 
 import copy
 import errno
+import json
 import os
 import shutil
 import subprocess
@@ -33,10 +34,37 @@ SMALL = {
 }
 # Seven steps an epoch: this one is in the second, after the checkpoint of its third.
 KILL_AFTER = 11
+# Steps of 29 images, of which one process has 14 and the other 15.
+UNEVEN = {"arch": "resnet20", "width": 0.5, "epochs": 1, "batch_size": 29, "limit_train": 87}
+UNEVEN |= {"checkpoint_every": 9, "align_every": 1}
+UNDISTURBED = {"whole": {}, "uneven": UNEVEN | {"accumulate": 1}, "sharded": {"fsdp": True}}
 
-# The command line. In its first life rank 1 kills itself after a step; in the second life rank 0
-# keeps a copy of what the first has left. Where Linux lists them, no thread of gloo's may be left
-# when Python ends: one that holds a tensor then takes the process with it.
+# Command lines, each in two processes that are forked with all modules imported, in place of
+# torchrun. RUNS is JSON: arguments of the command line, one list for each run.
+FORKED = """
+import json, os, socket, sys
+import sklearn.datasets, sklearn.model_selection, torch, torch._dynamo
+from ghl.cli import main
+from ghl.recipes import train
+
+for arguments in json.loads(sys.argv[1]):
+    with socket.create_server(("localhost", 0)) as free:
+        port = free.getsockname()[1]
+    children = []
+    for rank in (0, 1):
+        children.append(os.fork())
+        if children[-1] == 0:
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+            os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+            os._exit(main(arguments))
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    if codes != [0, 0]:
+        sys.exit(f"{arguments}: {codes}")
+"""
+
+# The command line under torchrun. In its first life rank 1 kills itself after a step; in the second
+# life rank 0 keeps a copy of what the first has left. Where Linux lists them, no thread of gloo's
+# may be left when Python ends: one that holds a tensor then takes the process with it.
 WORKER = """
 import os, shutil, signal, sys
 from pathlib import Path
@@ -84,42 +112,50 @@ def arguments(settings):
     return words
 
 
+def printed_by(*command):
+    """What Python prints with these arguments, once it has ended well."""
+    path = os.pathsep.join(entry for entry in sys.path if entry)
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *command],
+        env=environment, capture_output=True, text=True, timeout=200, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """The directory with the runs of UNDISTURBED, of two processes each."""
+    base = tmp_path_factory.mktemp("undisturbed")
+    runs = [
+        [*arguments(SMALL | settings), "--out", str(base / name)]
+        for name, settings in UNDISTURBED.items()
+    ]
+    printed_by("-c", FORKED, json.dumps(runs))
+    return base
+
+
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
-    """Trains in two processes under torchrun; gives the directory and what was printed."""
+    """Trains in two processes under torchrun, of which one is killed in the second epoch; gives
+    the directory and what was printed. What they left then is in the directory NAME-left."""
     base = tmp_path_factory.mktemp("elastic")
     (base / "worker.py").write_text(WORKER)
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry),
-        "OMP_NUM_THREADS": "1",
-    }
 
-    def run(name, kill_after=0, **settings):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += ["--nproc-per-node=2", "--max-restarts=1", str(base / "worker.py")]
-        command += [str(kill_after), *arguments(SMALL | settings), "--out", str(base / name)]
-        done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=200, check=False
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        return base / name, done.stdout
+    def run(name, **settings):
+        command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+        command += ["--max-restarts=1", str(base / "worker.py"), str(KILL_AFTER)]
+        out = base / name
+        return out, printed_by(*command, *arguments(SMALL | settings), "--out", str(out))
 
     return run
 
 
 @pytest.fixture(scope="module")
-def undisturbed(start):
-    """A run of two processes that nobody disturbed."""
-    return start("undisturbed")[0]
-
-
-@pytest.fixture(scope="module")
 def killed(start):
-    """The same, one of which was killed in the second epoch; what they left is in killed-left.
-
-    Its alignment is recorded, which must change nothing.
-    """
-    return start("killed", KILL_AFTER, align_every=2)
+    """Its alignment is recorded, which must change nothing."""
+    return start("killed", align_every=2)
 
 
 def rows(out):
@@ -140,9 +176,10 @@ def test_a_killed_rank_leaves_no_trace(killed, undisturbed):
     out, printed = killed
     assert "continuing after epoch 1 and 3 steps of 2" in printed
     assert printed.count("epoch        lr") == 2  # by one process in each life
-    assert rows(out) == rows(undisturbed)
-    assert_same(state(out)["model"], state(undisturbed)["model"])
-    assert_same(state(out)["average"]["averages"], state(undisturbed)["average"]["averages"])
+    whole = undisturbed / "whole"
+    assert rows(out) == rows(whole)
+    assert_same(state(out)["model"], state(whole)["model"])
+    assert_same(state(out)["average"]["averages"], state(whole)["average"]["averages"])
 
 
 def test_a_killed_run_has_recorded_every_measured_step_once(killed):
@@ -151,14 +188,12 @@ def test_a_killed_run_has_recorded_every_measured_step_once(killed):
     assert found == [(step, layer) for step in range(0, 14, 2) for layer in layers]
 
 
-def test_two_processes_are_one_with_two_micro_batches(start, tmp_path):
-    """Also of 29 images, of which one has 14 and the other 15: every image counts the same. What
-    the rule adds to the weights is aligned alike."""
-    settings = {"arch": "resnet20", "width": 0.5, "epochs": 1, "batch_size": 29}
-    settings |= {"limit_train": 87, "checkpoint_every": 9, "align_every": 1}
-    out, _ = start("two", accumulate=1, **settings)
-    train(Run(tmp_path, Config.resolve(SMALL | settings | {"accumulate": 2})))
-    begin = Trainer(Config.resolve(SMALL | settings)).model.state_dict()
+def test_two_processes_are_one_with_two_micro_batches(undisturbed, tmp_path):
+    """Also of an odd number of images: every image counts the same. What the rule adds to the
+    weights is aligned alike."""
+    out, config = undisturbed / "uneven", Config.resolve(SMALL | UNEVEN | {"accumulate": 2})
+    train(Run(tmp_path, config))
+    begin = Trainer(config).model.state_dict()
     two, one = state(out)["model"], state(tmp_path)["model"]
     for name in (name for name in one if name.endswith(("weight", "bias"))):
         apart = (two[name] - one[name]).abs().max() / (one[name] - begin[name]).abs().max()
@@ -171,8 +206,8 @@ def test_two_processes_are_one_with_two_micro_batches(start, tmp_path):
 
 def test_evaluation_counts_every_image_once(undisturbed):
     """51 images in two processes give what one process gives: no average of averages."""
-    last = rows(undisturbed)[-1].split(",")
-    epoch, loss, accuracy = evaluate(undisturbed, {})
+    last = rows(undisturbed / "whole")[-1].split(",")
+    epoch, loss, accuracy = evaluate(undisturbed / "whole", {})
     assert (epoch, accuracy) == (2, float(last[5]))
     assert loss == pytest.approx(float(last[4]), rel=1e-6)
     assert accuracy * 51 / 100 == pytest.approx(round(accuracy * 51 / 100))
@@ -194,19 +229,18 @@ def test_a_shrunken_world_is_refused_or_rescaled(killed, tmp_path, capsys):
     assert state(tmp_path / "run")["ranks"][0]["totals"]["count"] == 200
 
 
-def test_shards_are_the_same_run(start, undisturbed, killed):
+def test_shards_are_the_same_run(start, undisturbed):
     """FSDP: other processes hold other parts, a kill changes nothing, one process can read it."""
-    out, _ = start("sharded", fsdp=True)
-    again, printed = start("sharded-killed", KILL_AFTER, fsdp=True)
+    out = undisturbed / "sharded"
+    again, printed = start("sharded-killed", fsdp=True)
     assert "continuing after epoch 1 and 3 steps of 2" in printed
     assert rows(out) == rows(again)
     assert [path.name for path in out.glob("shards-*")] == ["shards-2-0"]
     last = rows(out)[-1].split(",")
     assert evaluate(out, {})[1:] == pytest.approx((float(last[4]), float(last[5])), rel=1e-6)
-    for field, whole in zip(
-        rows(out)[-1].split(","), rows(undisturbed)[-1].split(","), strict=True
-    ):
-        assert float(field) == pytest.approx(float(whole), rel=1e-3)
+    whole = rows(undisturbed / "whole")[-1].split(",")
+    for field, other in zip(rows(out)[-1].split(","), whole, strict=True):
+        assert float(field) == pytest.approx(float(other), rel=1e-3)
 
 
 class FullDisk:
