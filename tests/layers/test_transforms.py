@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -29,6 +31,16 @@ def test_fx(networks: tuple[nn.Module, nn.Module, Tensor]) -> None:
 def test_jit_trace(networks: tuple[nn.Module, nn.Module, Tensor]) -> None:
     plain, swapped, x = networks
     assert torch.equal(torch.jit.trace(swapped, x)(x), plain(x))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_export(networks: tuple[nn.Module, nn.Module, Tensor], strict: bool) -> None:
+    """Without a word of what a layer keeps for its rule."""
+    plain, swapped, x = networks
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        exported = torch.export.export(swapped, (x,), strict=strict)
+    assert torch.equal(exported.module()(x), plain(x))
 
 
 def test_torch_func(networks: tuple[nn.Module, nn.Module, Tensor]) -> None:
