@@ -22,7 +22,7 @@ from ghl import merging, others, ranks
 from ghl.groups import check_one_group, group_of, wrappers_of
 from ghl.guards import is_update
 from ghl.held import REPLACED, HeldSums, capturing, is_owed, note_versions
-from ghl.hooks import Hook, weak
+from ghl.hooks import Hook, once_gradients_are_made, weak
 from ghl.layers import Plastic
 from ghl.shards import ShardedSums, is_sharded
 from ghl.sums import RawSums
@@ -339,20 +339,7 @@ class Synchronizer:
 
     @torch.compiler.disable
     def _before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """The optimizer's hook; the gradients of a step with a closure are made in that."""
-        itself, *rest = args
-        closure = rest[0] if rest else kwargs.get("closure")
-        if closure is None:
-            self.merge()
-            return None
-
-        def closure_and_merge() -> Any:
-            with torch.enable_grad():
-                loss = closure()
-            self.merge()
-            return loss
-
-        return (itself, closure_and_merge), {k: v for k, v in kwargs.items() if k != "closure"}
+        return once_gradients_are_made(args, kwargs, self.merge)
 
     @torch.compiler.disable
     def _after_step(self, optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:

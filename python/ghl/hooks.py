@@ -13,12 +13,29 @@ def weak(owned: Any, method: str) -> Any:
     """A call of a method that does not keep its object alive; nothing once it is gone."""
     reference = weakref.ref(owned)
 
-    def call(*args: Any, **kwargs: Any) -> None:
+    def call(*args: Any, **kwargs: Any) -> Any:
         owner = reference()
-        if owner is not None:
-            getattr(owner, method)(*args, **kwargs)
+        return None if owner is None else getattr(owner, method)(*args, **kwargs)
 
     return call
+
+
+def once_gradients_are_made(args: tuple, kwargs: dict[str, Any], then: Callable[[], None]) -> Any:
+    """Call `then` from a hook before an optimizer's step: now, or after every call of the closure
+    that makes the gradients. What the hook has to return."""
+    itself, *rest = args
+    closure = rest[0] if rest else kwargs.get("closure")
+    if closure is None:
+        then()
+        return None
+
+    def closure_and_then() -> Any:
+        with torch.enable_grad():
+            loss = closure()
+        then()
+        return loss
+
+    return (itself, closure_and_then), {k: v for k, v in kwargs.items() if k != "closure"}
 
 
 def nothing(*args: Any, **kwargs: Any) -> None:
@@ -36,7 +53,7 @@ class Hook:
         self.call = call
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
-        if not torch.compiler.is_compiling():
+        if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
             self.call(*args, **kwargs)
 
     def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:

@@ -248,7 +248,11 @@ def with_an_adapter(layer):
     layer.forward = lambda x: nn.functional.linear(x, layer.weight, layer.bias) + x @ A.T
 
 
-@pytest.mark.parametrize("change", [doubled_by_a_hook, with_an_adapter])
+def with_another_input(layer):
+    layer.forward = lambda x: nn.functional.linear(3 * x + 1, layer.weight, layer.bias)
+
+
+@pytest.mark.parametrize("change", [doubled_by_a_hook, with_an_adapter, with_another_input])
 def test_output_that_is_not_the_layers_own(change):
     model = model_of_two()
     change(model[0])
@@ -297,18 +301,119 @@ def test_gradient_penalty():
 
 
 def test_optimizer_with_a_closure():
-    model = model_of_two()
+    """Measured as a step without one, if it is called once."""
+    reports = []
+    for kind in (None, torch.optim.SGD, torch.optim.LBFGS):
+        torch.manual_seed(0)
+        model = model_of_two()
+        optimizer = (kind or torch.optim.SGD)(model.parameters(), lr=0.1)
+
+        def closure(model=model, optimizer=optimizer):
+            optimizer.zero_grad()
+            loss = model(torch.ones(2, 3)).square().sum()
+            loss.backward()
+            return loss
+
+        with Monitor(model) as monitor:
+            if kind is None:
+                closure()
+            optimizer.step(closure if kind else None)
+            reports.append(monitor.report())
+    assert_same_report(*reports[:2])
+    assert reports[1]["0"]["update"]
+    assert reports[2]["0"]["gaps"]["layer"] == "optimizer.step called its closure more than once"
+
+
+class Pair(nn.Linear):
+    def forward(self, features):
+        return super().forward(features), features
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_a_forward_that_is_not_from_tensor_to_tensor(named):
+    layer = nn.Linear(3, 2)
+    layer.forward = Pair.forward.__get__(layer, nn.Linear)
+    layer.__class__ = Pair
+    monitor = Monitor(nn.Sequential(layer))
+    y, _ = layer(features=torch.randn(4, 3)) if named else layer(torch.randn(4, 3))
+    y.sum().backward()
+    assert gap(monitor)
+
+
+def test_features_of_inference_mode():
+    with torch.inference_mode():
+        x = torch.randn(5, 3)
+    model, reports = model_of_two(), []
+    for features in (x, x.clone()):
+        model.zero_grad()
+        with Monitor(model) as monitor, torch.autocast("cpu", torch.bfloat16):
+            model(features).square().sum().backward()
+            reports.append(monitor.report())
+    assert_same_report(*reports)
+
+
+def test_weights_without_a_cosine():
+    model = nn.Sequential(nn.Linear(3, 2, dtype=torch.complex64))
     monitor = Monitor(model)
-    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=2)
+    assert "complex64: there is no cosine" in gap(monitor)
+    model(torch.randn(2, 3, dtype=torch.complex64)).abs().sum().backward()
+    torch.optim.SGD(model.parameters(), 0.1).step()
 
-    def closure():
-        optimizer.zero_grad()
-        loss = model(torch.ones(2, 3)).square().sum()
-        loss.backward()
-        return loss
 
-    optimizer.step(closure)
-    assert "closure" in gap(monitor)
+def test_a_weight_that_no_optimizer_has_is_measured_no_more():
+    """Fine-tuning of a head whose backbone is not frozen."""
+    model = model_of_two()
+    optimizer = torch.optim.SGD(model[2].parameters(), 0.1)
+    with Monitor(model, every=10) as monitor:
+        measured = []
+        for _ in range(30):
+            measured.append(monitor.measuring)
+            optimizer.zero_grad()
+            model(torch.randn(2, 3)).sum().backward()
+            optimizer.step()
+        assert measured[10:] == [True, *[False] * 9] * 2
+        assert gap(monitor) == "no optimizer has made a step with it"
+        assert monitor.report()["2"]["step"] == 20
+        torch.optim.SGD(model[0].parameters(), 0.1).step()
+        track = monitor._by_name["0"]
+        assert (track.steps, track.waits) == (1, False)
+
+
+def test_an_optimizer_of_others_that_raised():
+    class Broken(torch.optim.SGD):
+        def step(self):
+            raise RuntimeError("broken")
+
+    model = model_of_two()
+    optimizer, other = (
+        t(m.parameters(), 0.1) for t, m in ((torch.optim.SGD, model), (Broken, nn.Linear(2, 2)))
+    )
+    monitor = Monitor(model)
+    model(torch.randn(2, 3)).sum().backward()
+    with pytest.raises(RuntimeError, match="broken"):
+        other.step()
+    optimizer.step()
+    assert monitor.steps == 1
+    assert monitor.report()["0"]["update"]
+
+
+def test_a_direction_beyond_float16():
+    """Summed over so many rows, though weight.grad is finite."""
+    model, x = nn.Sequential(nn.Linear(16, 8)), torch.rand(100_000, 16) + 1
+    monitor = Monitor(model, statistic="batch")
+    with torch.autocast("cpu", torch.float16):
+        y = model(x)
+    y.float().square().mean().backward()
+    w, S = model[0].weight.detach().double(), -model[0].weight.grad.double()
+    B = (x.double() @ w.T).T @ x.double()
+    cosine = float((S * B).sum() / S.norm() / B.norm())
+    assert monitor.report()["0"]["batch"]["cosine"] == pytest.approx(cosine, abs=1e-3)
+
+
+def test_a_tracer_sees_the_model_alone():
+    model, x = model_of_two(), torch.randn(2, 3)
+    with Monitor(model):
+        assert torch.equal(torch.jit.trace(model, x)(x), model(x))
 
 
 def test_gradients_set_to_zero_without_a_step():

@@ -4,6 +4,7 @@ import gc
 
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from ghl.alignment import Monitor
 
@@ -59,3 +60,19 @@ def test_a_report_from_inside_an_optimizer_is_that_of_its_step():
             before = monitor.report()[""]
             optimizer.step()
             assert reports[-1]["batch"]["cosine"] == before["batch"]["cosine"]
+
+
+def test_no_activations_after_the_backward():
+    """Though the loss, and with it the graph and its hooks, is kept to the end of the loop."""
+    model = nn.Sequential(nn.Conv2d(2, 3, 2), nn.Tanh(), nn.Flatten(), nn.Linear(12, 4))
+    activations = []
+    for layer in model:
+        layer.register_forward_hook(
+            lambda module, args, y: activations.append(StorageWeakRef(y.untyped_storage()))
+        )
+    with Monitor(model) as monitor:
+        loss = model(torch.randn(5, 2, 3, 3)).square().mean()
+        assert not all(memory.expired() for memory in activations)
+        loss.backward()
+        assert all(memory.expired() for memory in activations)
+        assert monitor.report()["0"]["batch"]

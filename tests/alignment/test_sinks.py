@@ -114,6 +114,20 @@ def test_tensorboard_has_scalars_and_histograms(tmp_path, reports):
     assert "alignment/batch_cosine/spare" not in events.Tags()["scalars"]
 
 
+def test_tensorboard_hides_nobodys_scalars(tmp_path, reports):
+    """Of a directory that others write to, or that an earlier part of the run has written to."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(tmp_path), filename_suffix=".0") as writer:
+        writer.add_scalar("loss", 1.0, 7)
+    with sinks.Sinks(sinks.TensorBoard(tmp_path)) as every:
+        every.add(reports[0])
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [e.step for e in events.Scalars("loss")] == [7]
+
+
 class Terminal(io.StringIO):
     def isatty(self):
         return True

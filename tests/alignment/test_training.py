@@ -328,8 +328,11 @@ def test_the_copy_of_a_model_is_not_measured(tmp_path):
 
 
 def test_a_monitor_without_references_is_gone():
+    """And so are its hooks."""
     model = nn.Sequential(nn.Linear(3, 4))
     Monitor(model)
+    assert not model[0]._forward_hooks
+    assert not model[0].weight._post_accumulate_grad_hooks
     with Monitor(model) as monitor:
         model(torch.randn(2, 3)).sum().backward()
         assert monitor.report()["0"]["batch"]

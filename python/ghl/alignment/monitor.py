@@ -27,7 +27,7 @@ from ghl.alignment.statistics import to_numbers
 from ghl.alignment.sums import Use
 from ghl.alignment.targets import find_targets
 from ghl.alignment.track import Track
-from ghl.hooks import Hook, weak
+from ghl.hooks import Hook, once_gradients_are_made, weak
 from ghl_kernels import Rule
 from ghl_kernels.rule import check_choice
 
@@ -37,6 +37,8 @@ DIRECTIONS = {
     "ghl": Rule(),
 }
 STATISTICS = {"batch": (True, False), "sample": (False, True), "both": (True, True)}
+CHANGED = "its output was changed by a hook, or its forward replaced"
+PATIENCE = 10  # steps of others until a weight that makes none is not measured any more
 _monitored: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Monitor]] = weakref.WeakKeyDictionary()
 
 
@@ -60,9 +62,12 @@ class Monitor:
     Under a GradScaler inner products are those of the scaled loss; cosines are not affected.
 
     A step ends with `optimizer.step()` of the optimizer that has the weight, or with `step()`; all
-    backwards until then add up. With the batch statistic a measured step keeps two tensors of the
-    weight's size, H0 and G, in whose place W is kept while the optimizer steps; `sign_flips` needs
-    the step before's signs, in int8. The other steps keep nothing and cost a call per layer.
+    backwards until then add up, but for what zero_grad has dropped. A step that a GradScaler leaves
+    out is none; a weight that no optimizer has waits, from the tenth step of the others on.
+    A layer's input and output are kept until its gradient has come, under activation checkpointing
+    too. With the batch statistic a measured step keeps two tensors of the weight's size, H0 and G,
+    in whose place W is kept while the optimizer steps; `sign_flips` needs the step before's signs,
+    in int8. The other steps keep nothing and cost a call per layer.
     Raises ValueError or TypeError, naming the argument.
     """
 
@@ -97,7 +102,7 @@ class Monitor:
                         f"model has a Monitor already (on {target.names[0]!r}): remove() it first"
                     )
         batch, sample = STATISTICS[statistic]
-        self.every, self.given = every, signal == "given"
+        self.every, self.given, self._start = every, signal == "given", start
         self._distributed = distributed
         self._tracks = [
             Track(t, hebbian, batch, sample and not self.given, loss == "mean", self.given, start)
@@ -111,6 +116,8 @@ class Monitor:
         self._depth = 0  # of optimizers' steps within one another
         self._late: Any = None  # the hook of the outermost
         self._closed = False  # whether it has run
+        self._calls = 0  # of the step's closure
+        self._ended = 0  # steps of optimizers that have measured weights
         self._handles: list[Any] = [
             register_optimizer_step_pre_hook(weak(self, "_before_step")),
             register_optimizer_step_post_hook(weak(self, "_after_step")),
@@ -125,6 +132,7 @@ class Monitor:
             if track.target.weight is not None and track.gathers:
                 done = Hook(weak(track, "accumulated"))
                 self._handles.append(track.target.weight.register_post_accumulate_grad_hook(done))
+        weakref.finalize(self, take_off, self._handles).atexit = False
 
     def _attach(self, module: nn.Module) -> None:
         if not isinstance(module, nn.MultiheadAttention):
@@ -140,9 +148,7 @@ class Monitor:
     def remove(self) -> None:
         """Take every hook off; the last report stays readable."""
         self._leave_step()
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        take_off(self._handles)
         for track in self._tracks:
             for module in track.target.classes:
                 if (owner := _monitored.get(module)) is not None and owner() is self:
@@ -230,8 +236,14 @@ class Monitor:
             return
         if not track.is_measured(self.every):
             return
-        x = args[0] if args else kwargs["input"]
-        if track.target.gap is None and self._wanted(track, module, y):
+        x = args[0] if args else kwargs.get("input")
+        if track.target.gap is not None:
+            return
+        if not (isinstance(x, Tensor) and isinstance(y, Tensor)):
+            track.sums.problem = "its forward is not from one tensor to another"
+        elif self._wanted(track, module, y):
+            if "forward" in module.__dict__ and not track.target.ruled:
+                track.sums.problem = CHANGED
             self._watch(track, hooks.use_of(module, x, y, weight), y, module.training)
 
     def _wanted(self, track: Track, module: nn.Module, y: Tensor) -> bool:
@@ -253,16 +265,17 @@ class Monitor:
         if not use.leaf.requires_grad:
             sums.problem = "its weight is frozen"
         elif not track.target.ruled and not hooks.is_product(use, y):
-            sums.problem = "its output was changed by a hook, or its forward replaced"
+            sums.problem = CHANGED
 
         def arrive(g: Tensor, G: Tensor | None) -> None:
             if sums is not track.sums:
-                return  # of a forward whose step has ended
+                track.sums.fault = "a gradient came through a forward of an earlier step"
+                return
+            track.arrives(recomputed)
             if not training:
-                sums.problem = "ran in evaluation mode: call model.train()"
+                sums.fault = "ran in evaluation mode: call model.train()"
             if torch.is_grad_enabled():
-                sums.problem = "backward(create_graph=True) makes signals that are not seen"
-            sums.arrived.add(torch._C._current_graph_task_id())
+                sums.fault = "backward(create_graph=True) makes signals that are not seen"
             sums.add(use, g, G)
 
         hooks.on_gradient(use, y, arrive)
@@ -313,32 +326,50 @@ class Monitor:
 
         A step may be made of others: a subclass calls its base's, a wrapper another optimizer's.
         """
+        if not self._of(optimizer):
+            return
         self._depth += 1
         if self._depth == 1:
             self._leave_step()
             self._late = optimizer.register_step_pre_hook(weak(self, "_close"))
 
     def _leave_step(self) -> None:
-        self._closed = False
+        self._closed, self._calls = False, 0
         if self._late is not None:
             self._late.remove()
             self._late = None
 
-    def _close(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+    def _close(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> Any:
         if self._closed:
-            return
+            return None
         self._closed = True
-        closure = any(callable(a) for a in (*args[1:], *kwargs.values()))
-        tracks = self._of(optimizer)
-        if closure:
+        return once_gradients_are_made(args, kwargs, partial(self._measure, self._of(optimizer)))
+
+    def _measure(self, tracks: list[Track]) -> None:
+        self._calls += 1
+        if self._calls > 1:
             for track in tracks:
-                track.sums.problem = "optimizer.step was given a closure, which is not supported"
+                track.sums.problem = "optimizer.step called its closure more than once"
         ending.close(tracks, self.every, self._is_distributed(), update=True)
 
     def _after_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+        tracks = self._of(optimizer)
+        if not tracks:
+            return
         self._depth -= 1
         if self._depth > 0:
             return
         self._depth = 0
         self._leave_step()
-        ending.after(self._of(optimizer))
+        ending.after(tracks)
+        self._ended += 1
+        if self._ended == PATIENCE:
+            for track in self._tracks:
+                if track.steps == self._start:
+                    track.wait()
+
+
+def take_off(handles: list[Any]) -> None:
+    """Remove hooks, once."""
+    while handles:
+        handles.pop().remove()

@@ -149,10 +149,11 @@ class Parquet:
 class TensorBoard:
     """Scalars by layer, and histograms of its neurons' cosines, in `directory`.
 
-    Needs tensorboard. start: events from that step on are hidden, as a resumed run makes them anew.
+    Needs tensorboard. start: events from that step on are hidden, everybody's in that directory, as
+    a resumed run makes them anew.
     """
 
-    def __init__(self, directory: Path | str, start: int = 0) -> None:
+    def __init__(self, directory: Path | str, start: int | None = None) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(str(directory), purge_step=start)

@@ -17,6 +17,10 @@ from ghl_kernels.checks import sum_dtype
 from ghl_kernels.composed import compete, totals
 
 ALL = slice(None)
+OVERWRITTEN = "its input was overwritten in place after its forward"
+LET_GO = "a second backward (retain_graph=True) asks for activations that the first has let go"
+# of u where sums over some ten thousand rows would be beyond float16, and u loses nothing by it
+FLOAT16_SCALE = 2.0**-8
 
 
 @dataclass(frozen=True)
@@ -29,11 +33,17 @@ class Geometry:
     groups: int
 
 
+def version(t: Tensor) -> int | None:
+    """How often a tensor was changed in place; nobody counts that of one of inference_mode."""
+    return None if t.is_inference() else t._version
+
+
 class Use:
     """One use of a weight in a forward: x and y, kept until the gradient of y arrives.
 
     neurons: the weight's rows that it uses. again: computes y anew, should it be overwritten in
-    place by then; an x that was overwritten is a gap.
+    place by then; an x that was overwritten is a gap. beginning: that of the sums which it has been
+    added to, None if to none.
     """
 
     def __init__(
@@ -46,28 +56,36 @@ class Use:
         geometry: Geometry | None = None,
         neurons: slice = ALL,
     ) -> None:
-        self.x, self.y, self.weight = x.detach(), y.detach(), weight.detach()
+        self.x: Tensor | None = x.detach()
+        self.y: Tensor | None = y.detach()
+        self.weight = weight.detach()
         self.bias = None if bias is None else bias.detach()
         # the Parameters, of which attention uses slices
         self.leaf: Tensor = weight if weight._base is None else weight._base
         self.bias_leaf = bias if bias is None or bias._base is None else bias._base
-        self.versions = x._version, y._version
+        self.versions = version(x), version(y)
         self.again, self.geometry, self.neurons = again, geometry, neurons
-        self.arrivals = 0
+        self.beginning: int | None = None
 
-    def activations(self) -> tuple[Tensor, Tensor] | None:
-        """x and y as batches in the dtype of y; None if x is not what it was any more."""
+    def activations(self) -> tuple[Tensor, Tensor] | str:
+        """x and y as batches in the dtype of y, or why there are none any more."""
         x, y = self.x, self.y
-        if x._version != self.versions[0]:
-            return None
-        if y._version != self.versions[1]:
+        if x is None or y is None:
+            return LET_GO
+        if version(x) != self.versions[0]:
+            return OVERWRITTEN
+        if version(y) != self.versions[1]:
             y = self.again(x.to(y.dtype)).detach()
         return self.as_batch(x.to(y.dtype)), self.as_batch(y)
+
+    def let_go(self) -> None:
+        """Keep no activations: the graph, with a hook that has this use, may outlive a step."""
+        self.x = self.y = None
 
     def as_batch(self, t: Tensor) -> Tensor:
         """(rows, features) for a linear layer, (N, C, H, W) for a convolution."""
         if self.geometry is None:
-            return t.reshape(-1, t.shape[-1])
+            return t.reshape(t.shape[:-1].numel(), t.shape[-1])
         return t if t.dim() == 4 else t[None]
 
     def weight_gradient(self, x: Tensor, signal: Tensor) -> Tensor:
@@ -88,7 +106,8 @@ class Sums:
     """G (K, ...), H0 (K, ...), Σu (K), and sums of samples.
 
     signal: whether G is gathered or given; a layer with a rule of ours has it in weight.grad.
-    problem: why none of it may be reported; sample_problem: why not the sample statistic.
+    problem: why none of it may be reported, because of a forward or the step; fault: because of a
+    backward; sample_problem: why not the sample statistic.
     """
 
     def __init__(
@@ -98,10 +117,17 @@ class Sums:
         self.shape, self.device, self.dtype = weight.shape, weight.device, sum_dtype(weight.dtype)
         self.compute_dtype = weight.dtype
         self.problem: str | None = None
+        self.beginning = 0
+        self.begin()
+
+    def begin(self, uses: int = 0) -> None:
+        """Nothing yet, and the gradients of so many uses still to come."""
+        self.beginning += 1
+        self.fault: str | None = None
         self.sample_problem: str | None = None
         self.elsewhere: Tensor | None = None  # number of ranks with a problem
         self.zeroed: Tensor | None = None  # whether earlier gradients were set to zero, not None
-        self.uses = self.answered = 0
+        self.uses, self.answered = uses, 0
         self.arrived: set[int] = set()  # backwards that came through a use
         self.accumulated: set[int] = set()  # and those that reached weight.grad
         self.rows: float | Tensor = 0.0  # a Tensor once it is of all ranks
@@ -118,12 +144,15 @@ class Sums:
 
         g None: of a use whose signal is given. A second backward adds to the signal alone.
         """
-        found = use.activations()
-        if found is None:
-            self.problem = "its input was overwritten in place after its forward"
+        if use.beginning == self.beginning:
+            self._add_again(use, g, G)
             return
-        use.arrivals += 1
-        self.answered += use.arrivals == 1
+        found = use.activations()
+        if isinstance(found, str):
+            self.fault = found
+            return
+        use.beginning = self.beginning
+        self.answered += 1
         x, y = found
         self.compute_dtype = y.dtype
         with torch.autocast(y.device.type, enabled=False):
@@ -131,9 +160,8 @@ class Sums:
             if use.bias is not None:
                 h = y - use.bias.to(y.dtype).view(1, -1, *[1] * (y.dim() - 2))
             linear = self.rule.competition == "linear"
-            if use.arrivals == 1:
-                share = use.weight.shape[0] / self.shape[0]
-                self.rows += share * (y.numel() // y.shape[1])
+            share = use.weight.shape[0] / self.shape[0]
+            self.rows += share * (y.shape[0] * y.shape[2:].numel())
             u = h if linear else compete(y, self.rule.competition, self.rule.tau)
             if g is not None:
                 g = use.as_batch(g.detach().to(y.dtype))
@@ -141,6 +169,23 @@ class Sums:
                 self._add_batch(use, x, u, g, G)
             if self.sample and g is not None:
                 self._add_samples(use, x, u, h, g)
+        if G is not None or not self.signal:
+            use.let_go()
+
+    def _add_again(self, use: Use, g: Tensor | None, G: Tensor | None) -> None:
+        self.sample_problem = "cosines of a signal that came in several backwards do not add"
+        if not (self.batch and self.signal):
+            return
+        if G is None:
+            found = use.activations()
+            if isinstance(found, str):
+                self.fault = found
+                return
+            assert g is not None
+            x, y = found
+            with torch.autocast(y.device.type, enabled=False):
+                G = use.weight_gradient(x, use.as_batch(g.detach().to(y.dtype)))
+        self._accumulate("G", G.detach().to(self.dtype, copy=True), use.neurons)
 
     def note_zeroed(self, gradient: Tensor) -> None:
         """Look, without waiting, whether what earlier backwards have left is still there."""
@@ -159,17 +204,15 @@ class Sums:
             else:  # its memory becomes that of weight.grad, which others change in place
                 G = G.detach().to(self.dtype, copy=True)
             self._accumulate("G", G, use.neurons)
-        if use.arrivals == 1:
-            H0 = use.weight_gradient(x, u)
-            self._accumulate("H0", H0.to(self.dtype), use.neurons)
-            if self.rule.decay == "instar":
-                u_sum = totals(u, 0, True)[:-1]
-                self._accumulate("u_sum", u_sum.to(self.dtype), use.neurons)
+        narrow = x.dtype == torch.float16 and self.rule.competition == "linear"
+        scale = FLOAT16_SCALE if narrow else 1.0
+        H0 = use.weight_gradient(x, u * scale if narrow else u).to(self.dtype)
+        self._accumulate("H0", H0.div_(scale) if narrow else H0, use.neurons)
+        if self.rule.decay == "instar":
+            u_sum = totals(u, 0, True)[:-1]
+            self._accumulate("u_sum", u_sum.to(self.dtype), use.neurons)
 
     def _add_samples(self, use: Use, x: Tensor, u: Tensor, h: Tensor, g: Tensor) -> None:
-        if use.arrivals > 1:
-            self.sample_problem = "cosines of a signal that came in several backwards do not add"
-            return
         place = use.geometry
         groups = 1 if place is None else place.groups
         x, u, h, g, w = (t.to(self.dtype) for t in (x, u, h, g, use.weight))

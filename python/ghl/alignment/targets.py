@@ -106,6 +106,10 @@ def attention_weights(
 
 
 def reason_not_measurable(module: nn.Module, weight: nn.Parameter | None) -> str | None:
+    if hasattr(weight, "device_mesh"):
+        return "its weight is sharded"
+    if weight is not None and not is_lazy(weight) and (weight.is_complex() or not weight.numel()):
+        return f"its weight is {tuple(weight.shape)} {weight.dtype}: there is no cosine"
     if not isinstance(module, nn.MultiheadAttention) and type(module) not in LAYERS:
         return f"is a {type(module).__name__}, which may compute differently from its base"
     if weight is None:

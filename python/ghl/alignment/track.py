@@ -38,6 +38,7 @@ class Track:
         self.before: Tensor | None = None  # the weight before the optimizer's step
         self.signs: Tensor | None = None  # of weight.grad in the step before, int8
         self._given = False
+        self.waits = False  # for a first step, while other weights have made many
         self.sums = self._new_sums()
 
     @property
@@ -79,20 +80,34 @@ class Track:
 
     def is_measured(self, every: int, ahead: int = 0) -> bool:
         """Whether the step in progress is, or the one `ahead` of it."""
-        return (self.steps + ahead) % every == 0
+        return not self.waits and (self.steps + ahead) % every == 0
 
     def begin(self) -> None:
-        """A forward: gradients that zero_grad has dropped since do not count."""
+        """A forward: neither gradients that zero_grad has dropped since nor forwards before them
+        count."""
         backward = torch._C._current_graph_task_id() != -1
         if self.takes_signals or backward:
             return
-        if not self.sums.answered:
+        if (self.sums.answered or self.sums.fault) and self.grad is None:
+            self.sums.begin()
+
+    def arrives(self, recomputed: bool) -> None:
+        """A gradient, before it is added: in a backward's first, those that zero_grad has dropped
+        since the last do not count. recomputed: of a use by activation checkpointing, which may be
+        one within a backward that has not reached weight.grad yet."""
+        task, sums = torch._C._current_graph_task_id(), self.sums
+        if task in sums.arrived:
             return
-        if self.grad is None:
-            problem, self.sums = self.sums.problem, self._new_sums()
-            self.sums.problem = problem
-        else:
-            self.sums.note_zeroed(self.grad)
+        if sums.answered and (sums.arrived <= sums.accumulated if self.gathers else not recomputed):
+            if self.grad is None:
+                sums.begin(max(0, sums.uses - sums.answered))
+            else:
+                sums.note_zeroed(self.grad)
+        sums.arrived.add(task)
+
+    def wait(self) -> None:
+        """Gather nothing until an optimizer steps with the weight."""
+        self.waits, self.sums = True, self._new_sums()
 
     def give(self, signal: Tensor) -> None:
         """Add to the signal of a rule: what it adds to the weight, so less a gradient."""
@@ -119,7 +134,7 @@ class Track:
         return Measurement(self.steps, gaps={"layer": gap})
 
     def next_step(self) -> None:
-        self.before = None
+        self.before, self.waits = None, False
         self.steps += 1
         self._given = False
         self.sums = self._new_sums()
@@ -127,8 +142,10 @@ class Track:
     def problem(self) -> str | None:
         """Why the sums of this step must not be reported."""
         sums = self.sums
-        if self.target.gap or sums.problem:
-            return self.target.gap or sums.problem
+        if self.target.gap or sums.problem or sums.fault:
+            return self.target.gap or sums.problem or sums.fault
+        if self.waits:
+            return "no optimizer has made a step with it"
         if self.target.swapped_since():
             return "was swapped after the Monitor was attached: attach it anew"
         if sums.uses == 0 and sums.answered == 0:
@@ -140,6 +157,8 @@ class Track:
             return "ran, but no gradient reached its output"
         if self.gathers and not sums.arrived <= sums.accumulated:
             return "a gradient went through it that did not reach weight.grad (autograd.grad?)"
+        if self.gathers and self.grad is None:
+            return "weight.grad is None: its gradients were dropped"
         if sums.answered < sums.uses:
             return f"{sums.uses - sums.answered} of {sums.uses} uses received no gradient"
         if self.takes_signals and not self._given:
