@@ -91,11 +91,14 @@ class Plastic(nn.Module):
         if not self.weight.requires_grad:
             return None
         sums = self._sums
-        if sums is None or not sums.live or not (sums.sharded or self._summed is self.weight):
+        if sums is None or not sums.live or not self._are_of_weight(sums):
             check_whole(self)
             self._attach_beside()
             sums = self._sums
         return None if self._rule.gate == "sign_only" else sums
+
+    def _are_of_weight(self, sums: RawSums) -> bool:
+        return sums.sharded or (sums.fits(self.weight) and self._summed is self.weight)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         if hasattr(self._parameters.get("weight"), "device_mesh") and "_rule" in self.__dict__:

@@ -21,11 +21,12 @@ def param_groups(
     lr_hebb and wd_hebb are the first group's learning rate and weight decay, lr and wd where not
     given. A group without trainable parameters is left out; none at all raises ValueError.
     """
-    hebbian = {
-        id(module.weight): module.weight
+    weights = (  # not what a parametrization computes
+        module._parameters.get("weight")
         for module in model.modules()
-        if isinstance(module, Plastic) and module.weight.requires_grad
-    }
+        if isinstance(module, Plastic)
+    )
+    hebbian = {id(w): w for w in weights if w is not None and w.requires_grad}
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in hebbian]
     groups = [
         {

@@ -149,8 +149,12 @@ class RawSums:
             and self._maker is _makers.get(weight, ImmediateSums)
             and leaf.device == device_of(weight)
             and leaf.dtype == sum_dtype(weight.dtype)
-            and leaf.shape == (weight.shape[0], weight.shape[1:].numel())
+            and self.fits(weight)
         )
+
+    def fits(self, weight: Tensor) -> bool:
+        """Whether the weight has as many numbers; `weight.data = ...` may change them."""
+        return self.hebbian.shape == (weight.shape[0], weight.shape[1:].numel())
 
     def release(self) -> None:
         """Take the hooks off: `weight.grad` is the ordinary gradient again."""

@@ -51,7 +51,8 @@ def swap(
 
     tau: the temperature for all, or {layer name or pattern: tau}, the first that matches a name
     (patterns as in fnmatch); the rule's own where nothing is given or matches.
-    types: nn.Conv2d, nn.Linear or both. Subclasses are left alone: they may compute differently.
+    types: nn.Conv2d, nn.Linear or both. Subclasses are left alone, but for those of ghl's layers:
+        they may compute differently.
     exclude: names or patterns of layers to leave as they are, or of modules that hold them.
 
     Layers that already have a rule get the new one. Raises ValueError, before anything changes,
@@ -62,6 +63,9 @@ def swap(
     types = check_types(types)
     modules = dict(model.named_modules())
     layers = {name: module for name, module in modules.items() if isinstance(module, types)}
+    named: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        named.setdefault(module, []).append(name)
     if not layers:
         names = " or ".join(t.__name__ for t in types)
         raise ValueError(f"model is {type(model).__name__} without a {names} layer to swap")
@@ -69,11 +73,11 @@ def swap(
     if tau is not None and not isinstance(tau, (int, float, Mapping)):
         raise TypeError(f"tau is {tau!r}, must be a number or a {{layer name or pattern: number}}")
     taus = {"*": tau} if isinstance(tau, (int, float)) else dict(tau or {})
-    check_patterns("exclude", exclude, modules, "module")
-    check_patterns("tau", taus, layers, "layer")
+    check_patterns("exclude", exclude, [n for names in named.values() for n in names], "module")
+    check_patterns("tau", taus, [n for m in layers.values() for n in named[m]], "layer")
 
-    skipped = {n: why for n, m in layers.items() if (why := reason_to_skip(n, m, exclude))}
-    swapped = {n: with_tau(rule, n, taus) for n in layers if n not in skipped}
+    skipped = {n: why for n, m in layers.items() if (why := reason_to_skip(m, named[m], exclude))}
+    swapped = {n: with_tau(rule, named[m], taus) for n, m in layers.items() if n not in skipped}
     if not swapped:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
         raise ValueError(f"model is {type(model).__name__} with nothing to swap: {reasons}")
@@ -122,7 +126,7 @@ def check_types(
 
 
 def check_patterns(
-    argument: str, patterns: Sequence[str] | Mapping, names: Mapping, kind: str
+    argument: str, patterns: Sequence[str] | Mapping, names: Sequence[str], kind: str
 ) -> None:
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
@@ -149,17 +153,24 @@ def check_shared(modules: Mapping[str, nn.Module], swapped: Mapping[str, Rule]) 
             )
 
 
-def reason_to_skip(name: str, module: nn.Module, exclude: Sequence[str]) -> str | None:
-    """Why a layer is left as it is; None when it can be swapped."""
-    parts = name.split(".")
-    holders = [".".join(parts[:n]) for n in range(1, len(parts) + 1)]
+def other_kind(module: nn.Module) -> str:
+    """What is said of a layer of another class than torch.nn's or ours."""
+    kind = type(module)
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    return f"is a {name}, which may compute differently from its base"
+
+
+def reason_to_skip(module: nn.Module, names: Sequence[str], exclude: Sequence[str]) -> str | None:
+    """Why a layer, which may have several names, is left as it is; None when it can be swapped."""
+    parts = [name.split(".") for name in names]
+    holders = [".".join(some[:n]) for some in parts for n in range(1, len(some) + 1)]
     if any(fnmatchcase(holder, pattern) for holder in holders for pattern in exclude):
         return "excluded"
     weight = module._parameters.get("weight")
     if weight is not None and is_lazy(weight):
         return "is not initialized yet"
-    if type(module) not in COUNTERPARTS and type(module) not in BASES:
-        return f"is a {type(module).__name__}, which may compute differently from its base"
+    if type(module) not in COUNTERPARTS and not isinstance(module, Plastic):
+        return other_kind(module)
     if weight is None:
         return "its weight is not a Parameter"
     if not weight.requires_grad:
@@ -167,9 +178,9 @@ def reason_to_skip(name: str, module: nn.Module, exclude: Sequence[str]) -> str 
     return None
 
 
-def with_tau(rule: Rule, name: str, taus: Mapping[str, float]) -> Rule:
+def with_tau(rule: Rule, names: Sequence[str], taus: Mapping[str, float]) -> Rule:
     for pattern, tau in taus.items():
-        if fnmatchcase(name, pattern):
+        if any(fnmatchcase(name, pattern) for name in names):
             return rule.replace(tau=tau)
     return rule
 

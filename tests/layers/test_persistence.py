@@ -114,6 +114,18 @@ def test_weight_replaced_by_hand():
     assert old.grad.eq(2).all()
 
 
+def test_weight_of_another_shape():
+    """As Hugging Face's resize_token_embeddings gives a tied head."""
+    layer, wanted = ghl.Linear(4, 5, bias=False), ghl.Linear(4, 7, bias=False)
+    layer(torch.randn(3, 4)).sum().backward()
+    layer.zero_grad()
+    layer.weight.data = wanted.weight.data.clone()
+    x = torch.randn(3, 4)
+    for one in (layer, wanted):
+        one(x).square().sum().backward()
+    assert torch.equal(layer.weight.grad, wanted.weight.grad)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_conversion_to_another_dtype(dtype):
     """.to(dtype) gives the update of a model made in that dtype, and back again."""

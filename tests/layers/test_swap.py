@@ -91,6 +91,27 @@ def test_exclude_by_a_module_that_holds_layers():
     assert report.skipped == {"0.0": "excluded", "0.2": "excluded"}
 
 
+def test_a_layer_by_any_of_its_names():
+    """A module that is in a model twice has two."""
+    twice = nn.Linear(4, 4)
+    model = nn.ModuleDict({"encoder": nn.Sequential(twice), "decoder": nn.Sequential(twice)})
+    report = ghl.swap(model, types=nn.Linear, tau={"decoder.0": 0.5})
+    assert report.swapped == {"encoder.0": Rule(tau=0.5)}
+    with pytest.raises(ValueError, match=r"nothing to swap: encoder\.0: excluded"):
+        ghl.swap(model, types=nn.Linear, exclude=["decoder"])
+
+
+def test_a_subclass_of_ours_gets_the_new_rule():
+    class Scaled(ghl.Linear):
+        pass
+
+    model = nn.Sequential(Scaled(3, 4, rule="hebb"))
+    for rule in ("bp", "ghl"):
+        assert list(ghl.swap(model, rule, types=nn.Linear).swapped) == ["0"]
+        assert type(model[0]) is Scaled
+        assert model[0].rule == Rule.preset(rule)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -127,8 +148,9 @@ def test_subclasses_are_left_alone_with_the_reason():
     )
     report = ghl.swap(model)
     assert list(report.swapped) == ["2"]
-    assert report.skipped["0"].startswith("is a StdConv2d, which may compute differently")
-    assert report.skipped["1"].startswith("is a Conv2dSame")
+    kind = "is a timm.layers.std_conv.StdConv2d, which may compute differently from its base"
+    assert report.skipped["0"] == kind
+    assert "Conv2dSame" in report.skipped["1"]
 
     attention = nn.TransformerEncoderLayer(8, 2, 16)
     report = ghl.swap(attention, types=nn.Linear)
@@ -147,7 +169,9 @@ def test_layers_that_cannot_be_swapped_yet():
     report = ghl.swap(model, types=nn.Linear)
     assert list(report.swapped) == ["plain"]
     assert report.skipped["lazy"] == "is not initialized yet"
-    assert report.skipped["new_norm"].startswith("is a ParametrizedLinear")
+    assert report.skipped["new_norm"].endswith(
+        "ParametrizedLinear, which may compute differently from its base"
+    )
     assert report.skipped["old_norm"] == "its weight is not a Parameter"
     assert report.skipped["pruned"] == "its weight is not a Parameter"
     assert report.skipped["frozen"] == "its weight is frozen"
@@ -232,6 +256,7 @@ def test_unswap_of_parametrized_layers():
     nn.utils.parametrize.register_parametrization(model[0], "bias", nn.Tanh())
     nn.utils.parametrizations.weight_norm(model[1])
     assert ghl.unswap(model) == ["0", "1"]
+    torch.optim.SGD(ghl.param_groups(model, lr=0.1), lr=0.1)  # of leaves
     (3 * model[0](torch.ones(1, 4))).sum().backward()
     assert model[0].weight.grad.eq(3).all()
     model[1](torch.ones(1, 1, 4, 4)).sum().backward()

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from ghl.layers import Conv2d, Linear, Plastic
+from ghl.swap import other_kind
 
 LAYERS = (nn.Linear, nn.Conv2d, Linear, Conv2d)
 NO_PRODUCTS = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.RMSNorm)
@@ -111,7 +112,7 @@ def reason_not_measurable(module: nn.Module, weight: nn.Parameter | None) -> str
     if weight is not None and not is_lazy(weight) and (weight.is_complex() or not weight.numel()):
         return f"its weight is {tuple(weight.shape)} {weight.dtype}: there is no cosine"
     if not isinstance(module, nn.MultiheadAttention) and type(module) not in LAYERS:
-        return f"is a {type(module).__name__}, which may compute differently from its base"
+        return other_kind(module)
     if weight is None:
         return "its weight is not a Parameter (a parametrization?)"
     if is_lazy(weight):
