@@ -259,14 +259,23 @@ class ImmediateSums(RawSums):
         )
 
     def _check_complete(self) -> None:
-        """At the end of a backward: a gradient without sums must not pass for an update.
+        """At the end of a backward: gradients without sums must not pass for updates."""
+        if "G" not in self._arrived:
+            return
+        found = [
+            weight
+            for weight, sums in list(_of_weight.items())
+            if isinstance(sums, ImmediateSums) and sums._task == self._task and sums._is_bare()
+        ]
+        if found:
+            raise RuntimeError(without_sums(found))
 
-        That of a weight which its layers have given away is an ordinary one again.
-        """
+    def _is_bare(self) -> bool:
+        """Whether G has come alone, which is then forgotten. That of a weight which its layers have
+        given away is an ordinary gradient again."""
         weight = self._weight()
         owned = any(layer._parameters.get("weight") is weight for layer in self.layers)
-        if self._arrived.pop("G", None) is not None and weight is not None and owned:
-            raise RuntimeError(without_sums([weight]))
+        return self._arrived.pop("G", None) is not None and weight is not None and owned
 
     def _arrive(self, name: str, sums: Tensor) -> None:
         """Sums of an earlier backward that never finished are dropped, not mixed in."""

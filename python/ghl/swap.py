@@ -173,6 +173,8 @@ def reason_to_skip(module: nn.Module, names: Sequence[str], exclude: Sequence[st
         return other_kind(module)
     if weight is None:
         return "its weight is not a Parameter"
+    if not weight.is_floating_point():
+        return f"its weight is of {weight.dtype}"
     if not weight.requires_grad:
         return "its weight is frozen"
     return None

@@ -248,3 +248,16 @@ def test_a_second_backward_with_create_graph_is_refused() -> None:
     layer(torch.randn(5, 3)).square().sum().backward(create_graph=True)
     with pytest.raises(RuntimeError, match="already held an update"):
         layer(torch.randn(5, 3)).square().sum().backward(create_graph=True)
+
+
+def test_weights_used_without_their_layers_are_named_together():
+    """As by an attention that reads its projections' weights: once for all, not one a backward."""
+    model = nn.ModuleDict({name: ghl.Linear(3, 3, bias=False) for name in "qkv"})
+    swapped = ghl.swap(model, types=nn.Linear).swapped
+    x = torch.randn(4, 3)
+    y = model["v"](x) + x @ model["q"].weight.T + x @ model["k"].weight.T
+    with pytest.raises(RuntimeError, match=r"weight\.grad of 'q' \(3, 3\), 'k' \(3, 3\) holds an"):
+        y.sum().backward()
+    model.zero_grad()
+    sum(model[name](x).sum() for name in swapped).backward()
+    assert all(layer.weight.grad.abs().max() == 1 for layer in model.values())

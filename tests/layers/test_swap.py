@@ -166,6 +166,7 @@ def test_layers_that_cannot_be_swapped_yet():
     model["pruned"] = nn.Linear(3, 3)
     prune.l1_unstructured(model["pruned"], "weight", 2)
     model["frozen"] = nn.Linear(3, 3).requires_grad_(False)
+    model["complex"] = nn.Linear(3, 3, dtype=torch.complex64)
     report = ghl.swap(model, types=nn.Linear)
     assert list(report.swapped) == ["plain"]
     assert report.skipped["lazy"] == "is not initialized yet"
@@ -175,6 +176,7 @@ def test_layers_that_cannot_be_swapped_yet():
     assert report.skipped["old_norm"] == "its weight is not a Parameter"
     assert report.skipped["pruned"] == "its weight is not a Parameter"
     assert report.skipped["frozen"] == "its weight is frozen"
+    assert report.skipped["complex"] == "its weight is of torch.complex64"
     model["lazy"](torch.zeros(2, 3))
     nn.utils.parametrizations.weight_norm(model["plain"])
     assert list(ghl.swap(model, types=nn.Linear).swapped) == ["lazy"]
