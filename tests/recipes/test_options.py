@@ -51,13 +51,15 @@ def test_amp_is_the_same_run_in_fewer_bits(plain, amp, rule):
     assert (trainer.synchronized is not None) == (amp == "fp16" and rule == "ghl")
 
 
-def test_fp16_overflow_skips_the_step():
-    trainer = Trainer(Config.resolve(NARROW | {"device": "cpu", "amp": "fp16"}))
+@pytest.mark.parametrize("options", [{}, {"fused": True, "momentum": 0.9}])
+def test_fp16_overflow_skips_the_step(options):
+    trainer = Trainer(Config.resolve(NARROW | {"device": "cpu", "amp": "fp16"} | options))
     before, scale = weights(trainer), 2.0**100
     trainer.scaler.load_state_dict(trainer.scaler.state_dict() | {"scale": scale})
     trainer.train_epoch()
     assert torch.equal(weights(trainer), before)
     assert trainer.state()["scaler"]["scale"] == scale / 2**3
+    assert not any(kept["momentum_buffer"].any() for kept in trainer.optimizer.state.values())
 
 
 @pytest.mark.parametrize("options", [{"channels_last": True}, {"fused": True}])

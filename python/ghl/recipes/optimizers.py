@@ -21,7 +21,11 @@ def build(
     """The optimizer of that name; `momentum` is SGD's."""
     if name == "adamw":
         return torch.optim.AdamW(groups, lr=lr, fused=fused or None)
-    return torch.optim.SGD(groups, lr=lr, momentum=momentum, fused=fused or None)
+    optimizer = torch.optim.SGD(groups, lr=lr, momentum=momentum, fused=fused or None)
+    if fused and momentum:
+        # A first step that a GradScaler leaves out would leave uninitialised memory for momentum.
+        optimizer.state.update((p, initial(optimizer, p)) for g in groups for p in g["params"])
+    return optimizer
 
 
 def state(optimizer: Optimizer, model: nn.Module) -> dict[str, dict[str, Tensor]]:
