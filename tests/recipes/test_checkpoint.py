@@ -1,5 +1,6 @@
 """Checkpoints: written all or not at all, and refused when they are not what is expected."""
 
+import errno
 import random
 
 import numpy as np
@@ -104,6 +105,17 @@ def test_failing_write_keeps_the_old_file(tmp_path):
     with pytest.raises(OSError, match="disk full"):
         checkpoint.write_atomic(path, write)
     assert path.read_text() == "old"
+
+
+def test_a_full_disk_is_told_as_one_and_keeps_no_half_checkpoint(saved):
+    before, state = saved.read_bytes(), read(saved)
+    partial = saved.with_name("checkpoint.pt.partial")
+    partial.symlink_to("/dev/full")
+    with pytest.raises(OSError) as raised:
+        checkpoint.save(saved, state)
+    assert raised.value.errno == errno.ENOSPC
+    assert saved.read_bytes() == before
+    assert not partial.is_symlink()
 
 
 def test_random_states_come_back():

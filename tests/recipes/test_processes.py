@@ -14,7 +14,7 @@ from torch.distributed import destroy_process_group, init_process_group
 from torch.distributed.checkpoint import FileSystemWriter
 
 from ghl.alignment.sinks import read_csv
-from ghl.recipes import checkpoint, sharded
+from ghl.recipes import checkpoint, metrics, sharded
 from ghl.recipes.config import Config
 from ghl.recipes.train import Run, evaluate, open_run, train
 from ghl.recipes.trainer import Trainer
@@ -292,6 +292,20 @@ def test_a_full_disk_keeps_the_last_checkpoint(whole, tmp_path, monkeypatch, cap
     train(open_run(out, {}, resume=True))
     assert_same(state(out)["model"], state(expected)["model"])
     assert rows(out) == rows(expected)
+
+
+def test_a_full_disk_costs_events_and_curves_alone(tmp_path, monkeypatch, capsys):
+    def full(writer):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(metrics.SummaryWriter, "flush", full)
+    monkeypatch.setattr(metrics.SummaryWriter, "close", full)
+    (tmp_path / "curves.png.partial").symlink_to("/dev/full")
+    train(Run(tmp_path, Config.resolve(SMALL | {"accumulate": 1})))
+    printed = capsys.readouterr().out
+    assert printed.count("TensorBoard is not recorded any more") == 1
+    assert "curves.png is not drawn" in printed
+    assert state(tmp_path)["epoch"] == 2
 
 
 def test_a_full_disk_keeps_the_last_shards(tmp_path, monkeypatch, capsys):

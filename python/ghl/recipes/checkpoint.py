@@ -1,4 +1,4 @@
-"""Files that a killed process cannot leave half written, and the checkpoints among them.
+"""Files that a killed process cannot leave half written, the checkpoints among them; full disks.
 
 What a checkpoint means to a run is the trainer's business; here it is a dictionary with a version.
 """
@@ -8,7 +8,8 @@ import os
 import pickle
 import random
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,6 +27,44 @@ class NotWritten(ValueError):
     """The disk is full, and the checkpoint before is still the last one."""
 
 
+@contextmanager
+def told_if_full(lost: str) -> Iterator[None]:
+    """Inside, a full disk ends what is being written and nothing else; `lost` says what that is."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        print(f"the disk is full ({error}): {lost}", flush=True)
+
+
+class WhileRoom:
+    """Hands rows on to a sink, which has `add` and `close`, for as long as the disk has room.
+
+    Not after that: a row after half a row would be lost too.
+    """
+
+    def __init__(self, sink: Any, name: str) -> None:
+        self.sink, self.name = sink, name
+
+    def add(self, row: Any) -> None:
+        """Hand one row on."""
+        if self.sink is None:
+            return
+        with told_if_full(f"{self.name} is not recorded any more"):
+            self.sink.add(row)
+            return
+        failed, self.sink = self.sink, None
+        with suppress(OSError):
+            failed.close()
+
+    def close(self) -> None:
+        """Write what is left."""
+        if self.sink is not None:
+            with told_if_full(f"the last of {self.name} is not recorded"):
+                self.sink.close()
+
+
 def write_atomic(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """Replace `path` by what `write` puts out; a kill leaves all of the old or of the new."""
     partial = path.with_name(path.name + ".partial")
@@ -34,7 +73,7 @@ def write_atomic(path: Path, write: Callable[[IO[bytes]], object]) -> None:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-    except OSError:
+    except BaseException:
         partial.unlink(missing_ok=True)  # a full disk has no room for half a file
         raise
     os.replace(partial, path)
@@ -51,8 +90,16 @@ def write_text(path: Path, text: str) -> None:
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
-    """Write a checkpoint of the fields in FIELDS, atomically; the version is added here."""
-    write_atomic(path, lambda file: torch.save({"version": VERSION, **state}, file))
+    """Write a checkpoint of the fields in FIELDS, atomically; the version is added here.
+
+    OSError if it cannot be written.
+    """
+    try:
+        write_atomic(path, lambda file: torch.save({"version": VERSION, **state}, file))
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):  # torch's writer fails again when it is closed
+            raise error.__context__ from None
+        raise
 
 
 def load(path: Path, *, arch: str, rule: dict[str, Any]) -> dict[str, Any]:

@@ -10,14 +10,17 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ghl.recipes.checkpoint import write_atomic
+from ghl.recipes.checkpoint import told_if_full, write_atomic
 from ghl.recipes.metrics import Row
 
 COLORS = ("#1f77b4", "#d62728", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b")
 
 
 def draw_curves(path: Path, runs: Mapping[str, Sequence[Row]], title: str) -> None:
-    """Loss and accuracy by epoch, training dashed and test solid, one colour per run."""
+    """Loss and accuracy by epoch, training dashed and test solid, one colour per run.
+
+    On a full disk there is no figure, which is told.
+    """
     figure = Figure(figsize=(10, 4), layout="constrained")
     loss, accuracy = figure.subplots(1, 2)
     for index, (name, rows) in enumerate(runs.items()):
@@ -38,4 +41,5 @@ def draw_curves(path: Path, runs: Mapping[str, Sequence[Row]], title: str) -> No
     figure.suptitle(title)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
-    write_atomic(path, lambda file: file.write(buffer.getvalue()))
+    with told_if_full(f"{path.name} is not drawn"):
+        write_atomic(path, lambda file: file.write(buffer.getvalue()))

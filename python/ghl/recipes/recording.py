@@ -6,16 +6,16 @@ What is measured is `ghl.alignment`'s; here is when, and that the files go on wi
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from ghl.alignment import Monitor
-from ghl.alignment.sinks import Csv, Sink, Sinks, TensorBoard
+from ghl.alignment.sinks import Csv, Sinks, TensorBoard
 from ghl.layers import Plastic
-from ghl.recipes.checkpoint import FULL
+from ghl.recipes.checkpoint import WhileRoom
 from ghl.recipes.trainer import Trainer
 
 
@@ -31,12 +31,13 @@ def recorded(trainer: Trainer, out: Path) -> Iterator[None]:
         return
     start = trainer.schedule.last_epoch
     with Monitor(trainer.model, every=config.align_every, start=start) as monitor:
-        recording = Recording(trainer, monitor, Sinks())
+        sinks = Sinks()
         if trainer.world.main:
-            recording.sink = Sinks(
+            sinks = Sinks(
                 Csv(out, neurons=config.align_neurons, start=start),
                 TensorBoard(out / "tensorboard" / "alignment", start),
             )
+        recording = Recording(trainer, monitor, WhileRoom(sinks, "alignment"))
         trainer.around_step = recording.step
         try:
             yield
@@ -47,7 +48,7 @@ def recorded(trainer: Trainer, out: Path) -> Iterator[None]:
 class Recording:
     """Takes the Monitor's report after each measured step to `sink`."""
 
-    def __init__(self, trainer: Trainer, monitor: Monitor, sink: Sink) -> None:
+    def __init__(self, trainer: Trainer, monitor: Monitor, sink: WhileRoom) -> None:
         self.trainer, self.monitor, self.sink = trainer, monitor, sink
 
     @contextmanager
@@ -60,19 +61,7 @@ class Recording:
             self.monitor.step()
         if measured and self.trainer.world.main:
             report = self.monitor.report()
-            self._add(report if scale == 1 else unscaled(report, self.trainer.model, scale))
-
-    def _add(self, report: dict[str, dict[str, Any]]) -> None:
-        """On a full disk the run goes on, unrecorded: a row after half a row would be lost too."""
-        try:
-            self.sink.add(report)
-        except OSError as error:
-            if error.errno not in FULL:
-                raise
-            print(f"the disk is full ({error}): alignment is not recorded any more", flush=True)
-            with suppress(OSError):
-                self.sink.close()
-            self.sink = Sinks()
+            self.sink.add(report if scale == 1 else unscaled(report, self.trainer.model, scale))
 
 
 def unscaled(

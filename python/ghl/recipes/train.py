@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ghl.recipes import checkpoint, metrics, sharded
-from ghl.recipes.checkpoint import FULL, NotWritten
+from ghl.recipes.checkpoint import FULL, NotWritten, WhileRoom
 from ghl.recipes.config import Config
 from ghl.recipes.distributed import World
 from ghl.recipes.figures import draw_curves
@@ -89,7 +89,7 @@ def _to_the_end(run: Run, trainer: Trainer, rows: list[Row]) -> None:
         within = f" and {trainer.step} steps" if trainer.step else ""
         print(f"continuing after epoch {len(rows)}{within} of {config.epochs}")
     print(metrics.header(), flush=True)
-    board = metrics.TensorBoard(run.out / "tensorboard", len(rows))
+    board = WhileRoom(metrics.TensorBoard(run.out / "tensorboard", len(rows)), "TensorBoard")
 
     def show(row: Row) -> None:
         board.add(row)
