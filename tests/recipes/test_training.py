@@ -162,6 +162,27 @@ def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path, small, m
     assert all(value.isfinite().all() for value in state["model"].values())
 
 
+@pytest.mark.parametrize("bad", [7, 8])
+def test_weights_that_are_not_finite_replace_no_checkpoint(tmp_path, small, monkeypatch, bad):
+    """Of the second epoch's four steps, the last but one or the last."""
+    step, calls = torch.optim.SGD.step, 0
+
+    def poisoned(optimizer, *args, **kwargs):
+        nonlocal calls
+        calls += 1
+        step(optimizer, *args, **kwargs)
+        if calls == bad:
+            optimizer.param_groups[-1]["params"][-1].data.fill_(float("inf"))
+
+    monkeypatch.setattr(torch.optim.SGD, "step", poisoned)
+    message = rf"epoch 2 of .*: weights: .*keeps epoch 1 and {bad - 5} steps"
+    with pytest.raises(Diverged, match=message):
+        train(Run(tmp_path, Config.resolve(small | {"limit_train": 256, "checkpoint_every": 1})))
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert (state["epoch"], state["step"]) == (1, bad - 5)
+    assert all(value.isfinite().all() for value in state["model"].values())
+
+
 def test_fashion_mnist_trains(tmp_path, small, fashion_mnist):
     settings = {"data": "fashion-mnist", "root": fashion_mnist, "limit_train": 640, "epochs": 1}
     rows = train(Run(tmp_path, Config.resolve(small | settings)))

@@ -10,7 +10,7 @@ from ghl.recipes.distributed import World
 
 
 class Diverged(ValueError):
-    """The loss is no longer finite."""
+    """The loss or a weight is no longer finite."""
 
 
 def check_finite(split: str, loss: float) -> float:

@@ -63,8 +63,9 @@ def open_run(out: Path, given: Mapping[str, Any], *, resume: bool) -> Run:
 def train(run: Run) -> list[Row]:
     """Train to the last epoch, from the run's checkpoint where it has one; all its rows.
 
-    Called by every process of a run; the first prints and writes. ValueError when the loss is not
-    finite any more; the last good checkpoint stays. NotWritten if the disk is full in the end.
+    Called by every process of a run; the first prints and writes. ValueError when the loss or a
+    weight is not finite any more; the last good checkpoint stays. NotWritten if the disk is full in
+    the end.
     """
     config = run.config
     if config.fsdp and not torch.distributed.is_initialized():
@@ -86,8 +87,7 @@ def _to_the_end(run: Run, trainer: Trainer, rows: list[Row]) -> None:
     if config.rule != "bp":
         print(f"{config.rule} trains {trainer.share_of_rule()}, backpropagation the others")
     if rows or trainer.step:
-        within = f" and {trainer.step} steps" if trainer.step else ""
-        print(f"continuing after epoch {len(rows)}{within} of {config.epochs}")
+        print(f"continuing after {_place(len(rows), trainer.step)} of {config.epochs}")
     print(metrics.header(), flush=True)
     board = WhileRoom(metrics.TensorBoard(run.out / "tensorboard", len(rows)), "TensorBoard")
 
@@ -98,15 +98,28 @@ def _to_the_end(run: Run, trainer: Trainer, rows: list[Row]) -> None:
     try:
         _epochs(run, trainer, rows, show)
     except Diverged as error:
-        kept = f"{CHECKPOINT} keeps epoch {len(rows)}" if rows else "there is no checkpoint"
         raise Diverged(
             f"epoch {len(rows) + 1} of {run.out}: {error}; a smaller --lr or --lr-hebb may help"
-            f" ({kept})"
+            f" ({_kept(run, trainer)})"
         ) from error
     finally:
         board.close()
         if rows:
             draw_curves(run.out / "curves.png", {config.rule: rows}, describe(config))
+
+
+def _place(epoch: int, step: int) -> str:
+    """How far a run is, in words."""
+    return f"epoch {epoch}" + (f" and {step} steps" if step else "")
+
+
+def _kept(run: Run, trainer: Trainer) -> str:
+    """What is left of a run that diverged, in words."""
+    path = run.out / CHECKPOINT
+    if not path.exists():
+        return "there is no checkpoint"
+    state = checkpoint.load(path, arch=run.config.arch, rule=trainer.rule_fields())
+    return f"{CHECKPOINT} keeps {_place(state['epoch'], state['step'])}"
 
 
 def _epochs(run: Run, trainer: Trainer, rows: list[Row], show: Callable[[Row], None]) -> None:
@@ -116,6 +129,7 @@ def _epochs(run: Run, trainer: Trainer, rows: list[Row], show: Callable[[Row], N
 
     def after_step() -> None:
         if every and trainer.schedule.last_epoch % every == 0:
+            trainer.means()  # Diverged, before the last good checkpoint is replaced
             _record(run, trainer, rows)
 
     while len(rows) < run.config.epochs:

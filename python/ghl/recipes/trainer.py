@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 import ghl
+from ghl.held import local
 from ghl.layers import Plastic
 from ghl.recipes import interrupts, models, optimizers
 from ghl.recipes.checkpoint import random_states, restore_random_states, seed_everything
@@ -138,7 +139,7 @@ class Trainer:
         """The rest of a pass over the training set: mean loss and accuracy in percent.
 
         `after_step` is called between steps, where a checkpoint may be taken. Diverged as soon as
-        a loss that is looked at is not finite.
+        a loss that is looked at is not finite, or a weight in the end.
         """
         self.model.train()
         if self.step == 0:
@@ -160,10 +161,21 @@ class Trainer:
                 if self.step < self.order.steps:
                     after_step()
                     begin = time.perf_counter()
-            means = self.totals.means("training", self.world)  # waits for the device
+            means = self.means()  # waits for the device
             self._count(begin, 0)
         self.train_loader.damage.check(self.world)
         self.epoch, self.step = self.epoch + 1, 0
+        return means
+
+    def means(self) -> tuple[float, float]:
+        """Mean loss and accuracy in percent of the epoch so far, over all processes.
+
+        Diverged, in all of them, if the loss or a weight of any is not finite.
+        """
+        means = self.totals.means("training", self.world)
+        finite = torch.stack([local(p).isfinite().all() for p in self.model.parameters()])
+        if self.world.total((~finite).sum()):
+            raise Diverged("weights: expected finite numbers")
         return means
 
     def _bar(self, label: str) -> tqdm:
