@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from ghl.cli import main
+from ghl.recipes.config import Config
 
 SMALL = ["--width", "0.05", "--epochs", "1", "--limit-train", "128", "--limit-test", "64"]
 
@@ -45,6 +46,21 @@ def test_several_rules_are_compared(tmp_path, capsys):
     assert (out / "comparison.png").read_bytes().startswith(b"\x89PNG")
     assert (out / "ghl" / "metrics.csv").exists()
     assert (out / "sign" / "metrics.csv").exists()
+
+
+def test_a_comparison_is_resumed_with_nothing_but_its_rules(tmp_path, monkeypatch, capsys):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    rules = ["--rule", "ghl", "sign", "--out", tmp_path]
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.SGD, "step", interrupted)
+        assert run("train", *SMALL, *rules) == 130
+    assert Config.load(tmp_path / "sign" / "config.json").limit_train == 128
+    assert run("train", *rules, "--resume") == 0
+    assert [line.split()[:2] for line in capsys.readouterr().out.splitlines()[-2:]] == [
+        ["ghl", "1"], ["sign", "1"],
+    ]  # fmt: skip
 
 
 def test_several_rules_are_checked_before_the_first_is_trained(tmp_path, capsys):

@@ -60,9 +60,10 @@ def open_run(out: Path, given: Mapping[str, Any], *, resume: bool) -> Run:
     return Run(out, Config.load(out / CONFIG).resumed(given))
 
 
-def train(run: Run) -> list[Row]:
+def train(run: Run, beside: Sequence[Run] = ()) -> list[Row]:
     """Train to the last epoch, from the run's checkpoint where it has one; all its rows.
 
+    The settings of the runs `beside` it are kept as its own are, for when they are resumed.
     Called by every process of a run; the first prints and writes. ValueError when the loss or a
     weight is not finite any more; the last good checkpoint stays. NotWritten if the disk is full in
     the end.
@@ -71,7 +72,7 @@ def train(run: Run) -> list[Row]:
     if config.fsdp and not torch.distributed.is_initialized():
         raise ValueError("--fsdp: expected the processes of torchrun, found this one alone")
     trainer = Trainer(config)
-    rows = _start_or_continue(run, trainer)
+    rows = _start_or_continue(run, trainer, beside)
     with recorded(trainer, run.out):
         _to_the_end(run, trainer, rows)
     return rows
@@ -149,7 +150,7 @@ def describe(config: Config) -> str:
     return f"{config.arch}{width} on {config.data}"
 
 
-def _start_or_continue(run: Run, trainer: Trainer) -> list[Row]:
+def _start_or_continue(run: Run, trainer: Trainer, beside: Sequence[Run]) -> list[Row]:
     """Bring the trainer to the run's last checkpoint and its files with it; the rows so far."""
     path = run.out / CHECKPOINT
     rows: list[Row] = []
@@ -160,8 +161,9 @@ def _start_or_continue(run: Run, trainer: Trainer) -> list[Row]:
         rows = [Row(**row) for row in state["history"]]
     trainer.world.gather(None)  # nobody writes before all have read
     if trainer.world.main:
-        run.out.mkdir(parents=True, exist_ok=True)
-        run.config.save(run.out / CONFIG)
+        for each in (*beside, run):
+            each.out.mkdir(parents=True, exist_ok=True)
+            each.config.save(each.out / CONFIG)
         metrics.write_csv(run.out / METRICS, rows)
     return rows
 
@@ -234,7 +236,7 @@ def compare(runs: Sequence[Run], out: Path) -> None:
     """Train several runs one after the other, then print their table and draw their figure."""
     rows = {}
     for run in runs:
-        rows[run.config.rule] = train(run)
+        rows[run.config.rule] = train(run, beside=runs)
         if World.current().main:
             print()
     if not World.current().main:
