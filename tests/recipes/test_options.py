@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from recipes.photographs import write_folders, write_shards
+from recipes.photographs import CLASSES, write_folders, write_shards
 from torch.distributed import destroy_process_group, init_process_group
 
 from ghl.layers import Plastic
@@ -243,6 +243,22 @@ def test_photographs_resume_within_an_epoch(tmp_path, monkeypatch):
     assert all(torch.equal(one["model"][name], two["model"][name]) for name in one["model"])
     losses = [[row["train_loss"] for row in state["history"]] for state in (one, two)]
     assert losses[0] == losses[1]
+
+
+def test_other_photographs_are_refused_when_a_run_resumes(tmp_path):
+    for name, images in (("some", 2), ("more", 3), ("renamed", 2)):
+        write_folders(tmp_path / name, images=images)
+    for split in ("train", "val"):
+        (tmp_path / "renamed" / split / CLASSES[1]).rename(tmp_path / "renamed" / split / "other")
+    settings = PHOTOGRAPHS | {"root": str(tmp_path / "some"), "epochs": 1}
+    train(Run(tmp_path / "run", Config.resolve(settings)))
+    found = {"more": "6 of 2 classes", "renamed": f"4 .*not in both: {CLASSES[1]}, other"}
+    for name, message in found.items():
+        run = open_run(tmp_path / "run", {"root": str(tmp_path / name)}, resume=True)
+        with pytest.raises(ValueError, match=f"--root .*{name}: expected .*4 .*found {message}"):
+            train(run)
+    (tmp_path / "some").rename(tmp_path / "moved")
+    train(open_run(tmp_path / "run", {"root": str(tmp_path / "moved")}, resume=True))
 
 
 def test_images_grow(tmp_path):

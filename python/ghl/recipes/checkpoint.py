@@ -20,7 +20,7 @@ VERSION = 2
 FULL = (errno.ENOSPC, errno.EDQUOT)  # of an OSError: the disk
 TENSORS = ("model", "optimizer", "average", "sharded")
 PROGRESS = ("epoch", "step", "schedule", "scaler", "ranks", "history")
-FIELDS = frozenset(("version", "arch", "rule", *TENSORS, *PROGRESS))
+FIELDS = frozenset(("version", "arch", "rule", "data", *TENSORS, *PROGRESS))
 
 
 class NotWritten(ValueError):

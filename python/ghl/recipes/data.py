@@ -38,13 +38,17 @@ class Source:
 
 @dataclass(frozen=True)
 class Data:
-    """A training and a test set, and the shape of what they hold."""
+    """A training and a test set, and the shape of what they hold.
+
+    `whole` tells the data from others: its training images without a limit, and its classes.
+    """
 
     train: Pairs
     test: Pairs
     channels: int
     size: int
     classes: int
+    whole: dict[str, Any]
 
 
 class Digits(torchvision.datasets.VisionDataset):
@@ -185,6 +189,19 @@ def load(
         channels=channels,
         size=size,
         classes=len(splits[0].classes),
+        whole={"images": len(splits[0]), "classes": list(splits[0].classes)},
+    )
+
+
+def check_same(root: str | None, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise a ValueError unless the data is what it was, by the `whole` of both."""
+    if before == now:
+        return
+    expected, found = (f"{w['images']} of {len(w['classes'])} classes" for w in (before, now))
+    differ = sorted(set(before["classes"]) ^ set(now["classes"]))
+    named = f"; not in both: {', '.join(differ[:3])}" if differ else ""
+    raise ValueError(
+        f"--root {root}: expected the run's training images, {expected}, found {found}{named}"
     )
 
 

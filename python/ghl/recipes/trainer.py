@@ -21,7 +21,7 @@ from ghl.layers import Plastic
 from ghl.recipes import interrupts, models, optimizers
 from ghl.recipes.checkpoint import random_states, restore_random_states, seed_everything
 from ghl.recipes.config import LAYERS, Config
-from ghl.recipes.data import Data, load
+from ghl.recipes.data import Data, check_same, load
 from ghl.recipes.distributed import World, communicating, compile_called, local_device, spread
 from ghl.recipes.ema import Average
 from ghl.recipes.loader import Batches, Damage, Order, TooManyDamaged
@@ -61,6 +61,7 @@ class Trainer:
             limit_test=config.limit_test,
             seed=config.seed,
         )
+        self.data = data.whole
         self.generator = torch.Generator().manual_seed(config.seed)
         self.train_loader = self._batches("training", data.train, self.generator)
         self.test_loader = self._batches("test", data.test, None)
@@ -291,6 +292,7 @@ class Trainer:
         return {
             "arch": self.config.arch,
             "rule": self.rule_fields(),
+            "data": self.data,
             "epoch": self.epoch,
             "step": self.step,
             "model": {} if self.sharded else self.model.state_dict(),
@@ -312,11 +314,12 @@ class Trainer:
         return held
 
     def restore(self, state: dict[str, Any], tensors: dict[str, Any] | None = None) -> None:
-        """Continue from a checkpoint; ValueError if it belongs to another network.
+        """Continue from a checkpoint; ValueError if it belongs to another network or other data.
 
         `tensors` are those of a sharded checkpoint. On another number of processes than before,
         generators other than that of the order start anew.
         """
+        check_same(self.config.root, state["data"], self.data)
         self.restore_model(state, tensors)
         self.optimizer.load_state_dict(state["optimizer"])
         if tensors is not None:
