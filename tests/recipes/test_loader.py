@@ -41,8 +41,6 @@ def test_one_process_has_the_order_of_pytorchs_loader():
     accumulate=st.integers(1, 3),
 )
 def test_parts_make_up_the_steps_of_one_process(images, batch_size, size, accumulate):
-    if batch_size < size * accumulate or images < size * accumulate:
-        return
     order = generator().get_state()
 
     def begin(rank, size, accumulate):
@@ -50,29 +48,24 @@ def test_parts_make_up_the_steps_of_one_process(images, batch_size, size, accumu
         fresh.set_state(order)
         return Order(images, batch_size, fresh, World(rank, size), accumulate)
 
-    whole = begin(0, 1, 1)
-    (chunks,) = passes(whole, 1)
-    parts = [begin(rank, size, accumulate) for rank in range(size)]
+    (chunks,) = passes(begin(0, 1, 1), 1)
+    try:
+        parts = [begin(rank, size, accumulate) for rank in range(size)]
+    except ValueError:
+        assert batch_size < size * accumulate or len(chunks[-1]) < size
+        return
     pieces = [passes(part, 1)[0] for part in parts]
-    assert len({len(own) for own in pieces}) == 1
-    steps = parts[0].steps
-    assert steps >= len(chunks) - 1
-    for step in range(steps):
-        together = [
-            number
-            for own in pieces
-            for piece in own[step * accumulate : (step + 1) * accumulate]
-            for number in piece
-        ]
-        assert together == chunks[step]
-        assert parts[0].size(step) == len(together)
-        sizes = [len(piece) for own in pieces for piece in own[step * accumulate :][:accumulate]]
+    assert [len(own) for own in pieces] == [len(part) for part in parts]
+    assert parts[0].steps == len(chunks)
+    for step, chunk in enumerate(chunks):
+        cut = parts[0].cut(len(chunk))
+        own = [mine[step * accumulate :][:cut] for mine in pieces]
+        assert [number for mine in own for piece in mine for number in piece] == chunk
+        assert parts[0].size(step) == len(chunk)
+        sizes = [len(piece) for mine in own for piece in mine]
+        assert 1 <= min(sizes) <= max(sizes) <= max(2, -(-batch_size // (size * accumulate)))
         assert max(sizes) - min(sizes) <= 1
-        assert [part.own(step) for part in parts] == [
-            sum(map(len, own[step * accumulate : (step + 1) * accumulate])) for own in pieces
-        ]
-    smallest = min(len(piece) for own in pieces for piece in own)
-    assert smallest >= min(2, batch_size // (size * accumulate), images // (size * accumulate))
+        assert [part.own(step) for part in parts] == [sum(map(len, mine)) for mine in own]
 
 
 @given(images=st.integers(1, 40), batch_size=st.integers(1, 9), size=st.integers(1, 5))
@@ -106,7 +99,8 @@ def test_a_pass_that_was_cut_off_goes_on_at_the_right_image():
     ("images", "batch_size", "message"),
     [
         (50, 5, r"--batch-size 5: expected at least 6, .* of 3 processes times --accumulate 2"),
-        (5, 8, r"--batch-size 8: expected 6 images or more to train on, found 5"),
+        (2, 8, r"--batch-size 8: expected an image for each of 3 processes .*, found 2 of 2"),
+        (66, 64, r"--batch-size 64: expected an image for each of 3 processes .*, found 2 of 66"),
     ],
 )
 def test_nobody_goes_without_images(images, batch_size, message):

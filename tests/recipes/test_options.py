@@ -150,6 +150,12 @@ def test_accumulation_is_the_same_step():
         assert 0 < apart < 1e-4 * moved
 
 
+def test_accumulation_leaves_out_no_small_last_step():
+    """Of three images, where a full step's are cut into four."""
+    trainer, _ = trained(limit_train=35, batch_size=16, accumulate=4)
+    assert (trainer.totals.count, trainer.schedule.last_epoch) == (35, 3)
+
+
 def test_label_smoothing_is_in_the_training_loss_alone(plain):
     trainer, loss = trained(label_smoothing=0.5, lr=1e-9, lr_hebb=1e-9)
     same, sharp = trained(lr=1e-9, lr_hebb=1e-9)

@@ -65,7 +65,9 @@ class Order(Sampler[list[int]]):
     """The numbers of the images of each of this process's micro-batches, for one pass.
 
     In random order if there is a `generator`, whose state at the begin of a pass is kept; `step`
-    is the one that the next pass begins with. ValueError if a micro-batch would be empty.
+    is the one that the next pass begins with. How many steps there are is decided by `images` and
+    `batch_size` alone: a last one of a single image is left out, every other one is taken.
+    ValueError if a micro-batch would be empty.
     """
 
     def __init__(
@@ -78,34 +80,40 @@ class Order(Sampler[list[int]]):
     ) -> None:
         self.images, self.batch_size = images, batch_size
         self.generator, self.world, self.accumulate = generator, world, accumulate
-        self.pieces = world.size * accumulate
         self.step = 0
         self.begun: Tensor | None = None
         self.steps = -(-images // batch_size)
         if generator is None:
             return
-        if batch_size < self.pieces:
+        pieces = world.size * accumulate
+        if batch_size < pieces:
             raise ValueError(
-                f"--batch-size {batch_size}: expected at least {self.pieces}, one image for each"
+                f"--batch-size {batch_size}: expected at least {pieces}, one image for each"
                 f" of {world.size} processes times --accumulate {accumulate}"
             )
         # Batch normalisation has no variance in a last batch of one example.
-        rest = images % batch_size
-        smallest = rest // self.pieces
-        if rest and images > rest and smallest < min(2, batch_size // self.pieces):
+        if images > 1 and images % batch_size == 1:
             self.steps -= 1
-        elif images < self.pieces:
+        last = self.size(self.steps - 1)
+        if last < world.size:
             raise ValueError(
-                f"--batch-size {batch_size}: expected {self.pieces} images or more to train on,"
-                f" found {images}"
+                f"--batch-size {batch_size}: expected an image for each of {world.size} processes"
+                f" in an epoch's last step, found {last} of {images} (another --batch-size or"
+                " --limit-train, or fewer processes)"
             )
 
     def __len__(self) -> int:
-        return self.steps * self.accumulate
+        return (self.steps - 1) * self.accumulate + self.cut(self.size(self.steps - 1))
 
     def size(self, step: int) -> int:
         """The images of a step, of all processes."""
         return min(self.batch_size, self.images - step * self.batch_size)
+
+    def cut(self, size: int) -> int:
+        """How many micro-batches a process has in a step of `size` images: a small step is cut into
+        fewer than --accumulate, as large as those of a full one."""
+        full = -(-size * self.accumulate // self.batch_size)
+        return max(1, min(full, size // self.world.size))
 
     def own(self, step: int) -> int:
         """How many of them are this process's."""
@@ -115,8 +123,9 @@ class Order(Sampler[list[int]]):
         numbers = self._numbers()
         for step in range(self.step, self.steps):
             chunk = numbers[step * self.batch_size : (step + 1) * self.batch_size]
-            for part in range(self.accumulate):
-                piece = share(chunk, self.world.rank * self.accumulate + part, self.pieces)
+            cut = self.cut(len(chunk))
+            for part in range(cut):
+                piece = share(chunk, self.world.rank * cut + part, self.world.size * cut)
                 # In testing, a sharded network's forward needs all processes, with or without work.
                 yield list(piece) or [chunk[0]]
 

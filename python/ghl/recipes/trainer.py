@@ -201,7 +201,7 @@ class Trainer:
         self.optimizer.zero_grad()
         smoothing = self.config.label_smoothing
         options: dict[str, Any] = {"label_smoothing": smoothing} if smoothing else {}
-        for left in range(self.config.accumulate - 1, -1, -1):
+        for left in range(self.order.cut(size) - 1, -1, -1):
             images, classes = next(batches)
             if not len(classes):
                 raise TooManyDamaged(
