@@ -4,6 +4,7 @@ import json
 import math
 
 import pytest
+import torch
 
 from ghl.recipes.config import Config
 
@@ -63,6 +64,13 @@ def test_integers(field, value):
     option = "--" + field.replace("_", "-")
     with pytest.raises(ValueError, match=f"{option} {value}: expected an integer of at least"):
         Config.resolve({field: value})
+
+
+def test_a_seed_leaves_room_for_ranks():
+    """Each process seeds generators of 64 bits with it, and 2**32 times its rank more."""
+    torch.manual_seed(Config.resolve({"seed": 2**63 - 1}).seed + (2**31 - 1) * 2**32)
+    with pytest.raises(ValueError, match=f"--seed {2**63}: .* at least 0 and below {2**63}"):
+        Config.resolve({"seed": 2**63})
 
 
 @pytest.mark.parametrize(

@@ -81,6 +81,7 @@ def test_width_scales_the_channels():
         ("resnet50_", 8, 1.0, "--arch is 'resnet50_'.*'resnet50'"),
         ("vgg11", 8, 1.0, "--size 8: .*vgg11"),
         ("deephebb", 4, 1.0, "--size 4: .*deephebb"),
+        ("deephebb", 8, 1e16, r"--width 1e\+16 --size 8: .*deephebb"),
         ("vit_b_16", 30, 1.0, "--size 30: .*vit_b_16"),
         ("vgg11", 32, 0.5, "--width 0.5: expected 1.0"),
     ],

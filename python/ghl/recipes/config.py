@@ -186,8 +186,9 @@ class Config:
             check_number(field, getattr(self, field), zero=True, below=1)
         for field in ("epochs", "batch_size", "size", "accumulate"):
             check_integer(field, getattr(self, field), 1)
-        for field in ("seed", "workers", "warmup"):
+        for field in ("workers", "warmup"):
             check_integer(field, getattr(self, field), 0)
+        check_integer("seed", self.seed, 0, below=2**63)  # ranks add to it, and 64 bits must do
         for field in (
             "limit_train", "limit_test", "resize_from", "checkpoint_every", "align_every",
         ):  # fmt: skip

@@ -19,10 +19,11 @@ def check_choice(field: str, value: str, known: Collection[str]) -> None:
     rule.check_choice(option(field), value, known)
 
 
-def check_integer(field: str, value: int, smallest: int) -> None:
-    """Raise a ValueError unless `value` is an integer of at least `smallest`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
-        raise ValueError(f"{option(field)} {value!r}: expected an integer of at least {smallest}")
+def check_integer(field: str, value: int, smallest: int, below: float = math.inf) -> None:
+    """Raise a ValueError unless `value` is an integer of at least `smallest` and under `below`."""
+    if isinstance(value, bool) or not isinstance(value, int) or not smallest <= value < below:
+        bound = f"of at least {smallest}" + (f" and below {below}" if below != math.inf else "")
+        raise ValueError(f"{option(field)} {value!r}: expected an integer {bound}")
 
 
 def check_number(field: str, value: float, *, zero: bool = False, below: float = math.inf) -> None:

@@ -76,22 +76,21 @@ def architecture(name: str) -> Architecture:
 def build(name: str, channels: int, classes: int, size: int, width: float) -> nn.Module:
     """A freshly drawn network for (N, channels, size, size) images.
 
-    ValueError when images of that size do not pass through it.
+    ValueError when images of that size do not pass through it, or it does not fit into memory.
     """
     wanted = architecture(name)
     if name in OWN and size < wanted.smallest:
         raise ValueError(f"--size {size}: expected at least {wanted.smallest} for --arch {name}")
+    option = "--size" if width == 1 else f"--width {width:g} --size"
     try:
         model = wanted.build(channels, classes, size, width)
     except (RuntimeError, AssertionError) as error:
-        raise _refused("--size", size, name, error) from error
-    check_takes(model, name, channels, size)
+        raise _refused(option, size, name, error) from error
+    check_takes(model, name, channels, size, option)
     return model
 
 
-def check_takes(
-    model: nn.Module, name: str, channels: int, size: int, option: str = "--size"
-) -> None:
+def check_takes(model: nn.Module, name: str, channels: int, size: int, option: str) -> None:
     """Raise a ValueError that names the option unless images of that size pass through."""
     device = next(model.parameters()).device
     try:
