@@ -61,7 +61,7 @@ def test_missing(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"version": 1}, "expected version 2, found 1"),
+        ({"version": 1}, "expected version 3, found 1"),
         ({"arch": "fasthebb"}, "expected arch 'deephebb', found 'fasthebb'"),
         ({"rule": RULE | {"tau": 2.0}}, "expected rule .*'tau': 1.0.*, found .*'tau': 2.0"),
     ],

@@ -151,7 +151,7 @@ def test_checkpoint_of_another_version(tmp_path, capsys):
     path = tmp_path / "checkpoint.pt"
     torch.save(torch.load(path, weights_only=True) | {"version": 99}, path)
     assert run("eval", tmp_path) == 2
-    assert "expected version 2, found 99" in capsys.readouterr().err
+    assert "expected version 3, found 99" in capsys.readouterr().err
 
 
 def test_eval_without_a_run(tmp_path, capsys):

@@ -16,7 +16,7 @@ from typing import IO, Any
 import numpy as np
 import torch
 
-VERSION = 2
+VERSION = 3
 FULL = (errno.ENOSPC, errno.EDQUOT)  # of an OSError: the disk
 TENSORS = ("model", "optimizer", "average", "sharded")
 PROGRESS = ("epoch", "step", "schedule", "scaler", "ranks", "history")
