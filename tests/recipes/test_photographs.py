@@ -2,12 +2,13 @@
 
 import io
 import shutil
+import tarfile
 
 import pytest
 import torch
 import torchvision
 from PIL import Image
-from recipes.photographs import jpeg, noise, write_folders, write_shards
+from recipes.photographs import add, jpeg, noise, write_folders, write_shards
 
 from ghl.recipes.data import load
 from ghl.recipes.distributed import World
@@ -118,15 +119,49 @@ def test_a_damaged_shard_is_named(tmp_path):
         read(tmp_path)
 
 
+NEITHER = "neither a header nor the end at byte {}"
+
+
+def a_bit_flipped(data, at):
+    return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
+
+
+@pytest.mark.parametrize(
+    ("damaged", "reason"),
+    [
+        (a_bit_flipped, NEITHER),
+        (lambda data, at: data[:at] + bytes(512) + data[at + 512 :], NEITHER),
+        (lambda data, at: data[: at + 100], NEITHER),
+        (lambda data, at: data[:at], "no zeros at its end, byte {}: cut off, or never closed"),
+    ],
+    ids=["a bit flipped", "zeroed", "cut off within", "cut off before"],
+)
+def test_a_damaged_header_is_not_the_end_of_a_shard(tmp_path, damaged, reason):
+    write_shards(tmp_path)
+    path = tmp_path / "set-train-0001.tar"
+    with tarfile.open(path) as archive:
+        at = archive.getmembers()[2].offset
+    path.write_bytes(damaged(path.read_bytes(), at))
+    with pytest.raises(ValueError, match=rf"shard {path}: .* \({reason.format(at)}\)"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("zeros", [1, 3, 3000])
+def test_a_shard_may_end_in_any_number_of_zero_blocks(tmp_path, zeros):
+    write_shards(tmp_path)
+    path = tmp_path / "set-train-0001.tar"
+    with tarfile.open(path) as archive:
+        archive.getmembers()
+        end = archive.offset
+    path.write_bytes(path.read_bytes()[:end] + bytes(512 * zeros))
+    assert len(read(tmp_path).train) == 4
+
+
 @pytest.mark.parametrize(
     ("name", "content", "found"),
     [("x.jpg", b"", "image"), ("x.cls", b"1", "class"), ("x.cls", b"one", "class")],
 )
 def test_an_incomplete_sample_is_named(tmp_path, name, content, found):
-    import tarfile
-
-    from recipes.photographs import add
-
     write_shards(tmp_path)
     path = tmp_path / "set-train-0000.tar"
     with tarfile.open(path, "a") as archive:

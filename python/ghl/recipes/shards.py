@@ -7,7 +7,7 @@ import json
 import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -63,7 +63,7 @@ def index(path: Path) -> Iterator[tuple[int, int, int]]:
     """Offset and size of the image, and the class, of every sample of a shard, in its order."""
     samples: dict[str, dict[str, Any]] = {}
     try:
-        with tarfile.open(path, "r:") as archive:
+        with path.open("rb") as raw, tarfile.open(fileobj=raw, mode="r:") as archive:
             for member in archive:
                 folder, _, file = member.name.rpartition("/")
                 key, dot, suffix = file.partition(".")
@@ -71,6 +71,7 @@ def index(path: Path) -> Iterator[tuple[int, int, int]]:
                     continue
                 sample = samples.setdefault(f"{folder}/{key}", {})
                 note(sample, archive, member, dot + suffix.lower())
+            check_end(raw, archive.offset)
     except (tarfile.TarError, OSError) as error:
         raise ValueError(
             f"shard {path}: expected an intact, uncompressed tar file ({error})"
@@ -82,6 +83,20 @@ def index(path: Path) -> Iterator[tuple[int, int, int]]:
                 f" for {key.strip('/')}, found {', '.join(sample) or 'neither'}"
             )
         yield (*sample["image"], sample["class"])
+
+
+def check_end(raw: BinaryIO, offset: int) -> None:
+    """tarfile.ReadError unless zeros, and nothing else, follow an archive's files at `offset`.
+
+    What tarfile takes for the end may be a damaged header, or where the rest was cut off.
+    """
+    raw.seek(offset)
+    if not raw.read(1):
+        raise tarfile.ReadError(f"no zeros at its end, byte {offset}: cut off, or never closed")
+    raw.seek(offset)
+    while block := raw.read(2**20):
+        if any(block):
+            raise tarfile.ReadError(f"neither a header nor the end at byte {offset}")
 
 
 def note(
