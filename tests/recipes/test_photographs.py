@@ -23,6 +23,7 @@ from ghl.recipes.photographs import (
     decode,
     random_box,
 )
+from ghl.recipes.shards import find_shards
 
 
 def read(root, size=32, **options):
@@ -109,6 +110,36 @@ def test_shards_in_directories_of_their_own(tmp_path):
         for path in tmp_path.glob(f"*-{split}-*.tar"):
             path.rename(tmp_path / folder / path.name)
     assert len(read(tmp_path).test) == 4
+
+
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [
+        ("imagenet1k-train-0000.tar", "imagenet1k-validation-00.tar"),
+        ("imagenet-train-000000.tar", "imagenet-val-000000.tar"),
+        ("train_000.tar", "val_000.tar"),
+        ("train0.tar", "test0.tar"),
+        ("training.0.tar", "valid.0.tar"),
+        ("train/000.tar", "val/000.tar"),
+        ("retrieval-train-0.tar", "retrieval-val-0.tar"),
+        ("latest-train-0.tar", "latest-test-0.tar"),
+        ("pretrain-train-0.tar", "pretrain-val-0.tar"),
+    ],
+)
+def test_shards_belong_to_the_split_that_a_word_of_their_name_says(tmp_path, train, test):
+    for path in (tmp_path / train, tmp_path / test, tmp_path / "trainval-contest.tar"):
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    assert find_shards(tmp_path, train=True) == [tmp_path / train]
+    assert find_shards(tmp_path, train=False) == [tmp_path / test]
+
+
+def test_a_shard_of_both_splits_is_named(tmp_path):
+    path = tmp_path / "pre-train-val-0.tar"
+    path.touch()
+    for train in (True, False):
+        with pytest.raises(ValueError, match=f"shard {path}: .* one split .* found train and val"):
+            find_shards(tmp_path, train=train)
 
 
 def test_a_damaged_shard_is_named(tmp_path):

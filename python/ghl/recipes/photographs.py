@@ -167,7 +167,7 @@ def image_files(root: str, train: bool) -> Folder | Shards:
     if not folders:
         raise FileNotFoundError(
             f"--root {root}: expected the directories train and val in it, or shards with"
-            f" {' or '.join(names)} in their names (*.tar)"
+            f" the word {' or '.join(names)} in their names (*.tar)"
         )
     try:
         return Folder(folders[0])

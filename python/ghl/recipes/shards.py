@@ -4,6 +4,7 @@ What is done with an image's bytes is in `photographs.py`.
 """
 
 import json
+import re
 import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,16 +13,33 @@ from typing import Any, BinaryIO
 import numpy as np
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".ppm")
-SPLITS = {True: ("train",), False: ("val", "validation", "test")}
+SPLITS = {True: ("train", "training"), False: ("val", "valid", "validation", "test")}
 
 
 def find_shards(root: Path, *, train: bool) -> list[Path]:
-    """A split's shards: `root/train/*.tar` or `root/*train*.tar`, in order of their names."""
+    """A split's shards: `root/train/*.tar`, or those in `root` with the word train in their names.
+
+    They are in order of their names; ValueError if a name has words of both splits.
+    """
+    beside = sorted(root.glob("*.tar"))
     for name in SPLITS[train]:
-        shards = sorted((root / name).glob("*.tar")) or sorted(root.glob(f"*{name}*.tar"))
+        own = sorted((root / name).glob("*.tar"))
+        shards = own or [path for path in beside if name in split_words(path)]
         if shards:
             return shards
     return []
+
+
+def split_words(path: Path) -> set[str]:
+    """The words of a shard's name that name a split: none in `pretrain-retrieval0.tar`."""
+    words = set(re.findall("[A-Za-z]+", path.stem))
+    train, test = (words.intersection(names) for names in SPLITS.values())
+    if train and test:
+        raise ValueError(
+            f"shard {path}: expected the name of one split in its name, found"
+            f" {' and '.join([*train, *test])}"
+        )
+    return train | test
 
 
 class Shards:
