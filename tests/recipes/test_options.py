@@ -11,7 +11,6 @@ from torch.distributed import destroy_process_group, init_process_group
 from ghl.layers import Plastic
 from ghl.recipes.config import Config
 from ghl.recipes.ema import Average
-from ghl.recipes.loader import TooManyDamaged
 from ghl.recipes.train import Run, open_run, train
 from ghl.recipes.trainer import Trainer
 
@@ -280,12 +279,22 @@ def test_images_grow(tmp_path):
     assert sides == [16, 16, 24, 32, 32]
 
 
-def test_a_training_batch_without_intact_images_stops_the_run(tmp_path):
+@pytest.mark.parametrize(
+    ("settings", "found"),
+    [
+        ({"batch_size": 1}, "found 0 "),
+        ({"arch": "fasthebb", "width": 0.1}, "found 1 .* no variance of one value"),
+        ({"arch": "fasthebb", "width": 0.1, "compile": True}, "found 1 .* no variance"),
+    ],
+    ids=["none", "one", "one, compiled"],
+)
+def test_too_few_intact_images_in_a_micro_batch_stop_the_run(tmp_path, settings, found):
     write_folders(tmp_path, images=1)
-    for path in (tmp_path / "train").glob("*/*"):
-        path.write_bytes(b"")
-    settings = PHOTOGRAPHS | {"root": str(tmp_path), "damaged_share": 0.99}
-    with pytest.raises(TooManyDamaged):
+    (tmp_path / "train" / "ant" / "000.jpg").write_bytes(b"")
+    settings = (
+        PHOTOGRAPHS | {"root": str(tmp_path), "damaged_share": 0.5, "resize_from": None} | settings
+    )
+    with pytest.raises(ValueError, match=f"expected more intact images .*, {found}"):
         Trainer(Config.resolve(settings)).train_epoch()
 
 

@@ -24,7 +24,7 @@ from ghl.recipes.config import LAYERS, Config
 from ghl.recipes.data import Data, check_same, load
 from ghl.recipes.distributed import World, communicating, compile_called, local_device, spread
 from ghl.recipes.ema import Average
-from ghl.recipes.loader import Batches, Damage, Order, TooManyDamaged
+from ghl.recipes.loader import Batches, Damage, Order
 from ghl.recipes.photographs import decodes
 from ghl.recipes.schedule import Decay, image_size
 from ghl.recipes.totals import Diverged, Pace, Totals, check_finite
@@ -203,14 +203,9 @@ class Trainer:
         options: dict[str, Any] = {"label_smoothing": smoothing} if smoothing else {}
         for left in range(self.order.cut(size) - 1, -1, -1):
             images, classes = next(batches)
-            if not len(classes):
-                raise TooManyDamaged(
-                    "expected an intact image in every micro-batch, found one without"
-                    " (a larger --batch-size or a smaller --accumulate makes them larger)"
-                )
             with communicating(self.called, last=left == 0):
                 with self._autocast():
-                    outputs = self.called(images)
+                    outputs = self._forward(images, len(classes))
                     loss = F.cross_entropy(outputs, classes, **options)
                 # Processes are averaged, micro-batches added: every image must count the same.
                 share = len(classes) * self.world.size / size
@@ -223,6 +218,21 @@ class Trainer:
         if self.average is not None:
             self.average.update()
         return loss
+
+    def _forward(self, images: Tensor, intact: int) -> Tensor:
+        """The network's outputs; ValueError if it cannot be trained on that many intact images."""
+        few = (
+            f"expected more intact images in every micro-batch, found {intact} (more images, a"
+            " larger --batch-size or a smaller --accumulate make them larger)"
+        )
+        if not intact:
+            raise ValueError(few)
+        try:
+            return self.called(images)
+        except (ValueError, RuntimeError) as error:  # the latter under torch.compile
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise ValueError(f"{few}: batch normalisation has no variance of one value") from error
 
     def _autocast(self) -> AbstractContextManager[Any]:
         dtype = AMP_DTYPES.get(self.config.amp)
