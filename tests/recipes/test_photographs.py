@@ -218,6 +218,14 @@ def test_damaged_images_are_left_out_counted_and_named(tmp_path, capsys, workers
     assert capsys.readouterr().out == f"left out, damaged: {path}\n"
 
 
+def test_names_that_are_no_text_are_printed(capsys):
+    damage = Damage("training", 10, 0.1)
+    damage.note(["\udce9t\udce9.jpg"])
+    assert capsys.readouterr().out == "left out, damaged: \\udce9t\\udce9.jpg\n"
+    with pytest.raises(TooManyDamaged, match=r"found 2 \(\\udce8.jpg\)"):
+        damage.note(["\udce8.jpg"])
+
+
 def test_damaged_images_in_shards_are_named(tmp_path, capsys):
     write_shards(tmp_path)
     path = tmp_path / "set-train-0001.tar"

@@ -41,6 +41,8 @@ class Damage:
 
     def note(self, names: Sequence[str]) -> None:
         """Report images of this process that were left out; each is named once."""
+        # A file's name may hold bytes that are no text, and cannot be printed as they are.
+        names = [name.encode("utf-8", "backslashreplace").decode() for name in names]
         for name in names:
             if name not in self.names:
                 print(f"left out, damaged: {name}", flush=True)
