@@ -3,6 +3,7 @@
 import io
 import shutil
 import tarfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -216,6 +217,26 @@ def test_damaged_images_are_left_out_counted_and_named(tmp_path, capsys, workers
         assert classes.tolist() == [0] * 5 + [1] * 4
     assert found.damage.check(World()) == 1
     assert capsys.readouterr().out == f"left out, damaged: {path}\n"
+
+
+def test_what_cannot_be_opened_is_damaged(tmp_path, capsys):
+    write_folders(tmp_path, images=5)
+    gone, link = (tmp_path / "train" / "bee" / name for name in ("001.jpg", "link.jpg"))
+    link.symlink_to("nowhere.jpg")
+    found = batches(read(tmp_path).train, share=0.2)
+    gone.unlink()
+    assert torch.cat([classes for _, classes in found]).tolist() == [0] * 5 + [1] * 4
+    assert capsys.readouterr().out == "".join(f"left out, damaged: {p}\n" for p in (gone, link))
+
+
+@pytest.mark.parametrize("lost", [Path.unlink, lambda path: path.write_bytes(b"")])
+def test_the_images_of_a_shard_that_was_lost_are_damaged(tmp_path, capsys, lost):
+    write_shards(tmp_path)
+    found = batches(read(tmp_path).train, share=0.5)
+    path = tmp_path / "set-train-0001.tar"
+    lost(path)
+    assert torch.cat([classes for _, classes in found]).tolist() == [0] * 2
+    assert capsys.readouterr().out.count(f"left out, damaged: {path}, byte ") == 2
 
 
 def test_names_that_are_no_text_are_printed(capsys):

@@ -120,6 +120,7 @@ class Fake:
 class Photographs(Dataset):
     """(image, class) of a split, where image is uint8 (3, size, size), Encoded or Damaged.
 
+    What cannot be opened is damaged as what cannot be decoded is, and may have no class (-1).
     `begin` says in which epoch, with which side and decoded where the next images are wanted.
     """
 
@@ -138,7 +139,10 @@ class Photographs(Dataset):
         return len(self.files)
 
     def __getitem__(self, number: int) -> tuple[Tensor | Encoded | Damaged, int]:
-        raw, label = self.files.read(number)
+        try:
+            raw, label = self.files.read(number)
+        except (FileNotFoundError, PermissionError):  # also of a link to nowhere
+            return Damaged(self.files.name(number)), -1
         try:
             image = Image.open(io.BytesIO(raw)) if isinstance(raw, bytes) else raw
             box = self._box(image.height, image.width, number)

@@ -7,6 +7,7 @@ import json
 import re
 import tarfile
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -69,12 +70,12 @@ class Shards:
 
     def name(self, number: int) -> str:
         """Where a sample lies: its shard and its name there."""
-        path = self.paths[self.shards[number]]
-        with tarfile.open(path, "r:") as archive:
+        path, offset = self.paths[self.shards[number]], self.offsets[number]
+        with suppress(tarfile.TarError, OSError), tarfile.open(path, "r:") as archive:
             for member in archive:
-                if member.offset_data == self.offsets[number]:
+                if member.offset_data == offset:
                     return f"{path}:{member.name}"
-        return str(path)
+        return f"{path}, byte {offset}"  # the shard is not what it was when it was indexed
 
 
 def index(path: Path) -> Iterator[tuple[int, int, int]]:
