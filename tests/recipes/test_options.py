@@ -2,15 +2,18 @@
 
 import math
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from recipes.photographs import CLASSES, write_folders, write_shards
 from torch.distributed import destroy_process_group, init_process_group
+from torch.utils.data import DataLoader
 
 from ghl.layers import Plastic
 from ghl.recipes.config import Config
 from ghl.recipes.ema import Average
+from ghl.recipes.loader import TooManyDamaged
 from ghl.recipes.train import Run, open_run, train
 from ghl.recipes.trainer import Trainer
 
@@ -219,14 +222,19 @@ PHOTOGRAPHS = {
 }
 
 
+class Killed(Exception):
+    """What ends a run in a test."""
+
+
+def kill():
+    raise Killed
+
+
 def test_photographs_resume_within_an_epoch(tmp_path, monkeypatch):
     """From shards, with worker processes, growing images and one that is damaged."""
     write_shards(tmp_path / "shards", images=6)
     settings = PHOTOGRAPHS | {"root": str(tmp_path / "shards"), "workers": 1}
     train(Run(tmp_path / "whole", Config.resolve(settings)))
-
-    class Killed(Exception):
-        pass
 
     step, calls = torch.optim.SGD.step, 0
 
@@ -234,7 +242,7 @@ def test_photographs_resume_within_an_epoch(tmp_path, monkeypatch):
         nonlocal calls
         calls += 1
         if calls == 6:
-            raise Killed
+            kill()
         return step(*args, **kwargs)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
@@ -264,6 +272,35 @@ def test_other_photographs_are_refused_when_a_run_resumes(tmp_path):
             train(run)
     (tmp_path / "some").rename(tmp_path / "moved")
     train(open_run(tmp_path / "run", {"root": str(tmp_path / "moved")}, resume=True))
+
+
+def test_damaged_images_are_counted_over_an_interruption(tmp_path):
+    """Each once, also where the photographs lie elsewhere afterwards."""
+    write_folders(tmp_path / "here", images=4)
+    settings = PHOTOGRAPHS | {"arch": "deephebb", "width": 0.05, "resize_from": None}
+    settings |= {"root": str(tmp_path / "here"), "damaged_share": 0.3}
+    cut, other = (Trainer(Config.resolve(settings)) for _ in range(2))
+    order = {"batch_sampler": other.order, "generator": other.generator}
+    one_a_step = {numbers[0] for numbers in DataLoader(range(8), **order, collate_fn=list)}
+    for number in one_a_step:
+        Path(cut.train_loader.photographs.files.name(number)).write_bytes(b"")
+    with pytest.raises(Killed):
+        cut.train_epoch(after_step=kill)
+    state = cut.state()
+    (rank,) = state["ranks"]
+    (tmp_path / "here").rename(tmp_path / "there")
+    settings["root"] = str(tmp_path / "there")
+
+    resumed = Trainer(Config.resolve(settings))
+    resumed.restore(state)
+    for _ in range(2):
+        resumed.train_epoch()
+    assert resumed.train_loader.damage.found.keys() == one_a_step
+
+    resumed = Trainer(Config.resolve(settings | {"damaged_share": 0.2}))
+    resumed.restore(state | {"ranks": [rank | {"damaged": {}}, rank]})  # of two processes
+    with pytest.raises(TooManyDamaged, match=f"found 2 .{tmp_path}/here"):
+        resumed.train_epoch()
 
 
 def test_images_grow(tmp_path):

@@ -241,10 +241,10 @@ def test_the_images_of_a_shard_that_was_lost_are_damaged(tmp_path, capsys, lost)
 
 def test_names_that_are_no_text_are_printed(capsys):
     damage = Damage("training", 10, 0.1)
-    damage.note(["\udce9t\udce9.jpg"])
+    damage.note([Damaged("\udce9t\udce9.jpg", 3)])
     assert capsys.readouterr().out == "left out, damaged: \\udce9t\\udce9.jpg\n"
-    with pytest.raises(TooManyDamaged, match=r"found 2 \(\\udce8.jpg\)"):
-        damage.note(["\udce8.jpg"])
+    with pytest.raises(TooManyDamaged, match=r"found 2 \(\\udce9t\\udce9.jpg\)"):
+        damage.note([Damaged("\udce8.jpg", 5)])
 
 
 def test_damaged_images_in_shards_are_named(tmp_path, capsys):

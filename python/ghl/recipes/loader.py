@@ -5,7 +5,8 @@ images of one permutation, and every process a part of those.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections import ChainMap
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,11 +19,11 @@ from ghl.recipes.photographs import Damaged, Encoded, Photographs, decode
 
 
 class Batch(NamedTuple):
-    """Images (N, C, H, W) or what they are decoded from, classes (N,), names of images left out."""
+    """Images (N, C, H, W) or what they are decoded from, classes (N,), the images left out."""
 
     images: Any
     classes: Tensor
-    damaged: list[str]
+    damaged: list[Damaged]
 
 
 class TooManyDamaged(ValueError):
@@ -32,35 +33,36 @@ class TooManyDamaged(ValueError):
 class Damage:
     """Counts and names the images that were left out of a split, and says when it is enough.
 
-    TooManyDamaged when they are more than `share` of `images`.
+    TooManyDamaged when they are more than `share` of `images`. `found` has their names by number:
+    where the files lie may change when a run is resumed.
     """
 
     def __init__(self, split: str, images: int, share: float) -> None:
         self.split, self.images, self.share = split, images, share
-        self.names: set[str] = set()
+        self.found: dict[int, str] = {}
 
-    def note(self, names: Sequence[str]) -> None:
+    def note(self, images: Sequence[Damaged]) -> None:
         """Report images of this process that were left out; each is named once."""
-        # A file's name may hold bytes that are no text, and cannot be printed as they are.
-        names = [name.encode("utf-8", "backslashreplace").decode() for name in names]
-        for name in names:
-            if name not in self.names:
+        for image in images:
+            if image.number not in self.found:
+                # A file's name may hold bytes that are no text, and cannot be printed as they are.
+                name = image.name.encode("utf-8", "backslashreplace").decode()
                 print(f"left out, damaged: {name}", flush=True)
-        self.names.update(names)
-        self._check(len(self.names), next(iter(names), ""))
+                self.found[image.number] = name
+        self._check(self.found)
 
     def check(self, world: World) -> int:
         """The number of damaged images over all processes."""
-        count = len(set().union(*world.gather(self.names)))
-        self._check(count, next(iter(self.names), ""))
-        return count
+        return self._check(dict(ChainMap(*world.gather(self.found))))
 
-    def _check(self, count: int, example: str) -> None:
-        if count > self.share * self.images:
+    def _check(self, found: Mapping[int, str]) -> int:
+        if len(found) > self.share * self.images:
+            example = next(iter(found.values()))
             raise TooManyDamaged(
                 f"--damaged-share {self.share:g}: expected at most that share of the {self.images}"
-                f" {self.split} images to be damaged, found {count} ({example})"
+                f" {self.split} images to be damaged, found {len(found)} ({example})"
             )
+        return len(found)
 
 
 class Order(Sampler[list[int]]):
@@ -148,7 +150,7 @@ class Order(Sampler[list[int]]):
 def collate(items: list[tuple[Any, int]]) -> Batch:
     """A batch of what the data set gave, without the damaged ones."""
     intact = [(image, label) for image, label in items if not isinstance(image, Damaged)]
-    damaged = [image.name for image, _ in items if isinstance(image, Damaged)]
+    damaged = [image for image, _ in items if isinstance(image, Damaged)]
     images: Any = [image for image, _ in intact]
     if images and not any(isinstance(image, Encoded) for image in images):
         images = torch.stack(images)
@@ -233,7 +235,7 @@ class Batches:
         for image, label in zip(batch.images, batch.classes.tolist(), strict=True):
             pixels = next(decoded) if isinstance(image, Encoded) else image.to(self.device)
             if pixels is None:
-                damaged.append(source.files.name(image.number))
+                damaged.append(Damaged(source.files.name(image.number), image.number))
             else:
                 images.append(pixels)
                 kept.append(label)

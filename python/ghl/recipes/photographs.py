@@ -42,9 +42,10 @@ class Encoded(NamedTuple):
 
 
 class Damaged(NamedTuple):
-    """The name of an image that cannot be read, in place of that image."""
+    """The name and number of an image that cannot be read, in place of that image."""
 
     name: str
+    number: int
 
 
 def central_box(height: int, width: int) -> Box:
@@ -142,7 +143,7 @@ class Photographs(Dataset):
         try:
             raw, label = self.files.read(number)
         except (FileNotFoundError, PermissionError):  # also of a link to nowhere
-            return Damaged(self.files.name(number)), -1
+            return Damaged(self.files.name(number), number), -1
         try:
             image = Image.open(io.BytesIO(raw)) if isinstance(raw, bytes) else raw
             box = self._box(image.height, image.width, number)
@@ -152,7 +153,7 @@ class Photographs(Dataset):
                 return Encoded(data, box, self.size, number), label
             return cropped(F.pil_to_tensor(image.convert("RGB")), box, self.size), label
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-            return Damaged(self.files.name(number)), label
+            return Damaged(self.files.name(number), number), label
 
     def _box(self, height: int, width: int, number: int) -> Box:
         if not self.train:

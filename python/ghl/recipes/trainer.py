@@ -294,7 +294,12 @@ class Trainer:
         random = random_states(self.generator)
         if self.step:
             random["order"] = self.order.begun
-        own = {"random": random, "totals": self.totals.state(), "pace": self.pace.state()}
+        own = {
+            "random": random,
+            "totals": self.totals.state(),
+            "pace": self.pace.state(),
+            "damaged": self.train_loader.damage.found,  # a test set is always read as a whole
+        }
         optimizer = self.optimizer.state_dict()
         average = self.average.state() if self.average else None
         if self.sharded:
@@ -339,6 +344,9 @@ class Trainer:
         self.epoch, self.step = state["epoch"], state["step"]
         ranks = state["ranks"]
         self.pace = Pace(**ranks[0]["pace"])
+        if self.world.main:  # in one place: they are counted over all processes
+            for rank in ranks:
+                self.train_loader.damage.found |= rank["damaged"]
         if len(ranks) == self.world.size:
             restore_random_states(ranks[self.world.rank]["random"], self.generator)
             self.totals.restore(ranks[self.world.rank]["totals"])
