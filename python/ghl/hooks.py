@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -20,22 +21,29 @@ def weak(owned: Any, method: str) -> Any:
     return call
 
 
-def once_gradients_are_made(args: tuple, kwargs: dict[str, Any], then: Callable[[], None]) -> Any:
+def once_gradients_are_made(
+    args: tuple,
+    kwargs: dict[str, Any],
+    then: Callable[[], None],
+    inside: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> Any:
     """Call `then` from a hook before an optimizer's step: now, or after every call of the closure
-    that makes the gradients. What the hook has to return."""
+    that makes the gradients, which is called `inside` a context. What the hook has to return."""
     itself, *rest = args
     closure = rest[0] if rest else kwargs.get("closure")
-    if closure is None:
+    if not callable(closure):
         then()
         return None
 
-    def closure_and_then() -> Any:
-        with torch.enable_grad():
-            loss = closure()
+    def closure_and_then(*args: Any, **kwargs: Any) -> Any:
+        with torch.enable_grad(), inside():
+            loss = closure(*args, **kwargs)
         then()
         return loss
 
-    return (itself, closure_and_then), {k: v for k, v in kwargs.items() if k != "closure"}
+    if rest:
+        return (itself, closure_and_then, *rest[1:]), kwargs
+    return args, kwargs | {"closure": closure_and_then}
 
 
 def nothing(*args: Any, **kwargs: Any) -> None:

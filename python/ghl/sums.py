@@ -265,12 +265,12 @@ class ImmediateSums(RawSums):
         found = [
             weight
             for weight, sums in list(_of_weight.items())
-            if isinstance(sums, ImmediateSums) and sums._task == self._task and sums._is_bare()
+            if isinstance(sums, ImmediateSums) and sums._task == self._task and sums._take_bare()
         ]
         if found:
             raise RuntimeError(without_sums(found))
 
-    def _is_bare(self) -> bool:
+    def _take_bare(self) -> bool:
         """Whether G has come alone, which is then forgotten. That of a weight which its layers have
         given away is an ordinary gradient again."""
         weight = self._weight()

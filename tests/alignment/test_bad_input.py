@@ -290,12 +290,15 @@ def test_gradients_that_are_no_signal():
     assert "did not reach weight.grad" in gap(monitor)
 
 
-def test_gradient_penalty():
-    """What comes back through a backward is a signal that no hook on an output sees."""
+@pytest.mark.parametrize("again", [False, True])
+def test_gradient_penalty(again):
+    """What comes back through a backward is a signal that no hook on an output sees; also with a
+    forward in between."""
     model, x = model_of_two(), torch.randn(2, 3, requires_grad=True)
     monitor = Monitor(model)
     y = model(x)
     (slope,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    y = model(x) if again else y
     (y.square().sum() + slope.square().sum()).backward()
     assert "create_graph=True" in gap(monitor)
 
@@ -322,6 +325,41 @@ def test_optimizer_with_a_closure():
     assert_same_report(*reports[:2])
     assert reports[1]["0"]["update"]
     assert reports[2]["0"]["gaps"]["layer"] == "optimizer.step called its closure more than once"
+
+
+class Inner(torch.optim.SGD):
+    """Steps within its own step, as subclasses and wrappers do, and takes more than a closure."""
+
+    def step(self, closure=None, scale=1.0, evaluates=False):
+        self.scale = scale
+        if evaluates:
+            closure(scale=scale)
+        return super().step(None if evaluates else closure)
+
+
+@pytest.mark.parametrize("evaluates", [False, True])
+def test_a_closure_within_steps_within_steps(evaluates):
+    """The optimizer gets what its step was given, and the steps are counted once."""
+    torch.optim.SGD([torch.zeros(1)], 0.1)  # SGD.step itself has its hooks from now on
+    reports = []
+    for optimizer_class in (torch.optim.SGD, Inner):
+        torch.manual_seed(0)
+        model = model_of_two()
+        optimizer = optimizer_class(model.parameters(), lr=0.1)
+
+        def closure(scale=2.0, model=model, optimizer=optimizer):
+            assert scale == 2.0
+            optimizer.zero_grad()
+            model(torch.ones(2, 3)).square().sum().backward()
+
+        with Monitor(model) as monitor:
+            for _ in range(3):
+                more = (2.0, evaluates) if optimizer_class is Inner else ()
+                optimizer.step(closure, *more)
+            assert monitor.steps == 3
+            reports.append(monitor.report())
+    assert optimizer.scale == 2.0
+    assert_same_report(*reports)
 
 
 class Pair(nn.Linear):
@@ -379,6 +417,17 @@ def test_a_weight_that_no_optimizer_has_is_measured_no_more():
         assert (track.steps, track.waits) == (1, False)
 
 
+def test_an_optimizer_for_each_layer():
+    """Many steps of others are no reason to wait, while all make their first."""
+    model = nn.Sequential(*[nn.Linear(3, 3) for _ in range(14)])
+    optimizers = [torch.optim.SGD(layer.parameters(), 0.1) for layer in model]
+    with Monitor(model, every=50) as monitor:
+        model(torch.randn(2, 3)).sum().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        assert all(found["batch"] for found in monitor.report().values())
+
+
 def test_an_optimizer_of_others_that_raised():
     class Broken(torch.optim.SGD):
         def step(self):
@@ -397,13 +446,16 @@ def test_an_optimizer_of_others_that_raised():
     assert monitor.report()["0"]["update"]
 
 
-def test_a_direction_beyond_float16():
-    """Summed over so many rows, though weight.grad is finite."""
+@pytest.mark.parametrize("size", [1.0, 1e-4])
+def test_a_direction_beyond_float16(size):
+    """Summed over so many rows, though weight.grad is finite; or of small outputs."""
     model, x = nn.Sequential(nn.Linear(16, 8)), torch.rand(100_000, 16) + 1
+    nn.init.normal_(model[0].weight, std=size)
+    nn.init.zeros_(model[0].bias)
     monitor = Monitor(model, statistic="batch")
     with torch.autocast("cpu", torch.float16):
         y = model(x)
-    y.float().square().mean().backward()
+    (y.float() / size).square().mean().mul(size).backward()
     w, S = model[0].weight.detach().double(), -model[0].weight.grad.double()
     B = (x.double() @ w.T).T @ x.double()
     cosine = float((S * B).sum() / S.norm() / B.norm())

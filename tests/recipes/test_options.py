@@ -158,6 +158,16 @@ def test_accumulation_leaves_out_no_small_last_step():
     assert (trainer.totals.count, trainer.schedule.last_epoch) == (35, 3)
 
 
+def test_the_rate_falls_over_the_steps_of_this_run():
+    """Also where the run went on from one of other processes, whose epochs had others."""
+    settings = Config.resolve(NARROW | {"device": "cpu", "epochs": 2})
+    trainer, other = Trainer(settings), Trainer(settings)
+    steps = trainer.schedule.lr_lambdas[0].steps
+    other.schedule.lr_lambdas[0].steps = steps // 2
+    trainer.restore(other.state())
+    assert trainer.schedule.lr_lambdas[0].steps == steps
+
+
 def test_label_smoothing_is_in_the_training_loss_alone(plain):
     trainer, loss = trained(label_smoothing=0.5, lr=1e-9, lr_hebb=1e-9)
     same, sharp = trained(lr=1e-9, lr_hebb=1e-9)

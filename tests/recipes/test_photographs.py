@@ -135,6 +135,13 @@ def test_shards_belong_to_the_split_that_a_word_of_their_name_says(tmp_path, tra
     assert find_shards(tmp_path, train=False) == [tmp_path / test]
 
 
+def test_an_archive_beside_what_it_held_is_no_shard(tmp_path):
+    write_folders(tmp_path)
+    (tmp_path / "ILSVRC2012_img_train.tar").write_bytes(b"of tars, one a class")
+    assert find_shards(tmp_path, train=True) == []
+    assert read(tmp_path).classes == 2
+
+
 def test_a_shard_of_both_splits_is_named(tmp_path):
     path = tmp_path / "pre-train-val-0.tar"
     path.touch()

@@ -7,6 +7,8 @@ Trains nothing and changes nothing; which weights there are is in `targets.py`, 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -63,11 +65,11 @@ class Monitor:
 
     A step ends with `optimizer.step()` of the optimizer that has the weight, or with `step()`; all
     backwards until then add up, but for what zero_grad has dropped. A step that a GradScaler leaves
-    out is none; a weight that no optimizer has waits, from the tenth step of the others on.
-    A layer's input and output are kept until its gradient has come, under activation checkpointing
-    too. With the batch statistic a measured step keeps two tensors of the weight's size, H0 and G,
-    in whose place W is kept while the optimizer steps; `sign_flips` needs the step before's signs,
-    in int8. The other steps keep nothing and cost a call per layer.
+    out is none, unless the optimizer is a fused one; a weight that no optimizer has waits, from the
+    tenth step of the others on. Also under activation checkpointing, a layer's input and output are
+    kept until its gradient has come. With the batch statistic a measured step keeps two tensors of
+    the weight's size, H0 and G, in whose place W is kept while the optimizer steps; `sign_flips`
+    needs the step before's signs, in int8. The other steps keep nothing and cost a call per layer.
     Raises ValueError or TypeError, naming the argument.
     """
 
@@ -117,7 +119,7 @@ class Monitor:
         self._late: Any = None  # the hook of the outermost
         self._closed = False  # whether it has run
         self._calls = 0  # of the step's closure
-        self._ended = 0  # steps of optimizers that have measured weights
+        self._in_closure = False
         self._handles: list[Any] = [
             register_optimizer_step_pre_hook(weak(self, "_before_step")),
             register_optimizer_step_post_hook(weak(self, "_after_step")),
@@ -217,7 +219,8 @@ class Monitor:
             track.give(signal)
 
     def step(self) -> None:
-        """End a step by hand, where no torch.optim optimizer does; `update` is then a gap."""
+        """End a step by hand, before gradients are dropped, where no torch.optim optimizer does;
+        `update` is then a gap."""
         ending.close(self._tracks, self.every, self._is_distributed())
         ending.after(self._tracks)
 
@@ -226,7 +229,7 @@ class Monitor:
         return ready and dist.get_world_size() > 1
 
     def _after_forward(self, module: nn.Module, args: tuple, kwargs: dict, y: Any) -> None:
-        self._depth = 0  # a step that raised has not told its end
+        self._forget_step()
         weight = module._parameters.get("weight")
         track = self._by_weight.get(id(weight))
         if track is None or weight is None:
@@ -275,13 +278,13 @@ class Monitor:
             if not training:
                 sums.fault = "ran in evaluation mode: call model.train()"
             if torch.is_grad_enabled():
-                sums.fault = "backward(create_graph=True) makes signals that are not seen"
+                sums.problem = "backward(create_graph=True) makes signals that are not seen"
             sums.add(use, g, G)
 
         hooks.on_gradient(use, y, arrive)
 
     def _enter(self, module: nn.MultiheadAttention, args: tuple) -> None:
-        self._depth = 0
+        self._forget_step()
         observed = module.training if self.given else torch.is_grad_enabled()
         measured = any(
             track.is_measured(self.every) and module in track.target.classes
@@ -333,6 +336,19 @@ class Monitor:
             self._leave_step()
             self._late = optimizer.register_step_pre_hook(weak(self, "_close"))
 
+    def _forget_step(self) -> None:
+        """In a forward: a step that raised has not told its end."""
+        if not self._in_closure:
+            self._depth = 0
+
+    @contextmanager
+    def _closure(self) -> Iterator[None]:
+        self._in_closure = True
+        try:
+            yield
+        finally:
+            self._in_closure = False
+
     def _leave_step(self) -> None:
         self._closed, self._calls = False, 0
         if self._late is not None:
@@ -343,7 +359,8 @@ class Monitor:
         if self._closed:
             return None
         self._closed = True
-        return once_gradients_are_made(args, kwargs, partial(self._measure, self._of(optimizer)))
+        then = partial(self._measure, self._of(optimizer))
+        return once_gradients_are_made(args, kwargs, then, self._closure)
 
     def _measure(self, tracks: list[Track]) -> None:
         self._calls += 1
@@ -362,8 +379,7 @@ class Monitor:
         self._depth = 0
         self._leave_step()
         ending.after(tracks)
-        self._ended += 1
-        if self._ended == PATIENCE:
+        if max(track.steps for track in tracks) - self._start == PATIENCE:
             for track in self._tracks:
                 if track.steps == self._start:
                     track.wait()

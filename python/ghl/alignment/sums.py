@@ -19,8 +19,6 @@ from ghl_kernels.composed import compete, totals
 ALL = slice(None)
 OVERWRITTEN = "its input was overwritten in place after its forward"
 LET_GO = "a second backward (retain_graph=True) asks for activations that the first has let go"
-# of u where sums over some ten thousand rows would be beyond float16, and u loses nothing by it
-FLOAT16_SCALE = 2.0**-8
 
 
 @dataclass(frozen=True)
@@ -38,12 +36,19 @@ def version(t: Tensor) -> int | None:
     return None if t.is_inference() else t._version
 
 
+def float16_scale(u: Tensor) -> Tensor:
+    """A power of two that makes the largest |u| about 2⁻⁸: sums over many rows stay within float16,
+    and the rest of u is not below it."""
+    largest = torch.linalg.vector_norm(u, float("inf"), dtype=torch.float32)
+    return torch.ldexp(torch.ones_like(largest), -8 - torch.frexp(largest).exponent)
+
+
 class Use:
     """One use of a weight in a forward: x and y, kept until the gradient of y arrives.
 
     neurons: the weight's rows that it uses. again: computes y anew, should it be overwritten in
-    place by then; an x that was overwritten is a gap. beginning: that of the sums which it has been
-    added to, None if to none.
+    place by then; an x that was overwritten is a gap. generation: that of the sums in which it has
+    been added, None if in none.
     """
 
     def __init__(
@@ -65,7 +70,7 @@ class Use:
         self.bias_leaf = bias if bias is None or bias._base is None else bias._base
         self.versions = version(x), version(y)
         self.again, self.geometry, self.neurons = again, geometry, neurons
-        self.beginning: int | None = None
+        self.generation: int | None = None
 
     def activations(self) -> tuple[Tensor, Tensor] | str:
         """x and y as batches in the dtype of y, or why there are none any more."""
@@ -106,8 +111,9 @@ class Sums:
     """G (K, ...), H0 (K, ...), Σu (K), and sums of samples.
 
     signal: whether G is gathered or given; a layer with a rule of ours has it in weight.grad.
-    problem: why none of it may be reported, because of a forward or the step; fault: because of a
-    backward; sample_problem: why not the sample statistic.
+    problem: why none of it may be reported, to the end of the step; fault: the same, until its
+    gradients are dropped; sample_problem: why not the sample statistic. generation: how often
+    gradients were.
     """
 
     def __init__(
@@ -117,12 +123,12 @@ class Sums:
         self.shape, self.device, self.dtype = weight.shape, weight.device, sum_dtype(weight.dtype)
         self.compute_dtype = weight.dtype
         self.problem: str | None = None
-        self.beginning = 0
-        self.begin()
+        self.generation = 0
+        self.reset()
 
-    def begin(self, uses: int = 0) -> None:
+    def reset(self, uses: int = 0) -> None:
         """Nothing yet, and the gradients of so many uses still to come."""
-        self.beginning += 1
+        self.generation += 1
         self.fault: str | None = None
         self.sample_problem: str | None = None
         self.elsewhere: Tensor | None = None  # number of ranks with a problem
@@ -144,14 +150,14 @@ class Sums:
 
         g None: of a use whose signal is given. A second backward adds to the signal alone.
         """
-        if use.beginning == self.beginning:
+        if use.generation == self.generation:
             self._add_again(use, g, G)
             return
         found = use.activations()
         if isinstance(found, str):
             self.fault = found
             return
-        use.beginning = self.beginning
+        use.generation = self.generation
         self.answered += 1
         x, y = found
         self.compute_dtype = y.dtype
@@ -204,10 +210,12 @@ class Sums:
             else:  # its memory becomes that of weight.grad, which others change in place
                 G = G.detach().to(self.dtype, copy=True)
             self._accumulate("G", G, use.neurons)
-        narrow = x.dtype == torch.float16 and self.rule.competition == "linear"
-        scale = FLOAT16_SCALE if narrow else 1.0
-        H0 = use.weight_gradient(x, u * scale if narrow else u).to(self.dtype)
-        self._accumulate("H0", H0.div_(scale) if narrow else H0, use.neurons)
+        if u.dtype == torch.float16 and self.rule.competition == "linear" and u.numel():
+            scale = float16_scale(u)
+            H0 = use.weight_gradient(x, u * scale).to(self.dtype) / scale
+        else:
+            H0 = use.weight_gradient(x, u).to(self.dtype)
+        self._accumulate("H0", H0, use.neurons)
         if self.rule.decay == "instar":
             u_sum = totals(u, 0, True)[:-1]
             self._accumulate("u_sum", u_sum.to(self.dtype), use.neurons)

@@ -83,13 +83,12 @@ class Track:
         return not self.waits and (self.steps + ahead) % every == 0
 
     def begin(self) -> None:
-        """A forward: neither gradients that zero_grad has dropped since nor forwards before them
-        count."""
+        """A forward: gradients that zero_grad has dropped do not count, nor do forwards before."""
         backward = torch._C._current_graph_task_id() != -1
         if self.takes_signals or backward:
             return
         if (self.sums.answered or self.sums.fault) and self.grad is None:
-            self.sums.begin()
+            self.sums.reset()
 
     def arrives(self, recomputed: bool) -> None:
         """A gradient, before it is added: in a backward's first, those that zero_grad has dropped
@@ -100,7 +99,7 @@ class Track:
             return
         if sums.answered and (sums.arrived <= sums.accumulated if self.gathers else not recomputed):
             if self.grad is None:
-                sums.begin(max(0, sums.uses - sums.answered))
+                sums.reset(max(0, sums.uses - sums.answered))
             else:
                 sums.note_zeroed(self.grad)
         sums.arrived.add(task)

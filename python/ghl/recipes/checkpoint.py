@@ -1,15 +1,13 @@
-"""Files that a killed process cannot leave half written, the checkpoints among them; full disks.
+"""Files that a killed process cannot leave half written, and the checkpoints among them.
 
 What a checkpoint means to a run is the trainer's business; here it is a dictionary with a version.
 """
 
-import errno
 import os
 import pickle
 import random
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
@@ -17,7 +15,6 @@ import numpy as np
 import torch
 
 VERSION = 3
-FULL = (errno.ENOSPC, errno.EDQUOT)  # of an OSError: the disk
 TENSORS = ("model", "optimizer", "average", "sharded")
 PROGRESS = ("epoch", "step", "schedule", "scaler", "ranks", "history")
 FIELDS = frozenset(("version", "arch", "rule", "data", *TENSORS, *PROGRESS))
@@ -25,44 +22,6 @@ FIELDS = frozenset(("version", "arch", "rule", "data", *TENSORS, *PROGRESS))
 
 class NotWritten(ValueError):
     """The disk is full, and the checkpoint before is still the last one."""
-
-
-@contextmanager
-def told_if_full(lost: str) -> Iterator[None]:
-    """Inside, a full disk ends what is being written and nothing else; `lost` says what that is."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in FULL:
-            raise
-        print(f"the disk is full ({error}): {lost}", flush=True)
-
-
-class WhileRoom:
-    """Hands rows on to a sink, which has `add` and `close`, for as long as the disk has room.
-
-    Not after that: a row after half a row would be lost too.
-    """
-
-    def __init__(self, sink: Any, name: str) -> None:
-        self.sink, self.name = sink, name
-
-    def add(self, row: Any) -> None:
-        """Hand one row on."""
-        if self.sink is None:
-            return
-        with told_if_full(f"{self.name} is not recorded any more"):
-            self.sink.add(row)
-            return
-        failed, self.sink = self.sink, None
-        with suppress(OSError):
-            failed.close()
-
-    def close(self) -> None:
-        """Write what is left."""
-        if self.sink is not None:
-            with told_if_full(f"the last of {self.name} is not recorded"):
-                self.sink.close()
 
 
 def write_atomic(path: Path, write: Callable[[IO[bytes]], object]) -> None:

@@ -69,9 +69,8 @@ class Order(Sampler[list[int]]):
     """The numbers of the images of each of this process's micro-batches, for one pass.
 
     In random order if there is a `generator`, whose state at the begin of a pass is kept; `step`
-    is the one that the next pass begins with. How many steps there are is decided by `images` and
-    `batch_size` alone: a last one of a single image is left out, every other one is taken.
-    ValueError if a micro-batch would be empty.
+    is the one that the next pass begins with. A last step in which a process would have a single
+    image, or none, is left out. ValueError if a micro-batch would be empty.
     """
 
     def __init__(
@@ -95,15 +94,14 @@ class Order(Sampler[list[int]]):
                 f"--batch-size {batch_size}: expected at least {pieces}, one image for each"
                 f" of {world.size} processes times --accumulate {accumulate}"
             )
-        # Batch normalisation has no variance in a last batch of one example.
-        if images > 1 and images % batch_size == 1:
+        # Batch normalisation has no variance in a batch of one example.
+        rest = images % batch_size
+        if images > rest > 0 and rest < world.size * min(2, batch_size // world.size):
             self.steps -= 1
-        last = self.size(self.steps - 1)
-        if last < world.size:
+        elif images < world.size:
             raise ValueError(
-                f"--batch-size {batch_size}: expected an image for each of {world.size} processes"
-                f" in an epoch's last step, found {last} of {images} (another --batch-size or"
-                " --limit-train, or fewer processes)"
+                f"--batch-size {batch_size}: expected {world.size} images or more to train on, one"
+                f" for each process, found {images}"
             )
 
     def __len__(self) -> int:
@@ -115,9 +113,10 @@ class Order(Sampler[list[int]]):
 
     def cut(self, size: int) -> int:
         """How many micro-batches a process has in a step of `size` images: a small step is cut into
-        fewer than --accumulate, as large as those of a full one."""
-        full = -(-size * self.accumulate // self.batch_size)
-        return max(1, min(full, size // self.world.size))
+        fewer than --accumulate, none larger than those of a full step, if two images are not."""
+        wanted = -(-size * self.accumulate // self.batch_size)
+        least = min(2, self.batch_size // (self.world.size * self.accumulate))
+        return max(1, min(wanted, size // (self.world.size * max(1, least))))
 
     def own(self, step: int) -> int:
         """How many of them are this process's."""

@@ -15,7 +15,7 @@ from torch import nn
 from ghl.alignment import Monitor
 from ghl.alignment.sinks import Csv, Sinks, TensorBoard
 from ghl.layers import Plastic
-from ghl.recipes.checkpoint import WhileRoom
+from ghl.recipes.disk import WhileRoom
 from ghl.recipes.trainer import Trainer
 
 

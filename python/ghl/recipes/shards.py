@@ -20,15 +20,15 @@ SPLITS = {True: ("train", "training"), False: ("val", "valid", "validation", "te
 def find_shards(root: Path, *, train: bool) -> list[Path]:
     """A split's shards: `root/train/*.tar`, or those in `root` with the word train in their names.
 
-    They are in order of their names; ValueError if a name has words of both splits.
+    They are in order of their names; none if the directory of the split holds something else, of
+    which a tar file beside it is the archive. ValueError if a name has words of both splits.
     """
-    beside = sorted(root.glob("*.tar"))
-    for name in SPLITS[train]:
-        own = sorted((root / name).glob("*.tar"))
-        shards = own or [path for path in beside if name in split_words(path)]
-        if shards:
+    folders = [root / name for name in SPLITS[train] if (root / name).is_dir()]
+    for folder in folders:
+        if shards := sorted(folder.glob("*.tar")):
             return shards
-    return []
+    beside = [] if folders else sorted(root.glob("*.tar"))
+    return [path for path in beside if split_words(path).intersection(SPLITS[train])]
 
 
 def split_words(path: Path) -> set[str]:

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from ghl.recipes import checkpoint, metrics, sharded
-from ghl.recipes.checkpoint import FULL, NotWritten, WhileRoom
+from ghl.recipes.checkpoint import NotWritten
 from ghl.recipes.config import Config
+from ghl.recipes.disk import FULL, WhileRoom
 from ghl.recipes.distributed import World
 from ghl.recipes.figures import draw_curves
 from ghl.recipes.metrics import Row

@@ -221,18 +221,18 @@ class Trainer:
 
     def _forward(self, images: Tensor, intact: int) -> Tensor:
         """The network's outputs; ValueError if it cannot be trained on that many intact images."""
-        few = (
-            f"expected more intact images in every micro-batch, found {intact} (more images, a"
-            " larger --batch-size or a smaller --accumulate make them larger)"
-        )
-        if not intact:
-            raise ValueError(few)
+        reason, cause = "", None
         try:
-            return self.called(images)
+            if intact:
+                return self.called(images)
         except (ValueError, RuntimeError) as error:  # the latter under torch.compile
             if "more than 1 value per channel" not in str(error):
                 raise
-            raise ValueError(f"{few}: batch normalisation has no variance of one value") from error
+            reason, cause = ": batch normalisation has no variance of one value", error
+        raise ValueError(
+            f"expected more intact images in every micro-batch, found {intact} (more images, a"
+            f" larger --batch-size or a smaller --accumulate make them larger){reason}"
+        ) from cause
 
     def _autocast(self) -> AbstractContextManager[Any]:
         dtype = AMP_DTYPES.get(self.config.amp)
@@ -339,7 +339,9 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         if tensors is not None:
             optimizers.restore(self.optimizer, self.model, tensors["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
+        # Not how it falls: on other processes an epoch may have a step more or less.
+        own = [None] * len(self.schedule.lr_lambdas)
+        self.schedule.load_state_dict(state["schedule"] | {"lr_lambdas": own})
         self.scaler.load_state_dict(state["scaler"])
         self.epoch, self.step = state["epoch"], state["step"]
         ranks = state["ranks"]
