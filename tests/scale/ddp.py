@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import ghl
+from ghl.recipes.distributed import spread
 
 from .nets import BATCH, STEPS, Branches, alone, batch, loss_of, make, sgd
 from .world import assert_close, assert_equal_on_all_ranks, scenario
@@ -81,6 +82,24 @@ def one_backward(rank: int, world: int) -> None:
     """Both networks."""
     for name in ("conv", "transformer"):
         assert_close(train(rank, world, name), alone(name))
+
+
+@scenario
+def gradients_of_a_recipe_do_not_depend_on_the_step(rank: int, world: int) -> None:
+    """Nor does a run that is resumed: DDP has other buckets from the second step on."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(7, 33), nn.Tanh(), nn.Linear(33, 31), nn.Tanh(), nn.Linear(31, 5))
+    model = spread(net, torch.device("cpu"), fsdp=False)
+    generator = torch.Generator().manual_seed(rank)
+    x = torch.randn(9, 7, generator=generator)
+    found = []
+    for _ in range(3):
+        model.zero_grad()
+        model(x).square().sum().backward()
+        found.append([p.grad.clone() for p in net.parameters()])
+    for first, other in zip(found[0], found[-1], strict=True):
+        assert torch.equal(first, other)
+    assert_equal_on_all_ranks(found[0])
 
 
 @scenario

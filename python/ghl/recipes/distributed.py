@@ -138,7 +138,10 @@ def spread(model: nn.Module, device: torch.device, *, fsdp: bool) -> nn.Module:
         buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
         options: dict[str, Any] = {buffers: False, "gradient_as_bucket_view": True}
         index = [device.index] if device.type == "cuda" else None
-        return DistributedDataParallel(model, device_ids=index, **options)
+        copies = DistributedDataParallel(model, device_ids=index, **options)
+        if device.type == "cpu":
+            copies.register_comm_hook(None, average_each)
+        return copies
     mesh = dist.device_mesh.init_device_mesh(device.type, (dist.get_world_size(),))
     # DTensor's caches keep the mesh for ever: it finds its group by name, but for torch.compile.
     getattr(mesh, "_pg_registry", {}).clear()
@@ -148,6 +151,16 @@ def spread(model: nn.Module, device: torch.device, *, fsdp: bool) -> nn.Module:
             fully_shard(child, mesh=mesh)
     fully_shard(model, mesh=mesh)
     return model
+
+
+def average_each(state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """DDP's communication hook for runs that resume bit for bit: every gradient in a message of its
+    own. DDP lays its buckets out anew after a first step, and by its place in a message, three
+    processes or more add a number up in one order or another."""
+    buffer = bucket.buffer().div_(dist.get_world_size())
+    gradients = buffer.split([parameter.numel() for parameter in bucket.parameters()])
+    sent = [dist.all_reduce(gradient, async_op=True).get_future() for gradient in gradients]
+    return torch.futures.collect_all(sent).then(lambda done: buffer)
 
 
 def compile_called(model: nn.Module) -> None:
