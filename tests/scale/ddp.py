@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 import ghl
 from ghl.recipes.distributed import spread
 
-from .nets import BATCH, STEPS, Branches, alone, batch, loss_of, make, sgd
+from .nets import BATCH, FEW, STEPS, Branches, alone, batch, loss_of, make, sgd
 from .world import assert_close, assert_equal_on_all_ranks, scenario
 
 
@@ -39,15 +39,16 @@ def train(
     scaler: torch.amp.GradScaler | None = None,
     none: bool = True,
     model: nn.Module | None = None,
+    steps: int = STEPS,
     **options: Any,
 ) -> list[Tensor]:
-    """Ten steps under DDP; each rank has its share of a batch, in micro-batches."""
+    """Steps under DDP; each rank has its share of a batch, in micro-batches."""
     model = model or make(name)
     wrapped = DDP(model, **options)
     optimizer = sgd(model)
     ghl.synchronize(wrapped, optimizer, communicate=communicate)
     forward = torch.compile(wrapped, backend=backend) if backend else wrapped
-    for step in range(STEPS):
+    for step in range(steps):
         x, target = parts(rank, world, *batch(name, step), sizes or [BATCH // world] * world)
         optimizer.zero_grad(set_to_none=none)
         pieces = list(zip(x.chunk(micro), target.chunk(micro), strict=True))
@@ -125,8 +126,8 @@ def gradient_as_bucket_view(rank: int, world: int) -> None:
 @scenario
 def static_graph(rank: int, world: int) -> None:
     for view in (False, True):
-        given = train(rank, world, static_graph=True, gradient_as_bucket_view=view)
-        assert_close(given, alone("conv"))
+        given = train(rank, world, static_graph=True, gradient_as_bucket_view=view, steps=FEW)
+        assert_close(given, alone("conv", steps=FEW))
 
 
 @scenario
@@ -246,15 +247,16 @@ def uneven_last_batch(rank: int, world: int) -> None:
 @scenario
 def gradient_clipping(rank: int, world: int) -> None:
     """Of G, before the merge, as in one process with synchronize."""
-    assert_close(train(rank, world, micro=2, clip=0.05), alone("conv", clip=0.05))
+    given = train(rank, world, micro=2, clip=0.05, steps=FEW)
+    assert_close(given, alone("conv", clip=0.05, steps=FEW))
 
 
 @scenario
 def activation_checkpointing(rank: int, world: int) -> None:
     model = make("conv")
     model.checkpointed = True
-    given = train(rank, world, micro=2, no_sync=True, model=model)
-    assert_close(given, alone("conv"))
+    given = train(rank, world, micro=2, no_sync=True, model=model, steps=FEW)
+    assert_close(given, alone("conv", steps=FEW))
 
 
 @scenario
@@ -318,8 +320,8 @@ def compiled(rank: int, world: int) -> None:
 def mean_and_hebb(rank: int, world: int) -> None:
     """M of `mean` is the number of rows of all ranks; −H needs no gradient."""
     for rule in (ghl.Rule(normalize="mean"), ghl.Rule(gate="hebb"), ghl.Rule(gate="sign_only")):
-        given = train(rank, world, micro=2, model=make("conv", rule))
-        assert_close(given, alone("conv", rule))
+        given = train(rank, world, micro=2, model=make("conv", rule), steps=FEW)
+        assert_close(given, alone("conv", rule, steps=FEW))
 
 
 @scenario

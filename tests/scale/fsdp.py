@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import ghl
 
 from .ddp import parts
-from .nets import BATCH, STEPS, alone, batch, loss_of, make, sgd
+from .nets import BATCH, FEW, STEPS, alone, batch, loss_of, make, sgd
 from .world import assert_close, assert_equal_on_all_ranks, scenario
 
 
@@ -37,15 +37,16 @@ def train(
     scaler: torch.amp.GradScaler | None = None,
     none: bool = True,
     model: nn.Module | None = None,
+    steps: int = STEPS,
     **options: Any,
 ) -> list[Tensor]:
-    """Ten steps under fully_shard; the whole parameters of the end."""
+    """Steps under fully_shard; the whole parameters of the end."""
     options.setdefault("mesh", init_device_mesh("cpu", (world,)))
     model = shard(model or make(name), **options)
     optimizer = sgd(model)
     ghl.synchronize(model, optimizer)
     forward = torch.compile(model, backend=backend) if backend else model
-    for step in range(STEPS):
+    for step in range(steps):
         x, target = parts(rank, world, *batch(name, step), [BATCH // world] * world)
         optimizer.zero_grad(set_to_none=none)
         pieces = list(zip(x.chunk(micro), target.chunk(micro), strict=True))
@@ -81,7 +82,7 @@ def accumulation(rank: int, world: int) -> None:
 
 @scenario
 def gradients_zeroed_in_place(rank: int, world: int) -> None:
-    assert_close(train(world, rank=rank, micro=2, none=False), alone("conv"))
+    assert_close(train(world, rank=rank, micro=2, none=False, steps=FEW), alone("conv", steps=FEW))
 
 
 @scenario
@@ -111,14 +112,14 @@ def zeroed_where_no_version_tells(rank: int, world: int) -> None:
     model = shard(make("conv"), mesh=init_device_mesh("cpu", (world,)))
     optimizer = sgd(model, foreach=True)
     ghl.synchronize(model, optimizer)
-    for step in range(STEPS):
+    for step in range(FEW):
         x, target = batch("conv", step)
         optimizer.zero_grad(set_to_none=False)
         loss_of(model(1 - x), target).backward()
         optimizer.zero_grad(set_to_none=False)  # dropped
         loss_of(model(x), target).backward()
         optimizer.step()
-    assert_close([p.full_tensor().detach() for p in model.parameters()], alone("conv"))
+    assert_close([p.full_tensor().detach() for p in model.parameters()], alone("conv", steps=FEW))
 
 
 @scenario
@@ -187,26 +188,27 @@ def micro_batches_without_a_gradient(rank: int, world: int) -> None:
 
 @scenario
 def not_resharded_after_forward(rank: int, world: int) -> None:
-    assert_close(train(world, rank=rank, reshard_after_forward=False), alone("conv"))
+    given = train(world, rank=rank, reshard_after_forward=False, steps=FEW)
+    assert_close(given, alone("conv", steps=FEW))
 
 
 @scenario
 def other_rules(rank: int, world: int) -> None:
     for rule in (ghl.Rule(normalize="mean"), ghl.Rule(gate="hebb"), ghl.Rule(gate="sign_only")):
-        given = train(world, rank=rank, micro=2, model=make("conv", rule))
-        assert_close(given, alone("conv", rule))
+        given = train(world, rank=rank, micro=2, model=make("conv", rule), steps=FEW)
+        assert_close(given, alone("conv", rule, steps=FEW))
 
 
 @scenario
 def gradient_clipping(rank: int, world: int) -> None:
-    assert_close(train(world, rank=rank, clip=0.05), alone("conv", clip=0.05))
+    assert_close(train(world, rank=rank, clip=0.05, steps=FEW), alone("conv", clip=0.05, steps=FEW))
 
 
 @scenario
 def activation_checkpointing(rank: int, world: int) -> None:
     model = make("conv")
     model.checkpointed = True
-    assert_close(train(world, rank=rank, micro=2, model=model), alone("conv"))
+    assert_close(train(world, rank=rank, micro=2, model=model, steps=FEW), alone("conv", steps=FEW))
 
 
 @scenario
@@ -253,7 +255,9 @@ def shards_and_replicas(rank: int, world: int) -> None:
     """A mesh of two dimensions: whole copies over the first, shards over the second."""
     for shape in ((world, 1), (1, world)):
         mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard"))
-        assert_close(train(world, rank=rank, micro=2, mesh=mesh), alone("conv"))
+        assert_close(
+            train(world, rank=rank, micro=2, mesh=mesh, steps=FEW), alone("conv", steps=FEW)
+        )
 
 
 @scenario

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import ghl
 
 STEPS, BATCH = 10, 24
+FEW = 4  # steps, of what is a variant of another scenario
 BOTH = (nn.Conv2d, nn.Linear)
 
 
@@ -106,8 +107,10 @@ def sgd(model: nn.Module, **options: object) -> torch.optim.Optimizer:
 
 @functools.cache
 @mock.patch.object(torch.distributed, "is_initialized", lambda: False)
-def alone(name: str, rule: str | ghl.Rule = "ghl", clip: float | None = None) -> list[Tensor]:
-    """The parameters after ten steps in one process with the whole batch in one backward.
+def alone(
+    name: str, rule: str | ghl.Rule = "ghl", clip: float | None = None, steps: int = STEPS
+) -> list[Tensor]:
+    """The parameters after these steps in one process with the whole batch in one backward.
 
     Without synchronize, except where gradients are clipped: then G and not updates must be.
     """
@@ -115,7 +118,7 @@ def alone(name: str, rule: str | ghl.Rule = "ghl", clip: float | None = None) ->
     optimizer = sgd(model)
     if clip is not None:
         ghl.synchronize(model, optimizer)
-    for step in range(STEPS):
+    for step in range(steps):
         x, target = batch(name, step)
         optimizer.zero_grad()
         loss_of(model(x), target).backward()
