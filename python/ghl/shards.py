@@ -106,7 +106,8 @@ class ShardedSums(HeldSums):
 
     def _keep(self, condition: Tensor) -> None:
         if self._held is not None:
-            self._held = tuple(t.where(condition, 0) for t in self._held)  # type: ignore
+            H0, neurons = self._held
+            self._held = H0.where(condition, 0), neurons.where(condition, 0)
 
     def take(self) -> Taken:
         lacking, held = self._lacking, self._held

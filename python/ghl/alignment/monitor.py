@@ -27,7 +27,7 @@ from ghl.alignment import ending, hooks
 from ghl.alignment.attention import Projections
 from ghl.alignment.statistics import to_numbers
 from ghl.alignment.sums import Use
-from ghl.alignment.targets import find_targets
+from ghl.alignment.targets import Target, find_targets
 from ghl.alignment.track import Track
 from ghl.hooks import Hook, once_gradients_are_made, weak
 from ghl_kernels import Rule
@@ -97,12 +97,7 @@ class Monitor:
         check_choice("loss", loss, ("mean", "sum"))
         check_choice("signal", signal, ("autograd", "given"))
         targets = find_targets(model)
-        for target in targets:
-            for module in target.classes:
-                if (other := _monitored.get(module)) is not None and other() is not None:
-                    raise ValueError(
-                        f"model has a Monitor already (on {target.names[0]!r}): remove() it first"
-                    )
+        check_free(targets)
         batch, sample = STATISTICS[statistic]
         self.every, self.given, self._start = every, signal == "given", start
         self._distributed = distributed
@@ -120,7 +115,12 @@ class Monitor:
         self._closed = False  # whether it has run
         self._calls = 0  # of the step's closure
         self._in_closure = False
-        self._handles: list[Any] = [
+        self._handles: list[Any] = []
+        self._attach_all(targets)
+        weakref.finalize(self, take_off, self._handles).atexit = False
+
+    def _attach_all(self, targets: list[Target]) -> None:
+        self._handles += [
             register_optimizer_step_pre_hook(weak(self, "_before_step")),
             register_optimizer_step_post_hook(weak(self, "_after_step")),
         ]
@@ -134,7 +134,6 @@ class Monitor:
             if track.target.weight is not None and track.gathers:
                 done = Hook(weak(track, "accumulated"))
                 self._handles.append(track.target.weight.register_post_accumulate_grad_hook(done))
-        weakref.finalize(self, take_off, self._handles).atexit = False
 
     def _attach(self, module: nn.Module) -> None:
         if not isinstance(module, nn.MultiheadAttention):
@@ -383,6 +382,16 @@ class Monitor:
             for track in self._tracks:
                 if track.steps == self._start:
                     track.wait()
+
+
+def check_free(targets: list[Target]) -> None:
+    """Raise a ValueError if another Monitor measures one of these."""
+    for target in targets:
+        for module in target.classes:
+            if (other := _monitored.get(module)) is not None and other() is not None:
+                raise ValueError(
+                    f"model has a Monitor already (on {target.names[0]!r}): remove() it first"
+                )
 
 
 def take_off(handles: list[Any]) -> None:
