@@ -12,6 +12,7 @@ import importlib.util
 import itertools
 import json
 import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -28,6 +29,7 @@ SECONDS = 570  # of the ten minutes that one command may take
 SCHEMA = 1
 LEAVING = 15  # seconds in which a stage that minds its time starts and ends
 PAUSE = 0.05  # seconds between looks at what runs
+DONE = "done.json"  # how the stages went, and on which sources
 TAIL = 6  # lines of a failed stage that are worth the screen
 STEPS = {"train_step": "resnet50_b256_eager", "train_step_compiled": "resnet50_b256"}
 PROVENANCE = (
@@ -238,6 +240,29 @@ def stages(work: Path, out: Path, dry: bool) -> list[Stage]:
     ]  # fmt: skip
 
 
+def sources() -> str:
+    """The hash of what is tested and measured."""
+    file = Path(__file__).resolve().parent.parent / "ghl_kernels" / "source_hash.py"
+    return str(runpy.run_path(str(file))["gpu_source_hash"]())
+
+
+def clear(work: Path, chosen: Sequence[Stage] = ()) -> list[dict[str, Any]]:
+    """Remove what earlier runs have left, and tell what is kept: of stages that are not `chosen`,
+    if there are any, what a run on the same sources has found."""
+    done = read(work / DONE) or {}
+    kept = []
+    if chosen and done.get("sources") == sources():
+        again = {stage.name for stage in chosen}
+        kept = [stage for stage in done["stages"] if stage["name"] not in again]
+        old = {Path(word) for stage in chosen for word in stage.command if word.startswith("/")}
+    else:
+        old = {*work.glob("*.json"), *work.glob("*.log")}
+    for path in old:
+        if path.parent == work:
+            path.unlink(missing_ok=True)
+    return kept
+
+
 def read(path: Path) -> Any:
     """A stage's JSON; None if it left none, or none that is whole."""
     try:
@@ -293,6 +318,8 @@ def finish(suite: Suite, results: Path) -> Path:
     path = results / f"{file_name(result['gpu'])}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
+    done = {"sources": sources(), "stages": suite.results}
+    (suite.work / DONE).write_text(json.dumps(done) + "\n")
     for table in (suite.work / "cache").rglob("tables/*.json"):
         shutil.copy(table, suite.out / f"table-{table.name}")
     return path
@@ -312,7 +339,8 @@ def print_table(result: dict[str, Any]) -> None:
 def main(argv: Sequence[str] | None = None, make: Callable[..., list[Stage]] = stages) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dry-run", action="store_true", help="on a CPU, in a minute")
-    parser.add_argument("--stages", help="only these, separated by commas")
+    parser.add_argument("--stages", help="only these, separated by commas; of the others, what an "
+                        "earlier run on the same sources has left")  # fmt: skip
     parser.add_argument("--seconds", type=float, default=SECONDS, help="for all of it")
     args = parser.parse_args(argv)
     work = ROOT / "build" / "gpu_suite"
@@ -326,13 +354,13 @@ def main(argv: Sequence[str] | None = None, make: Callable[..., list[Stage]] = s
         if unknown := set(names) - {stage.name for stage in chosen}:
             parser.error(f"--stages: there is no stage {', '.join(sorted(unknown))}")
         chosen = [stage for stage in chosen if stage.name in names]
-    for old in (*work.glob("*.json"), *work.glob("*.log")):
-        old.unlink()
+    earlier = clear(work, chosen) if args.stages else clear(work)
     if any(stage.name == "tune" and not stage.skipped for stage in chosen):
         shutil.rmtree(work / "cache", ignore_errors=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with (out / "suite.log").open("w") as log:
         suite = Suite(out, work, time.monotonic() + args.seconds, log, args.seconds / SECONDS)
+        suite.results += earlier
         try:
             suite.run(chosen)
         finally:

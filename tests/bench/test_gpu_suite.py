@@ -163,6 +163,37 @@ def test_results_are_replaced_by_measurements_alone(
     assert (results / "nvidia-h200.json").exists()
 
 
+def test_stages_that_are_not_run_again_keep_what_they_have_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the same sources, and as long as not all is run again."""
+    monkeypatch.setenv("OUT", str(tmp_path / "out"))
+    monkeypatch.setattr(suite, "ROOT", tmp_path)
+    monkeypatch.setattr(suite, "where", lambda: {"schema": 1, "gpu": "NVIDIA H200"})
+    first = tmp_path / "build" / "gpu_suite" / "first.json"
+    tests = Stage("tests", python("exit(1)"), 9)
+    writes = python("import sys; open(sys.argv[1], 'w').write('{\"warm\": 7}')")
+    stages = [tests, Stage("first_update", (*writes, str(first)), 9),
+              Stage("measure", writes_measured(), 9)]  # fmt: skip
+
+    def run(*words: str) -> tuple[int, dict[str, bool], dict]:
+        status = suite.main(["--seconds", "30", *words], lambda *_: stages)
+        result = json.loads((tmp_path / "out" / "nvidia-h200.json").read_text())
+        return status, {s["name"]: s["ok"] for s in result["stages"]}, result["summary"]
+
+    assert run("--stages", "tests,first_update")[:2] == (1, {"tests": False, "first_update": True})
+    went = {"tests": False, "first_update": True, "measure": True}
+    summary = {"net_b2": {"vs_trick": 1.5}, "first_update_seconds": {"warm": 7}}
+    assert run("--stages", "measure") == (1, went, summary)
+    stages[0] = Stage("tests", python(""), 9)
+    assert run("--stages", "tests") == (0, went | {"tests": True}, summary)
+    stages[1] = Stage("first_update", (*python("exit(1)"), str(first)), 9, checks=False)
+    status, _, summary = run("--stages", "first_update")
+    assert status == 0 and "first_update_seconds" not in summary
+    monkeypatch.setattr(suite, "sources", lambda: "others")
+    assert run("--stages", "tests") == (0, {"tests": True}, {})
+
+
 def test_a_stage_may_begin_when_another_beside_it_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
