@@ -31,7 +31,11 @@ LEAVING = 15  # seconds in which a stage that minds its time starts and ends
 PAUSE = 0.05  # seconds between looks at what runs
 DONE = "done.json"  # how the stages went, and on which sources
 TAIL = 6  # lines of a failed stage that are worth the screen
-STEPS = {"train_step": "resnet50_b256_eager", "train_step_compiled": "resnet50_b256"}
+STEPS = {
+    "train_step": "resnet50_b256_eager",
+    "train_step_compiled": "resnet50_b256",
+    "train_step_captured": "resnet50_b256_captured",
+}
 PROVENANCE = (
     "import json, torch; from ghl.bench.report import provenance; "
     "print(json.dumps(provenance(torch.device('cuda' if torch.cuda.is_available() else 'cpu'))))"
@@ -215,7 +219,8 @@ def stages(work: Path, out: Path, dry: bool) -> list[Stage]:
     sanitize = (python, "-m", "bench.sanitizers", str(work))
     eager = (*train, "--out", f"{work}/train_step.json")
     compiled_step = (*train, *compiled, "--out", f"{work}/train_step_compiled.json")
-    once = (*train, *compiled, "--warmup", "1", "--steps", "1", "--out", f"{work}/ahead.json")
+    captured = (*train, "--graph", "--out", f"{work}/train_step_captured.json")
+    once = [*train, "--compile", "--warmup", "1", "--steps", "1", "--out", f"{work}/ahead.json"]
     ahead = (python, "-m", "bench.compile_ahead")
     # choices between kernels are not made beside other work
     no_choice = {"TORCHINDUCTOR_AUTOTUNE_LOCAL_CACHE": "0", "TORCHINDUCTOR_COMPILE_THREADS": "4"}
@@ -225,8 +230,11 @@ def stages(work: Path, out: Path, dry: bool) -> list[Stage]:
         Stage("kernels", kernels, 75, environment=interpret, beside="checks"),
         Stage("sanitize", sanitize, 150, skipped=no_gpu or missing, beside="checks"),
         # the tests of more than 2^31 numbers want the memory
-        Stage("compile_steps", once, 110, checks=False, environment=no_choice, skipped=no_gpu,
-              beside="checks", after="tests"),
+        *(
+            Stage(f"compile_{name}", (*once, "--contestants", name), 110, checks=False,
+                  environment=no_choice, skipped=no_gpu, beside="checks", after="tests")
+            for name in ("bp", "ghl")
+        ),
         Stage("compile_layers", ahead, 110, checks=False, environment=no_choice, skipped=no_gpu,
               beside="checks", after="tests"),
         Stage("tune", tuple(tune), 110, 60, skipped=no_gpu, environment=tables),
@@ -234,7 +242,9 @@ def stages(work: Path, out: Path, dry: bool) -> list[Stage]:
         Stage("train_step", eager, 60, 25, checks=False, environment=tables, skipped=no_gpu),
         Stage("train_step_compiled", compiled_step, 120, 90, checks=False, environment=tables,
               skipped=no_gpu),
-        Stage("monitor", tuple(monitor), 60, 40, checks=False, skipped=no_gpu),
+        Stage("train_step_captured", captured, 60, 25, checks=False, environment=tables,
+              skipped=no_gpu),
+        Stage("monitor", tuple(monitor), 60, 30, checks=False, skipped=no_gpu),
         # last, because it ends at any time with what it has
         Stage("measure", (*measured, "--seconds", "{seconds}"), 400, 130, environment=tables),
     ]  # fmt: skip

@@ -61,10 +61,13 @@ _forced: str | None = None
 _last: dict[str, Backend] = {}
 _warned: set[str] = set()
 _settled: dict[tuple[Any, ...], Backend] = {}
+_unsettled = 0  # times
 
 
 def unsettle() -> None:
     """Forget what calls took before."""
+    global _unsettled
+    _unsettled += 1
     _settled.clear()
 
 
@@ -280,7 +283,8 @@ def reason_of(entry: Entry, table: tiles.Table) -> str:
 
 def implementation(operator: str, first: Tensor, problem: Problem | None = None) -> ModuleType:
     """The module that is to run `operator`, noted as the last that did."""
-    backend = _last[operator] = settled(operator, first, problem)
+    backend = settled(operator, first, problem)
+    note(operator, backend)
     return module_of(backend.name)
 
 
@@ -290,11 +294,7 @@ def module_of(name: str) -> ModuleType:
 
 
 def settled(operator: str, first: Tensor, problem: Problem | None) -> Backend:
-    """`choose`, on a GPU remembered for calls alike: choosing takes as long as launching.
-
-    Not remembered where a later call may choose otherwise: in a graph's capture nothing is tried,
-    and memory that was lacking may be there the next time.
-    """
+    """`choose`, on a GPU remembered for calls alike: choosing takes as long as launching."""
     if _forced or first.device.type != "cuda":
         return choose(operator, first, problem)
     key: tuple[Any, ...] = operator, first.device, first.dtype, problem, tiles.used()
@@ -303,11 +303,44 @@ def settled(operator: str, first: Tensor, problem: Problem | None) -> Backend:
     backend = _settled.get(key)
     if backend is None:
         backend = choose(operator, first, problem)
-        if not (torch.cuda.is_current_stream_capturing() or trial.PASSING in backend.reason):
+        if may_settle(backend):
             if len(_settled) >= MOST_SETTLED:
                 _settled.clear()
             _settled[key] = backend
     return backend
+
+
+def may_settle(backend: Backend) -> bool:
+    """Whether a later call may take what this one did. In a graph's capture nothing is tried, and
+    memory that was lacking may be there the next time."""
+    return not (torch.cuda.is_current_stream_capturing() or trial.PASSING in backend.reason)
+
+
+def is_settled(operator: str) -> bool:
+    """Whether calls like the most recent one will take what it took."""
+    backend = _last.get(operator)
+    return backend is not None and may_settle(backend)
+
+
+def is_told() -> bool:
+    """Whether an implementation or a tile is forced, so that a call takes what others do not."""
+    return _forced is not None or tiles.used() is not None
+
+
+def state(first: Tensor) -> tuple[Any, ...]:
+    """What a call depends on besides its arguments: products that may be TF32, and what was
+    forgotten."""
+    if first.dtype != torch.float32:
+        return (_unsettled,)
+    backends: Any = torch.backends
+    products = backends.cuda.matmul.fp32_precision, backends.cudnn.conv.fp32_precision
+    return _unsettled, *products
+
+
+def note(operator: str, backend: Backend | None) -> None:
+    """That an implementation has run an operator."""
+    if backend is not None:
+        _last[operator] = backend
 
 
 def last(operator: str) -> Backend | None:

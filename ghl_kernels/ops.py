@@ -15,6 +15,7 @@ from torch import Tensor
 from ghl_kernels import checks, dispatch
 from ghl_kernels.checks import sum_dtype
 from ghl_kernels.problem import Problem
+from ghl_kernels.replay import replayed
 from ghl_kernels.rule import CHOICES, check_choice
 
 Triple = tuple[Tensor, Tensor, Tensor]
@@ -282,6 +283,8 @@ def on_their_device(operator: Callable[..., Any]) -> Callable[..., Any]:
 
 def register(name: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
     qualified = f"ghl_kernels::{name}"
+    if name in (*TAKES_ACTIVATIONS, "merge"):
+        implementation = replayed(name, implementation)
     _library.impl(name, on_their_device(implementation), "CompositeExplicitAutograd")
     torch.library.register_fake(qualified, fake, lib=_library)
     if name == "logsumexp":

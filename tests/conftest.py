@@ -21,7 +21,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
 
 import ghl_kernels
-from ghl_kernels import composed, dispatch, fold, layout, library, merges, native, splits
+from ghl_kernels import composed, dispatch, fold, layout, library, merges, native, splits, tape
 from ghl_kernels.cuda import kernels
 
 settings.register_profile(
@@ -56,6 +56,10 @@ class PoisonedTorch(ModuleType):
         return poison(torch.empty(*args, **kwargs))
 
     @staticmethod
+    def empty_strided(*args: object, **kwargs: object) -> torch.Tensor:
+        return poison(torch.empty_strided(*args, **kwargs))
+
+    @staticmethod
     def empty_like(*args: object, **kwargs: object) -> torch.Tensor:
         return poison(torch.empty_like(*args, **kwargs))
 
@@ -74,7 +78,7 @@ def poisoned_workspace() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
-    modules = [native, composed, fold, layout, merges, splits, kernels]
+    modules = [native, composed, fold, layout, merges, splits, kernels, tape]
     if not dispatch.triton_missing():
         modules += [importlib.import_module(f"ghl_kernels.triton.{name}") for name in ALLOCATING]
     for module in modules:

@@ -23,6 +23,7 @@ from ghl_kernels.problem import dot_precision
 from ghl_kernels.splits import Partials
 from ghl_kernels.tiles import programs
 from ghl_kernels.triton.competition import exponent_scale, u_of_tile
+from ghl_kernels.triton.launch import launch
 from ghl_kernels.triton.logsumexp import Statistics, statistics
 from ghl_kernels.triton.split_k import in_units, without_spills
 
@@ -172,7 +173,8 @@ def conv_wgrad(task: Task, partials: Partials) -> None:
     if competition != "linear" and not in_tile:
         row_statistics = statistics(y, competition, tau)
     in_group = programs(problem, tile) // problem.groups
-    conv_wgrad_kernel[(in_group, partials.splits, problem.groups)](
+    launch(
+        conv_wgrad_kernel, (in_group, partials.splits, problem.groups),
         x, y, g, *row_statistics, *partials.sums,
         problem.rows, problem.neurons, problem.channels, problem.columns, partials.rows_per_split,
         *image_arguments(task, unit),

@@ -16,6 +16,7 @@ from ghl_kernels.splits import Partials
 from ghl_kernels.tiles import programs
 from ghl_kernels.triton.competition import u_of_tile
 from ghl_kernels.triton.conv_wgrad import divide, image_arguments
+from ghl_kernels.triton.launch import launch
 from ghl_kernels.triton.logsumexp import Statistics, statistics
 
 
@@ -91,7 +92,8 @@ def depthwise_wgrad(task: Task, partials: Partials) -> None:
     row_statistics = Statistics(*partials.sums)
     if competition != "linear":
         row_statistics = statistics(y, competition, tau)
-    depthwise_wgrad_kernel[(programs(problem, tile), partials.splits)](
+    launch(
+        depthwise_wgrad_kernel, (programs(problem, tile), partials.splits),
         x, y, g, *row_statistics, *partials.sums,
         problem.rows, problem.all_neurons, problem.neurons, problem.taps, partials.rows_per_split,
         *image_arguments(task),

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ghl_kernels.fold import Shape
+from ghl_kernels.triton.launch import launch
 
 LARGEST_BLOCK = 2048
 
@@ -44,7 +45,8 @@ def fold_images(x: Tensor, shape: Shape, padding: tuple[int, int]) -> Tensor:
     buffer = torch.empty(shape, dtype=x.dtype, device=x.device)
     numbers = width * stride_h * depth
     block = min(triton.next_power_of_2(numbers), LARGEST_BLOCK)
-    fold_kernel[(batch * rows,)](
-        x, buffer, rows, numbers, *x.shape[1:], *padding, *x.stride(), stride_h, depth, block
-    )
+    launch(
+        fold_kernel, (batch * rows,),
+        x, buffer, rows, numbers, *x.shape[1:], *padding, *x.stride(), stride_h, depth, block,
+    )  # fmt: skip
     return buffer

@@ -24,6 +24,7 @@ from ghl_kernels.problem import dot_precision
 from ghl_kernels.splits import Partials
 from ghl_kernels.tiles import programs
 from ghl_kernels.triton.competition import exponent_scale, u_of_tile
+from ghl_kernels.triton.launch import launch
 from ghl_kernels.triton.logsumexp import Statistics, statistics
 from ghl_kernels.triton.split_k import without_spills
 
@@ -119,7 +120,8 @@ def linear_wgrad(task: Task, partials: Partials) -> None:
             TensorDescriptor.from_tensor(t, block)
             for t, block in ((x, x_block), (y, k_block), (g, k_block))
         )
-    linear_wgrad_kernel[(programs(problem, tile), partials.splits)](
+    launch(
+        linear_wgrad_kernel, (programs(problem, tile), partials.splits),
         *sources, *row_statistics, *partials.sums,
         problem.rows, problem.neurons, problem.channels, partials.rows_per_split,
         *x.stride(), *y.stride(), *g.stride(), exponent_scale(tau),

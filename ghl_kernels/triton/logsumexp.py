@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ghl_kernels.triton.competition import exponent_scale, finite, inverse_of, row_sums
+from ghl_kernels.triton.launch import launch
 
 BLOCK_NUMBERS = 4096
 LONGEST_BLOCK = 4096
@@ -72,14 +73,15 @@ def statistics_kernel(
             tl.store(winner + row, first, inside)
 
 
-def launch(y: Tensor, results: Statistics, competition: str, tau: float, lse: bool) -> None:
-    """y is (outer, neurons, inner) with any strides, results (outer × inner,)."""
+def fill(y: Tensor, results: Statistics, competition: str, tau: float, lse: bool) -> None:
+    """Fill results (outer × inner,) from y (outer, neurons, inner), which has any strides."""
     outer, neurons, inner = y.shape
     if outer * inner == 0:
         return
     block_k = min(triton.next_power_of_2(neurons), LONGEST_BLOCK)
     block_m = max(1, min(64, BLOCK_NUMBERS // block_k))
-    statistics_kernel[(triton.cdiv(outer * inner, block_m),)](
+    launch(
+        statistics_kernel, (triton.cdiv(outer * inner, block_m),),
         y, *results, outer * inner, neurons, inner, *y.stride(), exponent_scale(tau),
         competition, lse, block_m, block_k,
     )  # fmt: skip
@@ -90,7 +92,7 @@ def statistics(y: Tensor, competition: str, tau: float) -> Statistics:
     largest, inverse = torch.empty(2, y.shape[0], dtype=torch.float32, device=y.device)
     winner = largest if competition == "softmax" else torch.empty_like(largest, dtype=torch.int32)
     results = Statistics(largest, inverse, winner)
-    launch(y[:, :, None], results, competition, tau, lse=False)
+    fill(y[:, :, None], results, competition, tau, lse=False)
     return results
 
 
@@ -100,5 +102,5 @@ def logsumexp(y: Tensor, tau: float, dim: int) -> Tensor:
     outer, inner = y.shape[:dim].numel(), y.shape[dim + 1 :].numel()
     lse = torch.empty([*y.shape[:dim], *y.shape[dim + 1 :]], dtype=torch.float32, device=y.device)
     rows = y.reshape(outer, y.shape[dim], inner)
-    launch(rows, Statistics(lse, lse, lse), "softmax", tau, lse=True)
+    fill(rows, Statistics(lse, lse, lse), "softmax", tau, lse=True)
     return lse

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from ghl_kernels.merges import Layer, merge_of
+from ghl_kernels.triton.launch import launch
 
 BLOCK_NUMBERS = 2048
 MOST_PROGRAMS = 1024  # of the second pass over one layer; each reads every neuron's maximum
@@ -154,9 +155,12 @@ def fill(layer: Layer, decay: str, gate: str, normalize: str) -> None:
     neurons, columns = layer.w.shape[0], layer.w[0].numel()
     block_k, block_p = blocks(columns)
     programs = triton.cdiv(neurons, block_k)
-    measure_kernel[(programs,)](*layer[:6], neurons, columns, decay, block_k, block_p)
+    launch(measure_kernel, (programs,), *layer[:6], neurons, columns, decay, block_k, block_p)
     programs = min(programs * triton.cdiv(columns, block_p), MOST_PROGRAMS)
-    combine_kernel[(programs,)](*layer, neurons, columns, decay, gate, normalize, block_k, block_p)
+    launch(
+        combine_kernel, (programs,), *layer, neurons, columns,
+        decay, gate, normalize, block_k, block_p,
+    )  # fmt: skip
 
 
 merge = merge_of(fill)

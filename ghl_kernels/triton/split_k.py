@@ -15,6 +15,7 @@ from torch import Tensor
 from ghl_kernels.problem import Problem, dot_precision
 from ghl_kernels.splits import Partials
 from ghl_kernels.tiles import ALIGNED, Tile
+from ghl_kernels.triton.launch import launch
 
 BLOCK_NUMBERS = 128
 MOST_SPLITS_AT_ONCE = 64
@@ -59,7 +60,8 @@ def sum_splits(partials: Partials) -> None:
     """Fill the results with the parts, added in a fixed order."""
     G, neurons = partials.results.G, partials.results.totals.numel() - 1
     at_once = min(triton.next_power_of_2(partials.splits), MOST_SPLITS_AT_ONCE)
-    sum_splits_kernel[(triton.cdiv(G.numel(), BLOCK_NUMBERS), 3 if partials.sum_u else 2)](
+    launch(
+        sum_splits_kernel, (triton.cdiv(G.numel(), BLOCK_NUMBERS), 3 if partials.sum_u else 2),
         *partials.sums, *partials.results, G.numel(), neurons, partials.splits,
         at_once, BLOCK_NUMBERS,
     )  # fmt: skip

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ghl_kernels.triton.competition import exponent_scale, u_of_tile
+from ghl_kernels.triton.launch import launch
 from ghl_kernels.triton.logsumexp import Statistics, statistics
 
 LONGEST_ROW = 4096
@@ -45,7 +46,8 @@ def store_u(y: Tensor, competition: str, tau: float) -> Tensor:
     row_statistics = Statistics(u, u, u) if in_tile else statistics(y, competition, tau)
     block_k = min(triton.next_power_of_2(neurons), LONGEST_ROW)
     block_m = max(1, min(64, BLOCK_NUMBERS // block_k))
-    store_u_kernel[(triton.cdiv(rows, block_m), triton.cdiv(neurons, block_k))](
+    launch(
+        store_u_kernel, (triton.cdiv(rows, block_m), triton.cdiv(neurons, block_k)),
         y, u, *row_statistics, rows, neurons, *y.stride(), exponent_scale(tau),
         competition, in_tile, block_m, block_k,
     )  # fmt: skip

@@ -288,8 +288,10 @@ def test_every_sanitizer_is_run_and_told(
 def test_the_stages_are_those_of_the_issue(tmp_path: Path) -> None:
     stages = suite.stages(tmp_path, tmp_path, dry=False)
     assert [s.name for s in stages] == [
-        "install", "tests", "kernels", "sanitize", "compile_steps", "compile_layers", "tune",
-        "first_update", "train_step", "train_step_compiled", "monitor", "measure",
+        "install", "tests", "kernels", "sanitize", "compile_bp", "compile_ghl",
+        "compile_layers", "tune",
+        "first_update", "train_step", "train_step_compiled", "train_step_captured", "monitor",
+        "measure",
     ]  # fmt: skip
     assert sum(s.reserve for s in stages) < suite.SECONDS < 600
 

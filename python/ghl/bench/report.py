@@ -32,10 +32,11 @@ def command(*words: str) -> str | None:
 
 
 def commit() -> tuple[str, bool | None]:
-    """The commit and whether kernels differ from it; from GHL_COMMIT where there is no git."""
-    head = command("git", "rev-parse", "HEAD")
-    if head is None:
-        return os.environ.get("GHL_COMMIT", "unknown"), None
+    """The commit and whether kernels differ from it; GHL_COMMIT where a copy's git is another's."""
+    told = os.environ.get("GHL_COMMIT")
+    head = told or command("git", "rev-parse", "HEAD")
+    if told or head is None:
+        return head or "unknown", None
     changes = command("git", "status", "--porcelain", "--", "csrc", "ghl_kernels", "python")
     return head, bool(changes)
 

@@ -1,0 +1,82 @@
+"""Calls of an operator like earlier ones, played from a tape instead of led through the dispatcher.
+
+Where a GPU ends kernels faster than Python launches them, a training step waits for Python
+(bench/FACTS.md). The first call of a kind goes its whole way, on which kernels are tried and
+compiled; the second is recorded; the rest are played.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ghl_kernels import dispatch
+from ghl_kernels.tape import Tape, record
+
+MOST_TAPES = 4096
+TENSORS = 4  # the first arguments: x, y, g and w, or G, H0, totals and w
+ONCE, NEVER = "called once", "never played"
+
+Found = tuple[Tape, dispatch.Backend | None] | str
+
+_tapes: dict[tuple[Any, ...], Found] = {}
+
+
+def lie(t: Tensor) -> tuple[Any, ...]:
+    """All that a call depends on of a tensor that is strided."""
+    return t.shape, t.stride(), t.dtype, t.get_device(), t.data_ptr() % 16
+
+
+def kind(operator: str, tensors: tuple[Tensor, ...], rest: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What calls have in common that do the same to other numbers."""
+    choices = (tuple(one) if isinstance(one, list) else one for one in rest)
+    return (operator, dispatch.state(tensors[0]), *map(lie, tensors), *choices)
+
+
+def replayed(operator: str, run: Callable[..., Any]) -> Callable[..., Any]:
+    """`run`, from the third call of a kind on by its tape; for tensors on a GPU."""
+
+    @functools.wraps(run)
+    def call(*arguments: Any) -> Any:
+        tensors, rest = arguments[:TENSORS], arguments[TENSORS:]
+        if not on_gpu(tensors[0]) or dispatch.is_told() or not all(map(is_strided, tensors)):
+            return run(*arguments)
+        key = kind(operator, tensors, rest)
+        found = _tapes.get(key)
+        if isinstance(found, tuple):
+            dispatch.note(operator, found[1])
+            return found[0].play(tensors)
+        if found == ONCE and is_recordable(tensors):
+            result, tape = record(run, tensors, *rest)
+            remember(key, (tape, dispatch.last(operator)) if tape else NEVER)
+            return result
+        result = run(*arguments)
+        if found is None and dispatch.is_settled(operator):
+            remember(key, ONCE)
+        return result
+
+    return call
+
+
+def is_recordable(tensors: tuple[Tensor, ...]) -> bool:
+    """Not where two are one, which others' need not be, and not for a graph, which is one call."""
+    distinct = len({id(t) for t in tensors}) == len(tensors)
+    return distinct and not torch.cuda.is_current_stream_capturing()
+
+
+def on_gpu(t: Tensor) -> bool:
+    return t.is_cuda
+
+
+def is_strided(t: Tensor) -> bool:
+    return t.layout == torch.strided
+
+
+def remember(key: tuple[Any, ...], found: Found) -> None:
+    if len(_tapes) >= MOST_TAPES:
+        _tapes.clear()
+    _tapes[key] = found
