@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ghl.sums import RawSums, as_rows, check_pair
+from ghl_kernels.layout import is_channels_last
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -42,6 +43,8 @@ def save(ctx: Any, x: Tensor, w: Tensor, b: Tensor | None, y: Tensor) -> None:
 
     A traced graph has no in-place operations left, and there a copy that nothing needs is removed.
     """
+    # asked for here: dynamo has a backward that asks how a tensor lies copy every gradient first
+    ctx.channels_last = is_channels_last(w)
     if torch.compiler.is_compiling():
         ctx.save_for_backward(x, w, b, y.clone())
         ctx.probe = None
@@ -112,7 +115,7 @@ class LinearFunction(torch.autograd.Function):
             )
         if is_differentiated():
             G = rows.mT @ x.reshape(-1, x.shape[-1])
-        return as_rows(H0, w), totals, grad_x, G, grad_b, None, None, None
+        return as_rows(H0, ctx.channels_last), totals, grad_x, G, grad_b, None, None, None
 
 
 class Conv2dFunction(torch.autograd.Function):
@@ -161,7 +164,7 @@ class Conv2dFunction(torch.autograd.Function):
             )
         if differentiable_G is not None:
             G = differentiable_G
-        return as_rows(H0, w), totals, grad_x, G, grad_b, *[None] * 7
+        return as_rows(H0, ctx.channels_last), totals, grad_x, G, grad_b, *[None] * 7
 
 
 def note_dtype(x: Tensor, w: Tensor, sums: RawSums) -> None:

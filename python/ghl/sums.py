@@ -27,9 +27,9 @@ _of_weight: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 _makers: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # where not ImmediateSums
 
 
-def as_rows(t: Tensor, weight: Tensor) -> Tensor:
-    """(out_channels, rest) in the memory order of `weight`: a view of a t with its strides."""
-    return (t.movedim(1, -1) if is_channels_last(weight) else t).reshape(t.shape[0], -1)
+def as_rows(t: Tensor, channels_last: bool) -> Tensor:
+    """(out_channels, rest) in the memory order of a weight: a view of a t with its strides."""
+    return (t.movedim(1, -1) if channels_last else t).reshape(t.shape[0], -1)
 
 
 def from_rows(rows: Tensor, weight: Tensor) -> Tensor:

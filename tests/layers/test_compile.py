@@ -12,6 +12,8 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.utils import run_and_get_code
 
 import ghl
+import ghl_kernels
+from ghl_kernels import composed
 
 BOTH = (nn.Conv2d, nn.Linear)
 
@@ -185,3 +187,27 @@ def test_output_overwritten_outside_the_graph():
     y.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
+
+
+def test_compiled_gradients_reach_the_kernels_as_they_lie(monkeypatch):
+    """dynamo makes gradients contiguous for a backward that asks how a tensor lies; each would be
+    copied there and back."""
+    torch.manual_seed(3)
+    layers = [nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1)]
+    model = nn.Sequential(*layers, nn.BatchNorm2d(4)).to(memory_format=torch.channels_last)
+    ghl.swap(model)
+    x = torch.randn(2, 3, 6, 6).to(memory_format=torch.channels_last)
+    met = []
+    run = composed.pair
+
+    def pair(problem, *tensors):
+        met.append([t.is_contiguous(memory_format=torch.channels_last) for t in tensors[:4]])
+        return run(problem, *tensors)
+
+    monkeypatch.setattr(composed, "pair", pair)
+    with ghl_kernels.force("composed"):
+        for backend in ("aot_eager", "inductor"):
+            torch._dynamo.reset()
+            torch.compile(model, backend=backend, fullgraph=True)(x).square().sum().backward()
+            model.zero_grad()
+    assert met == [[True] * 4] * 4
