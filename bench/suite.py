@@ -199,7 +199,8 @@ def stages(work: Path, out: Path, dry: bool) -> list[Stage]:
     pip = [python, "-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps", "-e", "."]
     bench = [python, "-m", "ghl.cli", "bench"]
     device = "cpu" if dry else "cuda"
-    measured = [*bench, "layers", "--device", device, "--out", f"{work}/measured.json"]
+    measured = [*bench, "layers", "--device", device, "--resume"]
+    measured += ["--out", f"{work}/measured.json"]
     tune = [*bench, "tune", "--log", f"{out}/tune.json", "--budget", "{seconds}"]
     first = [python, "-m", "bench.first_update", "--device", device, "--out", f"{work}/first.json"]
     train = [python, "-m", "bench.train_step", "--amp", "bf16", "--channels-last"]
@@ -264,7 +265,8 @@ def clear(work: Path, chosen: Sequence[Stage] = ()) -> list[dict[str, Any]]:
     if chosen and done.get("sources") == sources():
         again = {stage.name for stage in chosen}
         kept = [stage for stage in done["stages"] if stage["name"] not in again]
-        old = {Path(word) for stage in chosen for word in stage.command if word.startswith("/")}
+        anew = [stage.command for stage in chosen if "--resume" not in stage.command]
+        old = {Path(word) for command in anew for word in command if word.startswith("/")}
     else:
         old = {*work.glob("*.json"), *work.glob("*.log")}
     for path in old:

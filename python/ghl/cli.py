@@ -194,7 +194,7 @@ def doctor(args: argparse.Namespace) -> int:
 
 
 # what is measured by default, fitting into five minutes on a large GPU
-WORKLOADS = ("resnet50_b256", "deephebb_b64", "deephebb_b1024", "vit_b16_b256", "vgg16_b256")
+WORKLOADS = ("resnet50_b256", "vgg16_b256", "vit_b16_b256", "deephebb_b64", "deephebb_b1024")
 
 
 def bench_arguments(parser: argparse.ArgumentParser) -> None:
@@ -212,6 +212,8 @@ def bench_arguments(parser: argparse.ArgumentParser) -> None:
         "--seconds", type=float, default=300, help="begin no further layer after these, %(default)s"
     )
     add("--out", type=Path, metavar="FILE", help="write all figures there as JSON")
+    add("--resume", action="store_true",
+        help="go on with FILE if it is of this GPU, these versions and sources")  # fmt: skip
     add = tune.add_argument
     add("--budget", type=float, default=300, metavar="SECONDS", help="to spend, %(default)s")
     add("--out", type=Path, metavar="FILE", help="by default the user's table for this GPU")

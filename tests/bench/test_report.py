@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-import pytest
+import json
+from pathlib import Path
 
-from ghl.bench import report
+import pytest
+import torch
+
+from ghl.bench import command, report
+from ghl.cli import main as ghl
 
 
 def test_the_commit_is_what_a_copy_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -14,3 +19,36 @@ def test_the_commit_is_what_a_copy_is_told(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.delenv("GHL_COMMIT")
     monkeypatch.setattr(report, "command", lambda *words: None)
     assert report.commit() == ("unknown", None)
+
+
+def test_a_run_goes_on_with_the_file_of_an_earlier_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, told = tmp_path / "layers.json", []
+
+    def measured(bench, workloads, done, earlier):  # type: ignore[no-untyped-def]
+        told.append((bench.ceilings.bytes_per_second, [*earlier]))
+        return [{"workload": "a", "layer": "b", "implementation": "c", "mode": "d"}], ["a"]
+
+    monkeypatch.setattr(command, "measure", measured)
+    monkeypatch.setattr(command, "print_report", lambda *_: None)
+    words = ["bench", "layers", "deephebb_b1", "--device", "cpu", "--out", str(file)]
+    assert ghl(words) == 0
+    assert ghl([*words, "--resume"]) == 0
+    (rate, rows), again = told
+    assert rows == [] and again == (rate, json.loads(file.read_text())["layers"])
+    assert ghl(words) == 0
+    assert told[2][1] == []
+
+
+@pytest.mark.parametrize("key", report.OF_THE_SAME)
+def test_another_machines_file_is_not_gone_on_with(key: str, tmp_path: Path) -> None:
+    here = report.provenance(torch.device("cpu"))
+    file = tmp_path / "layers.json"
+    file.write_text(json.dumps(here))
+    assert report.resumed(file, here) == here
+    assert report.resumed(file, {**here, key: "another"}) == {}
+    for broken in ("", "[]", "{"):
+        file.write_text(broken)
+        assert report.resumed(file, here) == {}
+    assert report.resumed(tmp_path / "none", here) == {}

@@ -46,11 +46,12 @@ def layers(args: argparse.Namespace) -> int:
     for workload in args.workloads:
         layers_of(workload)  # a wrong name is told before anything is measured
     torch.backends.cudnn.benchmark = True  # what a user who cares for speed sets
+    result: dict[str, Any] = report.provenance(device)
+    earlier = report.resumed(args.out, result) if args.resume and args.out else {}
     with torch.no_grad():
         clock = clocks.clock_for(device)
-        ceilings = clocks.ceilings(clock)
-        result: dict[str, Any] = {
-            **report.provenance(device),
+        ceilings = ceilings_of(clock, earlier)
+        result |= {
             "definitions": DEFINITIONS | streams.DEFINITIONS,
             "ceilings": {
                 "copy_bytes_per_second": ceilings.bytes_per_second,
@@ -58,8 +59,9 @@ def layers(args: argparse.Namespace) -> int:
                 "seen_before": clocks.SEEN.get(report.gpu_of(device)),
             },
         }
-
-        bandwidth = streams.shares(clock, ceilings) if device.type == "cuda" else {}
+        bandwidth = earlier.get("summary", {}).get("share_of_copy_bandwidth", {})
+        if device.type == "cuda" and not bandwidth:
+            bandwidth = streams.shares(clock, ceilings)
 
         def write(rows: list[Row], unfinished: list[str]) -> None:
             summary = {**summarize(rows, unfinished), "share_of_copy_bandwidth": bandwidth}
@@ -68,12 +70,20 @@ def layers(args: argparse.Namespace) -> int:
                 report.write_json(args.out, {**content, "layers": rows})
 
         bench = Bench(clock, ceilings, start + args.seconds)
-        rows, unfinished = measure(bench, args.workloads, write)
+        rows, unfinished = measure(bench, args.workloads, write, earlier.get("layers", ()))
     write(rows, unfinished)
     print_report(rows, ceilings, unfinished)
     for name, share in bandwidth.items():
         print(f"share of the copy bandwidth, {name}: {share}")
     return 1 if wrong(rows) else 0
+
+
+def ceilings_of(clock: clocks.Clock, earlier: dict[str, Any]) -> clocks.Ceilings:
+    """Those of the run that is gone on with, or measured now."""
+    if not earlier:
+        return clocks.ceilings(clock)
+    found = earlier["ceilings"]
+    return clocks.Ceilings(found["copy_bytes_per_second"], found["matmul_flops_per_second"])
 
 
 def print_report(rows: list[Row], ceilings: clocks.Ceilings, unfinished: list[str]) -> None:

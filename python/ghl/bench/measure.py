@@ -130,13 +130,15 @@ def measure(
     bench: Bench,
     workloads: Iterable[str],
     done: Callable[[list[Row], list[str]], None] = lambda rows, unfinished: None,
+    earlier: Sequence[Row] = (),
 ) -> tuple[list[Row], list[str]]:
     """The rows of the workloads, and those whose summary has not all of its rows by the deadline.
 
     What a summary is made of comes first, for all workloads; then each of ours by itself. `done` is
-    told both after every layer.
+    told both after every layer. earlier: rows that are not measured again.
     """
-    rows: list[Row] = []
+    rows = list(earlier)
+    have = {(row["workload"], row["mode"], row["layer"], row["implementation"]) for row in rows}
     workloads = list(dict.fromkeys(workloads))
     unfinished = list(workloads)
     for alone in (False, True):
@@ -145,7 +147,9 @@ def measure(
                 if bench.late:
                     return rows, unfinished
                 of_layer = names(layer, mode, bench.clock.device)
-                if wanted := [name for name in of_layer if (name in ALONE) == alone]:
+                wanted = [name for name in of_layer if (name in ALONE) == alone]
+                of_this = workload, mode, layer.name
+                if wanted := [name for name in wanted if (*of_this, name) not in have]:
                     rows += bench.layer(workload, layer, mode, wanted)
                     done(rows, unfinished)
             if not alone:

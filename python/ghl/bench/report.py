@@ -72,6 +72,20 @@ def provenance(device: torch.device) -> dict[str, Any]:
     }
 
 
+OF_THE_SAME = "schema", "gpu", "driver", "torch", "triton", "cuda", "source_hash"
+
+
+def resumed(path: Path, here: dict[str, Any]) -> dict[str, Any]:
+    """What a run on this GPU, with these versions and sources, has left in a file; empty if that is
+    another's, or is not there."""
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    alike = isinstance(found, dict) and all(found.get(key) == here[key] for key in OF_THE_SAME)
+    return found if alike else {}
+
+
 def write_json(path: Path, content: object) -> None:
     """Atomically, so that a run that is stopped leaves the last whole file."""
     path.parent.mkdir(parents=True, exist_ok=True)
