@@ -45,6 +45,26 @@ class Address:
     offset: int
 
 
+@dataclasses.dataclass(frozen=True)
+class Descriptor:
+    """A tensor descriptor of Triton's without its tensor, which would live as long as the tape."""
+
+    kind: type
+    fields: dict[str, Any]
+    base: Slot | Address
+
+    @classmethod
+    def of(cls, descriptor: Any, base: Slot | Address) -> Descriptor:
+        fields = {name: value for name, value in vars(descriptor).items() if name != "base"}
+        return cls(type(descriptor), fields, base)
+
+    def for_base(self, base: Any) -> Any:
+        """Another one, which was checked when the first was made."""
+        descriptor: Any = object.__new__(self.kind)
+        descriptor.__dict__.update(self.fields, base=base)
+        return descriptor
+
+
 class Memory:
     """What a tensor descriptor is asked of the tensor that it describes."""
 
@@ -61,8 +81,8 @@ class Memory:
 class Step:
     """A call of an operator, or a launch.
 
-    arguments, named: with Slots or Addresses for tensors, with (descriptor, Address) for tensor
-    descriptors. results: the slots that are filled; None for a result that is no tensor.
+    arguments, named: with Slots or Addresses for tensors, with Descriptors of them. results: the
+    slots that are filled; None for a result that is no tensor.
     """
 
     call: Callable[..., Any]
@@ -82,9 +102,7 @@ class Step:
     def slots(self) -> set[int]:
         """Those that it reads, or writes into."""
         values = flat([*self.arguments, *self.named.values()])
-        return {v.number for v in values if isinstance(v, Slot)} | {
-            v.slot for v in values if isinstance(v, Address)
-        }
+        return {v.number for v in values if isinstance(v, Slot)} | self.addressed()
 
     def addressed(self) -> set[int]:
         """Those of them of which it wants the address alone."""
@@ -92,9 +110,13 @@ class Step:
 
 
 def flat(values: Iterable[Any]) -> list[Any]:
+    """Values, those in lists and behind descriptors among them."""
     found: list[Any] = []
     for value in values:
-        found += flat(value) if isinstance(value, list | tuple) else [value]
+        if isinstance(value, list | tuple):
+            found += flat(value)
+        else:
+            found.append(value.base if isinstance(value, Descriptor) else value)
     return found
 
 
@@ -150,7 +172,7 @@ class Recorder(TorchDispatchMode):
         if isinstance(value, list | tuple):
             return [self.written(one, place) for one in value]
         if hasattr(value, "block_shape"):
-            return value, self.address(value.base)
+            return Descriptor.of(value, place(value.base))
         return value
 
     def __torch_dispatch__(
@@ -283,7 +305,9 @@ def moved(step: Step, offsets: dict[int, int], pool: int) -> Step:
     def move(value: Any) -> Any:
         if isinstance(value, Address) and value.slot in offsets:
             return Address(pool, offsets[value.slot] + value.offset)
-        return tuple(map(move, value)) if isinstance(value, tuple) else value
+        if isinstance(value, Descriptor):
+            return dataclasses.replace(value, base=move(value.base))
+        return value
 
     return dataclasses.replace(step, arguments=[move(value) for value in step.arguments])
 
@@ -310,11 +334,7 @@ def player(step: Step) -> Play:
     places = [(i, value.number) for i, value in enumerate(template) if isinstance(value, Slot)]
     lists = [(i, value) for i, value in enumerate(template) if isinstance(value, list)]
     addresses = [(i, v.slot, v.offset) for i, v in enumerate(template) if isinstance(v, Address)]
-    descriptors = [
-        (i, type(value[0]), vars(value[0]), value[1].slot, value[1].offset)
-        for i, value in enumerate(template)
-        if isinstance(value, tuple)
-    ]
+    described = [(i, value) for i, value in enumerate(template) if isinstance(value, Descriptor)]
     if any(isinstance(value, Slot) for value in flat(named.values())):
         raise UnplayableError(f"{call} is given a tensor by name")
 
@@ -326,12 +346,17 @@ def player(step: Step) -> Play:
             arguments[i] = [tensors[v.number] if isinstance(v, Slot) else v for v in values]
         for i, number, offset in addresses:
             arguments[i] = tensors[number].data_ptr() + offset
-        for i, kind, fields, number, offset in descriptors:
-            descriptor = arguments[i] = object.__new__(kind)
-            memory = Memory(tensors[number].data_ptr() + offset)
-            descriptor.__dict__.update(fields, base=memory)
+        for i, value in described:
+            arguments[i] = value.for_base(placed(value.base, tensors))
         result = call(*arguments, **named)
         for i, number in made:
             tensors[number] = result[i] if several else result
 
     return play
+
+
+def placed(base: Slot | Address, tensors: list[Any]) -> Any:
+    """What a descriptor describes: a tensor, or its memory."""
+    if isinstance(base, Slot):
+        return tensors[base.number]
+    return Memory(tensors[base.slot].data_ptr() + base.offset)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -12,6 +14,7 @@ import torch
 from cases import LAYOUTS, Conv, Layer, Linear, Tensors, choices, problem_of
 from test_gpu import gpu
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import ghl_kernels
 from ghl_kernels import Rule, dispatch, ops, replay, tape
@@ -26,7 +29,8 @@ LAYERS: dict[str, Layer] = {
     "few_channels": Conv(1, 3, (7, 6), 8, stride=(2, 2), padding=(1, 1)),
     "depthwise": Conv(1, 8, (4, 5), 8, kernel=(1, 3), groups=8),
 }
-FORMS = [(forms.MANY_SPLITS, Rule()), (forms.WHOLE_ROWS_SPLIT, Rule("hard", 0.5, "instar", "hebb"))]
+DESCRIBED = dataclasses.replace(forms.WHOLE_ROWS_SPLIT, descriptors=True)
+FORMS = [(forms.MANY_SPLITS, Rule()), (DESCRIBED, Rule("hard", 0.5, "instar", "hebb"))]
 IMPLEMENTATIONS = (*BY_TRITON, *BY_CUDA) if torch.cuda.is_available() else (*BY_TRITON, "composed")
 layers = pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
 
@@ -111,6 +115,27 @@ def test_what_is_played_has_memory_of_its_own(told: str) -> None:
     assert_same(once, kept)
     places = {t.untyped_storage().data_ptr() for t in (*once, *twice, *tensors)}
     assert len(places) == 10
+
+
+def test_a_tape_keeps_no_tensor_alive(told: str, use: Callable) -> None:
+    use(DESCRIBED)
+    layer = LAYERS["pointwise"]
+    tensors = half(layer)
+    recorders: list[weakref.ref] = []
+
+    def call(*arguments: object) -> tuple[Tensor, ...]:
+        recorders.append(weakref.ref(tape.recorder()))
+        return ops.conv2d_update(*arguments)
+
+    result, taped = record(call, tensors, *layer.geometry, *choices(Rule()))
+    wanted = [t.clone() for t in result]
+    memory = [StorageWeakRef(t.untyped_storage()) for t in (*tensors, *result)]
+    del tensors, result
+    gc.collect()
+    assert taped is not None and recorders[0]() is None
+    assert all(one.expired() for one in memory)
+    torch.manual_seed(0)
+    assert_same(taped.play(half(layer)), wanted)
 
 
 def test_steps_that_nobody_wants_are_left_out() -> None:
