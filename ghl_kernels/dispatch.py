@@ -316,10 +316,10 @@ def may_settle(backend: Backend) -> bool:
     return not (torch.cuda.is_current_stream_capturing() or trial.PASSING in backend.reason)
 
 
-def is_settled(operator: str) -> bool:
-    """Whether calls like the most recent one will take what it took."""
+def settled_last(operator: str) -> Backend | None:
+    """What the most recent call took, if calls like it will take the same."""
     backend = _last.get(operator)
-    return backend is not None and may_settle(backend)
+    return backend if backend is not None and may_settle(backend) else None
 
 
 def is_told() -> bool:
@@ -337,10 +337,9 @@ def state(first: Tensor) -> tuple[Any, ...]:
     return _unsettled, *products
 
 
-def note(operator: str, backend: Backend | None) -> None:
+def note(operator: str, backend: Backend) -> None:
     """That an implementation has run an operator."""
-    if backend is not None:
-        _last[operator] = backend
+    _last[operator] = backend
 
 
 def last(operator: str) -> Backend | None:

@@ -15,13 +15,16 @@ import torch
 from torch import Tensor
 
 from ghl_kernels import dispatch
-from ghl_kernels.tape import Tape, record
+from ghl_kernels.dispatch import Backend
+from ghl_kernels.recorder import record, recorder
+from ghl_kernels.tape import Tape
 
 MOST_TAPES = 4096
 TENSORS = 4  # the first arguments: x, y, g and w, or G, H0, totals and w
-ONCE, NEVER = "called once", "never played"
+NEVER = "never played"
 
-Found = tuple[Tape, dispatch.Backend | None] | str
+# of a kind: what its first call took, then the tape
+Found = Backend | tuple[Tape, Backend] | str
 
 _tapes: dict[tuple[Any, ...], Found] = {}
 
@@ -50,22 +53,27 @@ def replayed(operator: str, run: Callable[..., Any]) -> Callable[..., Any]:
         if isinstance(found, tuple):
             dispatch.note(operator, found[1])
             return found[0].play(tensors)
-        if found == ONCE and is_recordable(tensors):
-            result, tape = record(run, tensors, *rest)
-            remember(key, (tape, dispatch.last(operator)) if tape else NEVER)
+        if isinstance(found, Backend) and is_recordable(tensors):
+            result, taped = record(run, tensors, *rest)
+            if taped is None:
+                remember(key, NEVER)
+            elif dispatch.settled_last(operator) == found:  # not so if it was forced meanwhile
+                remember(key, (taped, found))
             return result
         result = run(*arguments)
-        if found is None and dispatch.is_settled(operator):
-            remember(key, ONCE)
+        backend = dispatch.settled_last(operator)
+        if found is None and backend is not None:
+            remember(key, backend)
         return result
 
     return call
 
 
 def is_recordable(tensors: tuple[Tensor, ...]) -> bool:
-    """Not where two are one, which others' need not be, and not for a graph, which is one call."""
+    """Not where two are one, which others' need not be, not within another call, and not for a
+    graph."""
     distinct = len({id(t) for t in tensors}) == len(tensors)
-    return distinct and not torch.cuda.is_current_stream_capturing()
+    return distinct and recorder() is None and not torch.cuda.is_current_stream_capturing()
 
 
 def on_gpu(t: Tensor) -> bool:

@@ -1,33 +1,24 @@
-"""What a call did, written down so that it can be done again for other tensors that lie alike.
+"""What a call did, as steps that can be done again for other tensors that lie alike.
 
-What an operator does depends on how its tensors lie, not on their numbers: calls of PyTorch's
-operators, which a dispatch mode sees, and launches of our own kernels, which a recorder is told of.
-Played again they come without what led to them: checks, choices, views, and a compiler's look at
-every argument, which together take several times as long as the launches.
+Calls of PyTorch's operators and launches of our own kernels, without what led to them: checks,
+choices, views, and a compiler's look at every argument, which together take several times as long
+as the launches. `recorder.py` writes them down.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 ALIGNMENT = 256  # bytes from one tensor to the next in common memory
 SMALL = 2**20  # bytes; larger tensors have memory of their own, which is given back on its own
 EMPTY = "aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty"
 
 Play = Callable[[list[Any]], None]  # a step, for the tensors of a tape by their slots
-
-_here = threading.local()
-
-
-class UnplayableError(Exception):
-    """A call that does something else for other tensors."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,94 +111,6 @@ def flat(values: Iterable[Any]) -> list[Any]:
     return found
 
 
-class Recorder(TorchDispatchMode):
-    """Writes down what runs inside of it. All tensors live as long as it does."""
-
-    def __init__(self, inputs: Sequence[Tensor]) -> None:
-        super().__init__()
-        self.steps: list[Step] = []
-        self.tensors: list[Tensor] = []
-        self.aliases: list[Tensor] = []  # of tensors that have a slot
-        self.numbers: dict[int, int] = {}
-        self.origins: dict[int, Address] = {}  # of a view: where it lies in what it is a view of
-        if len({id(t) for t in inputs}) < len(inputs):
-            raise UnplayableError("two of its inputs are one tensor, which others' need not be")
-        for t in inputs:
-            self.add(t)
-
-    def __enter__(self) -> Recorder:
-        _here.recorder = self
-        return super().__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        _here.recorder = None
-        super().__exit__(*error)
-
-    def add(self, t: Tensor, sources: Sequence[Tensor] = ()) -> int:
-        """The slot of a tensor, which may be a view of one of the sources."""
-        if id(t) in self.numbers:
-            return self.numbers[id(t)]
-        number = self.numbers[id(t)] = len(self.tensors)
-        self.tensors.append(t)
-        for source in sources:
-            if t.untyped_storage().data_ptr() == source.untyped_storage().data_ptr() != 0:
-                base = self.address(source)
-                offset = base.offset + t.data_ptr() - source.data_ptr()
-                self.origins[number] = Address(base.slot, offset)
-        return number
-
-    def slot(self, t: Tensor) -> Slot:
-        if id(t) not in self.numbers:
-            raise UnplayableError("it uses a tensor that it was not given")
-        return Slot(self.numbers[id(t)])
-
-    def address(self, t: Tensor) -> Address:
-        number = self.slot(t).number
-        return self.origins.get(number, Address(number, 0))
-
-    def written(self, value: Any, place: Callable[[Tensor], Any]) -> Any:
-        """An argument as a step keeps it."""
-        if isinstance(value, Tensor):
-            return place(value)
-        if isinstance(value, list | tuple):
-            return [self.written(one, place) for one in value]
-        if hasattr(value, "block_shape"):
-            return Descriptor.of(value, place(value.base))
-        return value
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        arguments = [self.written(value, self.slot) for value in args]
-        named = {name: self.written(value, self.slot) for name, value in kwargs.items()}
-        result = func(*args, **kwargs)
-        if func is torch.ops.aten.detach.default:
-            self.numbers[id(result)] = self.slot(args[0]).number
-            self.aliases.append(result)
-            return result
-        several = isinstance(result, list | tuple)
-        made = list(result) if several else [result]
-        pure = not func._schema.is_mutable
-        if not pure or any(id(one) not in self.numbers for one in made):  # not what it was given
-            sources = [v for v in flat([*args, *kwargs.values()]) if isinstance(v, Tensor)]
-            results = tuple(self.add(t, sources) if isinstance(t, Tensor) else None for t in made)
-            self.steps.append(Step(func, arguments, named, results, several, pure))
-        return result
-
-    def launched(
-        self, again: Callable[..., Any], arguments: Sequence[Any], by_address: bool = True
-    ) -> None:
-        """A launch, and how to launch it again: with addresses of its tensors, or with them."""
-        place: Callable[[Tensor], Any] = self.address if by_address else self.slot
-        self.steps.append(Step(again, [self.written(value, place) for value in arguments], {}))
-
-
-def recorder() -> Recorder | None:
-    """The one inside of which this thread is."""
-    return getattr(_here, "recorder", None)
-
-
 class Tape:
     """The steps of a call from its inputs to its outputs, in the order of their slots.
 
@@ -215,23 +118,25 @@ class Tape:
     allocation.
     """
 
-    def __init__(self, recorder: Recorder, inputs: int, outputs: Sequence[Tensor]) -> None:
-        self.slots = len(recorder.tensors) + 1
-        self.inputs = inputs
-        self.outputs = [recorder.slot(t).number for t in outputs]
-        steps = wanted(recorder.steps, self.outputs)
-        offsets, size = pooled(steps, recorder.tensors, self.outputs)
+    def __init__(
+        self, steps: Sequence[Step], tensors: Sequence[Tensor], inputs: int, outputs: list[int]
+    ) -> None:
+        """tensors: of all slots, the inputs first; outputs: slots."""
+        self.slots = len(tensors) + 1
+        self.inputs, self.outputs = inputs, outputs
+        steps = wanted(steps, outputs)
+        offsets, size = pooled(steps, tensors, outputs)
         pool = self.slots - 1
         self.plays: list[Play] = []
         if offsets:
-            device = recorder.tensors[0].device
+            device = tensors[0].device
             self.plays.append(allocation(pool, (size,), (1,), torch.uint8, device))
-        last = last_uses(steps, recorder.tensors, {*range(inputs), *self.outputs})
+        last = last_uses(steps, tensors, {*range(inputs), *outputs})
         for step, done in zip(steps, last, strict=True):
             if not is_empty(step):
                 self.plays.append(player(moved(step, offsets, pool)))
             elif (made := step.made) not in offsets:
-                t = recorder.tensors[made]
+                t = tensors[made]
                 self.plays.append(allocation(made, t.shape, t.stride(), t.dtype, t.device))
             if done:
                 self.plays.append(release(done))
@@ -242,18 +147,6 @@ class Tape:
         for play in self.plays:
             play(tensors)
         return tuple([tensors[number] for number in self.outputs])
-
-
-def record(
-    call: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor], *rest: Any
-) -> tuple[Sequence[Tensor], Tape | None]:
-    """What `call` returns, and its tape; None if it cannot be played again."""
-    try:
-        with Recorder(inputs) as recorder, torch._C._AutoDispatchBelowAutograd():
-            outputs = call(*inputs, *rest)
-            return outputs, Tape(recorder, len(inputs), outputs)
-    except UnplayableError:
-        return call(*inputs, *rest), None
 
 
 def is_empty(step: Step) -> bool:
@@ -335,8 +228,6 @@ def player(step: Step) -> Play:
     lists = [(i, value) for i, value in enumerate(template) if isinstance(value, list)]
     addresses = [(i, v.slot, v.offset) for i, v in enumerate(template) if isinstance(v, Address)]
     described = [(i, value) for i, value in enumerate(template) if isinstance(value, Descriptor)]
-    if any(isinstance(value, Slot) for value in flat(named.values())):
-        raise UnplayableError(f"{call} is given a tensor by name")
 
     def play(tensors: list[Any]) -> None:
         arguments = template.copy()

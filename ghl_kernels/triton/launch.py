@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from ghl_kernels import tape
+from torch.utils._python_dispatch import _disable_current_modes
+
+from ghl_kernels.recorder import recorder
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
@@ -13,11 +15,13 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
 
     Launched again, a kernel that was compiled comes without Triton's look at every argument.
     """
-    compiled = kernel[grid](*arguments, **options)
-    recorder = tape.recorder()
-    if recorder is None:
+    here = recorder()
+    if here is None:
+        kernel[grid](*arguments, **options)
         return
+    with _disable_current_modes():  # what the interpreter does to tensors is no step
+        compiled = kernel[grid](*arguments, **options)
     if compiled is None:  # the interpreter's
-        recorder.launched(functools.partial(kernel[grid], **options), arguments, by_address=False)
+        here.launched(functools.partial(kernel[grid], **options), arguments, by_address=False)
     else:
-        recorder.launched(compiled[(*grid, 1, 1)[:3]], arguments)
+        here.launched(compiled[(*grid, 1, 1)[:3]], arguments)

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import ghl_kernels
-from ghl_kernels import Rule, dispatch, ops, replay, tape
-from ghl_kernels.tape import record
+from ghl_kernels import Backend, Rule, dispatch, ops, replay, tape, trial
+from ghl_kernels.recorder import record, recorder
 from ghl_kernels.tiles import BY_CUDA, BY_TRITON
 
 LAYERS: dict[str, Layer] = {
@@ -124,7 +124,7 @@ def test_a_tape_keeps_no_tensor_alive(told: str, use: Callable) -> None:
     recorders: list[weakref.ref] = []
 
     def call(*arguments: object) -> tuple[Tensor, ...]:
-        recorders.append(weakref.ref(tape.recorder()))
+        recorders.append(weakref.ref(recorder()))
         return ops.conv2d_update(*arguments)
 
     result, taped = record(call, tensors, *layer.geometry, *choices(Rule()))
@@ -174,15 +174,70 @@ def test_large_memory_is_given_back_when_it_was_last_used(monkeypatch: pytest.Mo
     assert torch.equal(slots[taped.outputs[0]], result[0])
 
 
-def test_a_tensor_from_elsewhere_cannot_be_played() -> None:
-    elsewhere = torch.rand(3)
-    result, taped = record(lambda a: (a + elsewhere,), (torch.zeros(3),))
+ELSEWHERE = torch.rand(3)
+UNPLAYABLE: dict[str, Callable[[Tensor], tuple[Tensor]]] = {
+    "a tensor from elsewhere": lambda a: (a + ELSEWHERE,),
+    "as a result": lambda a: (ELSEWHERE,),
+    "a number that is read": lambda a: (a * float(a.max()),),
+    "a comparison": lambda a: (a if a.equal(2 * a) else a + 1,),
+    "a size that numbers make": lambda a: (a.nonzero(),),
+    "random numbers": lambda a: (torch.rand_like(a) * 0 + a,),
+    "memory": lambda a: (torch.empty(0, device=a.device).set_(a.untyped_storage()).clone(),),
+}
+
+
+@pytest.mark.parametrize("call", UNPLAYABLE.values(), ids=UNPLAYABLE)
+def test_what_depends_on_more_than_how_tensors_lie_is_not_played(
+    call: Callable[[Tensor], tuple[Tensor]],
+) -> None:
+    a = torch.ones(3, device=ELSEWHERE.device)
+    result, taped = record(call, (a,))
     assert taped is None
-    assert torch.equal(result[0], elsewhere)
+    assert torch.equal(result[0], call(a)[0])
+
+
+def test_two_inputs_that_are_one() -> None:
     a = torch.rand(3)
     result, taped = record(lambda a, b: (a + b,), (a, a))
     assert taped is None
     assert torch.equal(result[0], 2 * a)
+
+
+def test_too_little_memory_to_record() -> None:
+    calls = []
+
+    def call(a: Tensor) -> tuple[Tensor]:
+        calls.append(recorder() is not None)
+        if recorder() is not None:
+            raise torch.OutOfMemoryError("nothing left")
+        return (a + 1,)
+
+    result, taped = record(call, (torch.zeros(2),))
+    assert (calls, taped) == ([True, False], None)
+    assert torch.equal(result[0], torch.ones(2))
+
+
+def test_what_others_do_meanwhile_is_done() -> None:
+    """In a finalizer, say; it spoils the tape."""
+    elsewhere = torch.zeros(2)
+
+    def call(a: Tensor) -> tuple[Tensor]:
+        elsewhere.add_(1)
+        return (a + 1,)
+
+    _, taped = record(call, (torch.zeros(2),))
+    assert taped is None and torch.equal(elsewhere, torch.ones(2))
+
+
+def test_a_recorder_inside_another_gives_it_back() -> None:
+    def outer(a: Tensor) -> tuple[Tensor]:
+        before = recorder()
+        assert record(lambda b: (b * 2,), (a,))[1] is not None
+        assert recorder() is before is not None
+        return (a + 1,)
+
+    record(outer, (torch.zeros(2),))
+    assert recorder() is None
 
 
 @pytest.fixture
@@ -201,7 +256,7 @@ def test_the_third_call_of_a_kind_is_played(layer: Layer, played: dict) -> None:
         tensors = half(layer)
         results = layer.update(tensors, Rule())
         (found,) = played.values()
-        assert found == replay.ONCE if number == 0 else isinstance(found[0], tape.Tape)
+        assert isinstance(found, Backend) if number == 0 else isinstance(found[0], tape.Tape)
         played_before = dict(played)
         played.clear()
         assert_same(results, layer.update(tensors, Rule()))  # as called for the first time
@@ -224,7 +279,7 @@ def test_calls_that_differ_are_not_one_kind(played: dict) -> None:
     dataclasses.replace(layer, padding=(0, 0)).update(
         half(dataclasses.replace(layer, padding=(0, 0))), Rule()
     )
-    assert [*played.values()] == [replay.ONCE] * 11
+    assert all(isinstance(found, Backend) for found in played.values()) and len(played) == 11
     dispatch.unsettle()
     layer.update(kinds[0], Rule())
     assert len(played) == 12
@@ -236,7 +291,7 @@ def test_one_tensor_as_two_arguments(played: dict) -> None:
     x, y, g, w = half(layer)
     for _ in range(3):
         twice = layer.update((x, y, y, w), Rule())
-    assert [*played.values()] == [replay.ONCE]
+    assert [type(found) for found in played.values()] == [Backend]
     layer.update((x, y, g, w), Rule())
     ((recorded, _),) = played.values()
     assert isinstance(recorded, tape.Tape)
@@ -251,6 +306,21 @@ def test_what_is_forced_is_not_played(played: dict) -> None:
     assert not played
 
 
+def test_what_was_forced_meanwhile_is_not_kept(
+    played: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By another thread; nor what a trial found no memory for."""
+    layer, settled = LAYERS["linear"], dispatch.settled
+    layer.update(half(layer), Rule())
+    for other in (Backend("composed", "forced"), Backend("composed", trial.PASSING)):
+        monkeypatch.setattr(dispatch, "settled", lambda *_, other=other: other)
+        layer.update(half(layer), Rule())
+        assert [type(found) for found in played.values()] == [Backend]
+    monkeypatch.setattr(dispatch, "settled", settled)
+    layer.update(half(layer), Rule())
+    assert [type(found) for found in played.values()] == [tuple]
+
+
 def test_an_error_is_told_each_time(played: dict) -> None:
     x, y, g, w = half(LAYERS["linear"])
     for _ in range(4):
@@ -258,7 +328,7 @@ def test_an_error_is_told_each_time(played: dict) -> None:
             LAYERS["linear"].update((x, y, g[1:], w), Rule())
         with pytest.raises(TypeError, match="g has layout"):
             LAYERS["linear"].update((x, y, g.to_sparse(), w), Rule())
-    assert tape.recorder() is None
+    assert recorder() is None
 
 
 def test_the_implementation_that_ran_is_told(played: dict) -> None:
