@@ -84,18 +84,20 @@ def start(out):
 
 
 def stop(out, process, *signals):
-    """What they have left, and have said, after signals in the middle of the second two."""
+    """How many they have finished after the last of these signals, which come in the middle of the
+    second two cells or, on a busy machine, later; and what they have said."""
     deadline = time.monotonic() + 120
     while len(list(out.glob("cells/*.json"))) < 2:
         assert time.monotonic() < deadline, "no two cells in two minutes"
         time.sleep(0.05)
     time.sleep(0.5)
     for send in signals:
+        before = len(list(out.glob("cells/*.json")))
         send(process)
         time.sleep(0.5)
     errors = process.communicate(timeout=60)[1]  # until the last of its processes has ended
     assert process.returncode, errors
-    return len(list(out.glob("cells/*.json"))), errors
+    return len(list(out.glob("cells/*.json"))) - before, errors
 
 
 def test_cells_in_progress_are_finished_after_an_interrupt(tmp_path):
@@ -119,7 +121,7 @@ def test_cells_in_progress_are_finished_after_an_interrupt(tmp_path):
         }
     found = {name: future.result() for name, future in ended.items()}
     counts = {name: count for name, (count, _) in found.items()}
-    assert counts == {"interrupted": 4, "killed": 4, "twice": 2, "terminated": 2}
+    assert counts == {"interrupted": 2, "killed": 2, "twice": 0, "terminated": 0}
     assert found["terminated"][1].strip().endswith("KeyboardInterrupt")
     for name in ("interrupted", "twice"):
         assert "once more to drop them" in found[name][1]
