@@ -16,7 +16,7 @@ from torch import Tensor
 
 ALIGNMENT = 256  # bytes from one tensor to the next in common memory
 SMALL = 2**20  # bytes; larger tensors have memory of their own, which is given back on its own
-EMPTY = "aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty"
+EMPTY = "aten::empty", "aten::empty_like"
 
 Play = Callable[[list[Any]], None]  # a step, for the tensors of a tape by their slots
 
@@ -183,11 +183,11 @@ def pooled(
 
 
 def last_uses(steps: Sequence[Step], tensors: Sequence[Tensor], kept: set[int]) -> list[list[int]]:
-    """For each step the large tensors that nobody uses after it."""
+    """For each step the tensors of large memory, views among them, that nobody uses after it."""
     uses, later = [], set(kept)
     for step in reversed(steps):
         slots = {number for number in (*step.slots(), *step.results) if number is not None}
-        uses.append([n for n in slots - later if tensors[n].nbytes >= SMALL])
+        uses.append([n for n in slots - later if tensors[n].untyped_storage().nbytes() >= SMALL])
         later |= slots
     return uses[::-1]
 

@@ -39,9 +39,10 @@ def step(layer: Layer, tensors: Tensors) -> list[Tensor]:
     return [*pair, *merged, *(t for results in together for t in results)]
 
 
-def assert_same(results: list[Tensor], wanted: list[Tensor]) -> None:
+def assert_same(results: Tensors, wanted: Tensors) -> None:
     for number, (actual, expected) in enumerate(zip(results, wanted, strict=True)):
         assert torch.equal(actual, expected), f"result {number} of the step"
+        assert actual.stride() == expected.stride(), f"strides of result {number} of the step"
 
 
 def test_a_step_gives_the_same_bits_twice(fused: None) -> None:

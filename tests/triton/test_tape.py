@@ -13,6 +13,7 @@ import small_tiles as forms
 import torch
 from cases import LAYOUTS, Conv, Layer, Linear, Tensors, choices, problem_of
 from test_gpu import gpu
+from test_gpu_steps import assert_same
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -49,12 +50,6 @@ def update_of(layer: Layer) -> tuple[Callable[..., tuple[Tensor, ...]], tuple[ob
     if isinstance(layer, Linear):
         return ops.linear_update, ()
     return ops.conv2d_update, layer.geometry
-
-
-def assert_same(results: Tensors, wanted: Tensors) -> None:
-    for number, (actual, expected) in enumerate(zip(results, wanted, strict=True)):
-        assert torch.equal(actual, expected), f"result {number}"
-        assert actual.stride() == expected.stride(), f"strides of result {number}"
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)
@@ -168,8 +163,8 @@ def test_large_memory_is_given_back_when_it_was_last_used(monkeypatch: pytest.Mo
     slots: list[object] = [a, *[None] * (taped.slots - 1)]
     for play in taped.plays:
         play(slots)
-        large = [t for t in slots[1:] if isinstance(t, Tensor) and t.nbytes >= 64]
-        alive.append(len({t.untyped_storage().data_ptr() for t in large}))
+        memory = [t.untyped_storage() for t in slots[1:] if isinstance(t, Tensor)]
+        alive.append(len({m.data_ptr() for m in memory if m.nbytes() >= 64}))
     assert max(alive) <= 2
     assert torch.equal(slots[taped.outputs[0]], result[0])
 
