@@ -322,7 +322,7 @@ def settled_last(operator: str) -> Backend | None:
     return backend if backend is not None and may_settle(backend) else None
 
 
-def is_told() -> bool:
+def is_forced() -> bool:
     """Whether an implementation or a tile is forced, so that a call takes what others do not."""
     return _forced is not None or tiles.used() is not None
 

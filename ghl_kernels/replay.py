@@ -46,7 +46,7 @@ def replayed(operator: str, run: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(run)
     def call(*arguments: Any) -> Any:
         tensors, rest = arguments[:TENSORS], arguments[TENSORS:]
-        if not on_gpu(tensors[0]) or dispatch.is_told() or not all(map(is_strided, tensors)):
+        if not on_gpu(tensors[0]) or dispatch.is_forced() or not all(map(is_strided, tensors)):
             return run(*arguments)
         key = kind(operator, tensors, rest)
         found = _tapes.get(key)
