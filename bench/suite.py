@@ -221,7 +221,7 @@ def stages(work: Path, out: Path, dry: bool) -> list[Stage]:
     eager = (*train, "--out", f"{work}/train_step.json")
     compiled_step = (*train, *compiled, "--out", f"{work}/train_step_compiled.json")
     captured = (*train, "--graph", "--out", f"{work}/train_step_captured.json")
-    once = [*train, "--compile", "--warmup", "1", "--steps", "1", "--out", f"{work}/ahead.json"]
+    once = [*train, "--compile", "--warmup", "1", "--steps", "1"]
     ahead = (python, "-m", "bench.compile_ahead")
     # choices between kernels are not made beside other work
     no_choice = {"TORCHINDUCTOR_AUTOTUNE_LOCAL_CACHE": "0", "TORCHINDUCTOR_COMPILE_THREADS": "4"}
@@ -232,8 +232,9 @@ def stages(work: Path, out: Path, dry: bool) -> list[Stage]:
         Stage("sanitize", sanitize, 150, skipped=no_gpu or missing, beside="checks"),
         # the tests of more than 2^31 numbers want the memory
         *(
-            Stage(f"compile_{name}", (*once, "--contestants", name), 110, checks=False,
-                  environment=no_choice, skipped=no_gpu, beside="checks", after="tests")
+            Stage(f"compile_{name}", (*once, "--contestants", name, "--out", f"{work}/{name}.json"),
+                  110, checks=False, environment=no_choice, skipped=no_gpu, beside="checks",
+                  after="tests")
             for name in ("bp", "ghl")
         ),
         Stage("compile_layers", ahead, 110, checks=False, environment=no_choice, skipped=no_gpu,
@@ -366,13 +367,13 @@ def main(argv: Sequence[str] | None = None, make: Callable[..., list[Stage]] = s
         if unknown := set(names) - {stage.name for stage in chosen}:
             parser.error(f"--stages: there is no stage {', '.join(sorted(unknown))}")
         chosen = [stage for stage in chosen if stage.name in names]
-    earlier = clear(work, chosen) if args.stages else clear(work)
+    earlier = clear(work, chosen if args.stages else ())
     if any(stage.name == "tune" and not stage.skipped for stage in chosen):
         shutil.rmtree(work / "cache", ignore_errors=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with (out / "suite.log").open("w") as log:
-        suite = Suite(out, work, time.monotonic() + args.seconds, log, args.seconds / SECONDS)
-        suite.results += earlier
+        until, scale = time.monotonic() + args.seconds, args.seconds / SECONDS
+        suite = Suite(out, work, until, log, scale, earlier)
         try:
             suite.run(chosen)
         finally:

@@ -50,3 +50,17 @@ def test_reports_nothing_where_updates_differ(
     with pytest.raises(RuntimeError, match=r"updates of conv1 differ by .*: nothing to time"):
         train_step.main([*SMALL, "--out", str(tmp_path / "result.json")])
     assert not list(tmp_path.iterdir())
+
+
+def test_a_graph_wants_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        train_step.main([*SMALL, "--graph"])
+    assert "--graph: --device is cpu, must be cuda" in capsys.readouterr().err
+
+
+def test_a_graphs_memory_is_no_figure(capsys: pytest.CaptureFixture[str]) -> None:
+    options = train_step.parse(SMALL)
+    rows = [train_step.row(name, [0.1, 0.2, 0.3], None, options) for name in ("bp", "ghl")]
+    assert train_step.ratios(rows) == {"ghl_over_bp": 1.0}
+    train_step.print_table(rows)
+    assert "ghl" in capsys.readouterr().out

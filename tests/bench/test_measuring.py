@@ -157,18 +157,23 @@ def test_after_the_deadline_no_layer_begins(bench: Bench) -> None:
     assert measure.measure(bench, ["deephebb_b1"]) == ([], ["deephebb_b1"])
 
 
-def test_rows_of_an_earlier_run_are_not_measured_again(bench: Bench) -> None:
-    bench.layer = lambda workload, layer, mode, wanted: [  # type: ignore[method-assign,assignment]
-        {"workload": workload, "layer": layer.name, "mode": mode, "implementation": name}
-        for name in wanted
-    ]
+def test_rows_of_an_earlier_run_are_not_measured_again(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def layer(workload: str, layer: Layer, mode: str, wanted: list[str]) -> list[Row]:
+        asked.extend(wanted)
+        sizes = {"workload": workload, "layer": layer.name, "mode": mode}
+        return [{**sizes, "implementation": name} for name in wanted]
+
+    monkeypatch.setattr(bench, "layer", layer)
     rows, _ = measure.measure(bench, ["deephebb_b1"])
-    bench.layer = lambda *_: pytest.fail("measured again")  # type: ignore[method-assign]
+    asked.clear()
     assert measure.measure(bench, ["deephebb_b1"], earlier=rows) == (rows, [])
-    again: list[tuple[str, ...]] = []
-    bench.layer = lambda w, layer, mode, wanted: again.append(wanted) or []  # type: ignore
+    assert not asked
     measure.measure(bench, ["deephebb_b1"], earlier=rows[:-2] + rows[-1:])
-    assert again == [[rows[-2]["implementation"]]]
+    assert asked == [rows[-2]["implementation"]]
 
 
 def test_what_a_summary_needs_comes_first_for_all_workloads() -> None:

@@ -26,7 +26,7 @@ def test_a_run_goes_on_with_the_file_of_an_earlier_one(
 ) -> None:
     file, told = tmp_path / "layers.json", []
 
-    def measured(bench, workloads, done, earlier):  # type: ignore[no-untyped-def]
+    def measured(bench, workloads, done, earlier):
         told.append((bench.ceilings.bytes_per_second, [*earlier]))
         return [{"workload": "a", "layer": "b", "implementation": "c", "mode": "d"}], ["a"]
 
