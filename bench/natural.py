@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ghl.bench.formulas import gate
+from ghl.bench.formulas import competition, gate
 
 
 class NaturalFunction(torch.autograd.Function):
@@ -39,7 +39,7 @@ class NaturalFunction(torch.autograd.Function):
         bias = None if b is None else [w.shape[0]]
         mask = [ctx.needs_input_grad[0], True, b is not None]
         grad_x, G, grad_b = backward(g, x, w, bias, *rest, mask)
-        u = torch.softmax(y / ctx.tau, dim=1)
+        u = competition(y, ctx.tau)
         H0 = backward(u, x, w, None, *rest, [False, True, False])[1]
         response = y if b is None else y - b.view(1, -1, 1, 1)
         decay = (u * response).sum(dim=(0, 2, 3)).view(-1, 1, 1, 1)

@@ -69,17 +69,34 @@ def weight_gradient(problem: Problem, signal: Tensor, x: Tensor, w: Tensor) -> T
     )[1]  # fmt: skip
 
 
-def sums(problem: Problem, x: Tensor, u: Tensor, g: Tensor, w: Tensor) -> Triple:
-    """The pair from a u that is stored."""
-    products = (weight_gradient(problem, signal, x, w) for signal in (g, u))
-    G, H0 = (like_weight(product, w, sum_dtype(x.dtype)) for product in products)
-    return G, H0, totals(u, problem.rows, problem.sum_u)
+def products_of(compete: Callable[[Tensor, str, float], Tensor]) -> Callable[..., Triple]:
+    """G and H0 by the library, in the dtype of x, and totals; from a u that `compete` stores."""
+
+    def products(
+        problem: Problem, x: Tensor, y: Tensor, g: Tensor, w: Tensor, tau: float
+    ) -> Triple:
+        if problem.rows == 0:
+            return no_rows(w, sum_dtype(x.dtype))
+        u = compete(y, problem.competition, tau)
+        G, H0 = (weight_gradient(problem, signal, x, w) for signal in (g, u))
+        return G, H0, totals(u, problem.rows, problem.sum_u)
+
+    return products
 
 
-def pair(problem: Problem, x: Tensor, y: Tensor, g: Tensor, w: Tensor, tau: float) -> Triple:
-    if problem.rows == 0:
-        return no_rows(w, sum_dtype(x.dtype))
-    return sums(problem, x, compete(y, problem.competition, tau), g, w)
+def pair_of(products: Callable[..., Triple]) -> Callable[..., Triple]:
+    """The pair of an implementation whose products are not in the dtype of sums."""
+
+    def pair(problem: Problem, x: Tensor, y: Tensor, g: Tensor, w: Tensor, tau: float) -> Triple:
+        *pair, totals = products(problem, x, y, g, w, tau)
+        G, H0 = (like_weight(product, w, sum_dtype(x.dtype)) for product in pair)
+        return G, H0, totals
+
+    return pair
+
+
+products = products_of(compete)
+pair = pair_of(products)
 
 
 def merge(
@@ -90,9 +107,10 @@ def merge(
     decay: str,
     gate: str,
     normalize: str,
+    dtype: torch.dtype | None = None,
     overwrite: bool = False,
 ) -> Triple:
-    """`overwrite`: the memory of H0 may be used for H."""
+    """dtype: of the update, that of G where it is None. `overwrite`: H may take H0's memory."""
     accumulate = sum_dtype(G.dtype)
     G_sum, H, w, totals = (t.to(accumulate) for t in (G, H0, w, totals))
     if decay != "none":
@@ -103,7 +121,8 @@ def merge(
     products = (G_sum, H), (G_sum, G_sum), (H, H)
     neurons = torch.stack([(a * b).flatten(1).sum(1) for a, b in products])
     update = gated(G_sum, H, totals[-1], gate, normalize)
-    return torch.empty_like(w, dtype=G.dtype).copy_(update), neurons, neurons.sum(1)
+    update = torch.empty_like(w, dtype=dtype or G.dtype).copy_(update)
+    return update, neurons, neurons.sum(1)
 
 
 def sign(G: Tensor) -> Tensor:
@@ -146,17 +165,16 @@ def foreach_merge(
 
 
 def update_of(pair: Callable[..., Triple], merge: Callable[..., Triple]) -> Callable[..., Triple]:
-    """The update of an implementation: its pair, with its merge as epilogue."""
+    """The update of an implementation: its pair (or products), with its merge as epilogue."""
 
     def update(
         problem: Problem, x: Tensor, y: Tensor, g: Tensor, w: Tensor, tau: float, *choices: str
     ) -> Triple:
         # w as the forward used it, the update in the dtype of w
         sums = pair(problem, x, y, g, w, tau)
-        result, neurons, layer = merge(*sums, w.to(x.dtype), *choices, overwrite=True)
-        return result.to(w.dtype), neurons, layer
+        return merge(*sums, w.to(x.dtype), *choices, dtype=w.dtype, overwrite=True)
 
     return update
 
 
-update = update_of(pair, merge)
+update = update_of(products, merge)

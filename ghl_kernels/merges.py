@@ -34,12 +34,21 @@ class Layer(NamedTuple):
     layer: Tensor
 
     @classmethod
-    def of(cls, G: Tensor, H0: Tensor, totals: Tensor, w: Tensor, overwrite: bool = False) -> Layer:
-        """`overwrite`: the update may take the memory of H0."""
+    def of(
+        cls,
+        G: Tensor,
+        H0: Tensor,
+        totals: Tensor,
+        w: Tensor,
+        dtype: torch.dtype | None = None,
+        overwrite: bool = False,
+    ) -> Layer:
+        """See `merge_of`."""
+        dtype = dtype or G.dtype
         G, H0, rows = (in_order_of(w, t) for t in (G, H0, w))
         options: dict[str, Any] = {"dtype": torch.float32, "device": w.device}
         scratch, neurons = (torch.empty(n, w.shape[0], **options) for n in (2, 3))
-        update = H0 if overwrite and H0.dtype == G.dtype else empty_rows(w, G.dtype)
+        update = H0 if overwrite and H0.dtype == dtype else empty_rows(w, dtype)
         layer = torch.empty(3, **options)
         return cls(G, H0, totals.contiguous(), rows, scratch, neurons, update, layer)
 
@@ -58,12 +67,14 @@ def merge_of(fill: Callable[[Layer, str, str, str], None]) -> Callable[..., Trip
         decay: str,
         gate: str,
         normalize: str,
+        dtype: torch.dtype | None = None,
         overwrite: bool = False,
     ) -> Triple:
-        """`overwrite`: the update may take the memory of H0."""
-        if w.numel() == 0 or any(t.dtype not in DTYPES for t in (G, H0, totals, w)):
-            return composed.merge(G, H0, totals, w, decay, gate, normalize)
-        layer = Layer.of(G, H0, totals, w, overwrite)
+        """See `composed.merge`; with `overwrite` it is the update that may take H0's memory."""
+        dtypes = [t.dtype for t in (G, H0, totals, w)] + [dtype or G.dtype]
+        if w.numel() == 0 or any(kind not in DTYPES for kind in dtypes):
+            return composed.merge(G, H0, totals, w, decay, gate, normalize, dtype)
+        layer = Layer.of(G, H0, totals, w, dtype, overwrite)
         fill(layer, decay, gate, normalize)
         return layer.results(w)
 

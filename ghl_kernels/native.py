@@ -46,20 +46,21 @@ def merge(
     decay: str,
     gate: str,
     normalize: str,
+    dtype: torch.dtype | None = None,
     overwrite: bool = False,
 ) -> Triple:
-    """`overwrite`: the update may take the memory of H0."""
-    dtype = sum_dtype(G.dtype)
-    H0 = in_order_of(w, H0, dtype)
-    update = H0 if overwrite else empty_rows(w, dtype)
-    neurons = torch.empty(3, w.shape[0], dtype=dtype, device=w.device)
-    layer = torch.empty(3, dtype=dtype, device=w.device)
+    """dtype: of the update, that of G where it is None. `overwrite`: it may take H0's memory."""
+    accumulate = sum_dtype(G.dtype)
+    H0 = in_order_of(w, H0, accumulate)
+    update = H0 if overwrite else empty_rows(w, accumulate)
+    neurons = torch.empty(3, w.shape[0], dtype=accumulate, device=w.device)
+    layer = torch.empty(3, dtype=accumulate, device=w.device)
     torch.ops.ghl_kernels.merge.native(
-        in_order_of(w, G, dtype), H0, totals.to(dtype).contiguous(), in_order_of(w, w, dtype),
-        update, neurons, layer,
+        in_order_of(w, G, accumulate), H0, totals.to(accumulate).contiguous(),
+        in_order_of(w, w, accumulate), update, neurons, layer,
         code("decay", decay), code("gate", gate), code("normalize", normalize),
     )  # fmt: skip
-    return like_weight(update, w, G.dtype), neurons, layer
+    return like_weight(update, w, dtype or G.dtype), neurons, layer
 
 
 def foreach_merge(

@@ -288,11 +288,12 @@ MergeLayer merge_layer(const Device& device, const Tensor& G, const Tensor& H0,
   const int64_t weights = w.numel();
   m.G_dtype = dtype_of(G), m.H0_dtype = dtype_of(H0);
   m.w_dtype = dtype_of(w), m.totals_dtype = dtype_of(totals);
+  m.update_dtype = dtype_of(update);
   m.G = dense<void>(device, G, G.scalar_type(), weights);
   m.H0 = dense<void>(device, H0, H0.scalar_type(), weights);
   m.w = dense<void>(device, w, w.scalar_type(), weights);
   m.totals = dense<void>(device, totals, totals.scalar_type(), m.out_channels + 1);
-  m.update = dense<void>(device, update, G.scalar_type(), weights);
+  m.update = dense<void>(device, update, update.scalar_type(), weights);
   m.neurons = floats(device, neurons, 3 * m.out_channels);
   m.layer = floats(device, layer, 3);
   m.scratch = floats(device, scratch, 2 * m.out_channels);

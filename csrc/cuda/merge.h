@@ -249,7 +249,7 @@ GHL_DEVICE void combine(const MergeLayer& layer, int64_t begin, int64_t end, Dec
       }
       GHL_UNROLL
       for (int i = 0; i < WIDTH; ++i) gradient[i] = gated(gradient[i], needs_H ? h[i] : 0.0f, gate);
-      store_floats(layer.update, layer.G_dtype, begin + first + j * step, gradient);
+      store_floats(layer.update, layer.update_dtype, begin + first + j * step, gradient);
     }
   }
 }
@@ -259,7 +259,7 @@ GHL_DEVICE void combine_task(const MergeLayer& layer, int32_t task, Decay decay,
   const int64_t numbers = int64_t(blockDim.x) * kNumbersOfThread, begin = task * numbers;
   const int64_t end = min(begin + numbers, layer.out_channels * layer.columns);
   const bool wide = is_wide(layer.G, layer.G_dtype) && is_wide(layer.H0, layer.H0_dtype) &&
-                    is_wide(layer.w, layer.w_dtype) && is_wide(layer.update, layer.G_dtype);
+                    is_wide(layer.w, layer.w_dtype) && is_wide(layer.update, layer.update_dtype);
   const int64_t fours = wide ? begin + (end - begin) / 4 * 4 : begin;
   if (begin < fours) combine<4>(layer, begin, fours, decay, gate, normalize);
   if (fours < end) combine<1>(layer, fours, end, decay, gate, normalize);

@@ -91,12 +91,12 @@ struct SumSplitsParams {
 // One layer of a merge; rows of the weight in its memory order, results dense.
 struct MergeLayer {
   const void *G, *H0, *w, *totals;
-  Dtype G_dtype, H0_dtype, w_dtype, totals_dtype;
-  void* update;            // in the dtype of G; may be H0 itself
+  Dtype G_dtype, H0_dtype, w_dtype, totals_dtype, update_dtype;
+  int32_t out_channels;
+  void* update;            // may be H0 itself, then in its dtype
   float *neurons, *layer;  // (3, neurons) and (3): <G, H>, |G|², |H|²
   float* scratch;          // (2, neurons): decay s and max|H|
   int64_t columns;
-  int32_t out_channels;
 };
 
 }  // namespace ghl::cuda

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ghl_kernels import composed, layout
-from ghl_kernels.composed import Triple
-from ghl_kernels.problem import Problem
+from ghl_kernels import layout
+from ghl_kernels.composed import pair_of, products_of, update_of
 from ghl_kernels.triton.foreach_merge import foreach_merge
 from ghl_kernels.triton.logsumexp import logsumexp
 from ghl_kernels.triton.merge import merge
@@ -18,14 +17,11 @@ from ghl_kernels.triton.store_u import store_u
 __all__ = ["foreach_merge", "logsumexp", "merge", "pair", "update"]
 
 
-def pair(problem: Problem, x: Tensor, y: Tensor, g: Tensor, w: Tensor, tau: float) -> Triple:
-    if problem.rows == 0:
-        return composed.no_rows(w)
-    u = store_u(layout.as_matrix(y), problem.competition, tau)
-    if not problem.linear:
-        batch, neurons, height, width = y.shape
-        u = u.view(batch, height, width, neurons).movedim(-1, 1)
-    return composed.sums(problem, x, u, g, w)
+def compete(y: Tensor, competition: str, tau: float) -> Tensor:
+    """u like y, with the neurons side by side."""
+    u = store_u(layout.as_matrix(y), competition, tau)
+    return u.view_as(y.movedim(1, -1)).movedim(-1, 1)
 
 
-update = composed.update_of(pair, merge)
+products = products_of(compete)
+pair, update = pair_of(products), update_of(products, merge)

@@ -43,7 +43,7 @@ class Numbers {
 struct Spec {
   const char* name;
   int neurons, columns;
-  Dtype G, H0, w, totals;
+  Dtype G, H0, w, totals, update;
   bool in_place = false;
   int offset = 0;
   double rows = 17;
@@ -51,16 +51,17 @@ struct Spec {
 
 constexpr Dtype f32 = Dtype::float32, f16 = Dtype::float16, b16 = Dtype::bfloat16;
 constexpr Spec kSpecs[] = {
-    {"27 columns", 5, 27, f32, f32, f32, f32},
-    {"64 columns", 9, 64, f32, f32, b16, f32, false, 0, 0},
-    {"a block for a neuron", 2, 1500, f32, f32, f16, f32, true},
-    {"a block for a neuron, number by number", 3, 1031, b16, b16, b16, b16, true},
-    {"one column", 7, 1, f16, f16, f16, f32, true},
-    {"no columns", 4, 0, f32, f32, f32, f32},
-    {"one neuron, not aligned", 1, 40, f16, f32, f32, f16, false, 1},
-    {"no neurons", 0, 5, f32, f32, f32, f32},
-    {"neurons change within four numbers", 53, 10, f32, f32, f32, f32},
-    {"of two 16-bit dtypes", 6, 132, b16, f16, f32, f32},
+    {"27 columns", 5, 27, f32, f32, f32, f32, f32},
+    {"64 columns", 9, 64, f32, f32, b16, f32, b16, false, 0, 0},
+    {"a block for a neuron", 2, 1500, f32, f32, f16, f32, f32, true},
+    {"a block for a neuron, number by number", 3, 1031, b16, b16, b16, b16, b16, true},
+    {"one column", 7, 1, f16, f16, f16, f32, f16},
+    {"no columns", 4, 0, f32, f32, f32, f32, f32},
+    {"one neuron, not aligned", 1, 40, f16, f32, f32, f16, f32, false, 1},
+    {"no neurons", 0, 5, f32, f32, f32, f32, f32},
+    {"neurons change within four numbers", 53, 10, f32, f32, f32, f32, f16},
+    {"of two 16-bit dtypes", 6, 132, b16, f16, f32, f32, f32},
+    {"in place, G wider", 3, 36, f32, b16, b16, f32, b16, true},
 };
 
 struct Layer {
@@ -73,7 +74,7 @@ struct Layer {
         H0(s.H0, weights(), s.offset),
         w(s.w, weights(), s.offset),
         totals(s.totals, s.neurons + 1),
-        update(s.G, s.in_place ? 0 : weights(), s.offset),
+        update(s.update, s.in_place ? 0 : weights(), s.offset),
         neurons(f32, 3 * s.neurons),
         layer(f32, 3),
         scratch(f32, 2 * s.neurons) {
@@ -102,6 +103,7 @@ struct Layer {
     MergeLayer m{};
     m.G = G.data(), m.H0 = H0.data(), m.w = w.data(), m.totals = totals.data();
     m.G_dtype = spec.G, m.H0_dtype = spec.H0, m.w_dtype = spec.w, m.totals_dtype = spec.totals;
+    m.update_dtype = spec.update;
     m.update = spec.in_place ? H0.data() : update.data();
     m.neurons = static_cast<float*>(neurons.data());
     m.layer = static_cast<float*>(layer.data());
@@ -119,8 +121,8 @@ std::vector<Layer> merged(const Choices& c, unsigned blocks, bool poisoned) {
     layers.emplace_back(spec, random, poisoned ? int(layers.size()) : -1);
   MergeTable<kCapacity> table{c.decay, c.gate, c.normalize, 0, {}};
   for (Layer& layer : layers) {
-    // in place, G must have the dtype of H0
-    if (layer.spec.in_place && layer.spec.G != layer.spec.H0) std::abort();
+    // in place, the update must have the dtype of H0
+    if (layer.spec.in_place && layer.spec.update != layer.spec.H0) std::abort();
     table.layers[table.count++] = layer.arguments();
   }
   emulation::launch(
@@ -195,7 +197,7 @@ class Expected {
     if (c_.gate == Gate::sign_only) wanted = sign;
     if (c_.gate == Gate::gradient) wanted = G;
     if (c_.gate == Gate::sign_only || c_.gate == Gate::gradient) error = 0;
-    const Dtype dtype = l.spec.G;
+    const Dtype dtype = l.spec.update;
     const double rounding = dtype == f32 ? 2e-7 : dtype == f16 ? 1.0 / 2048 : 1.0 / 256;
     error += rounding * std::abs(wanted) + (dtype == f16 ? 6e-8 : 0);
     check::near(l.spec.name, "update", i, l.result()[i], wanted, error);

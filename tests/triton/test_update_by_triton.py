@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from cases import LAYOUTS, Conv, Layer, Linear
+from cases import LAYOUTS, Conv, Layer, Linear, problem_of
 from test_pair_by_triton import DTYPES
 from test_update import assert_layer_update
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ghl
 import ghl_kernels
 from ghl_kernels import Rule
 from ghl_kernels.rule import CHOICES
+from ghl_kernels.triton import library
 
 LAYERS: dict[str, Layer] = {
     "linear": Linear(37, 17, 14),
@@ -40,6 +43,35 @@ def test_every_dtype_with_a_weight_in_its_own_or_in_float32(
     x, y, g, w = layer.tensors(dtype)
     for weight in (w, torch.randn_like(w, dtype=torch.float32)):
         assert_layer_update(layer, (x, y, g, weight), Rule())
+
+
+def test_the_update_of_a_float32_weight_is_not_rounded_to_the_activations(
+    implementation: str,
+) -> None:
+    x, y, g, w = LAYERS["linear"].tensors(torch.float16)
+    update = LAYERS["linear"].update((x, y, g, w.float()), Rule())[0]
+    assert not torch.equal(update, update.half().float())
+
+
+@pytest.mark.parametrize("weights", [torch.float16, torch.float32], ids=str)
+def test_products_of_a_library_reach_the_merge_as_they_are(weights: torch.dtype) -> None:
+    """Making them float32 first, or the update another dtype after, is a pass over all of them."""
+    layer = LAYERS["conv"]
+    x, y, g, w = layer.tensors(torch.float16)
+    w = w.to(weights)
+    problem, wide = problem_of(layer, torch.float16), []
+
+    class Widened(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor) and result.dtype == torch.float32:
+                wide.extend([result] if result.numel() == w.numel() else [])
+            return result
+
+    with Widened():
+        update, *_ = library.update(problem, x, y, g, w, 1.0, "oja", "sign", "absmax")
+    wanted = {update.data_ptr()} if weights == torch.float32 else set()
+    assert {t.data_ptr() for t in wide} == wanted
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
