@@ -47,20 +47,32 @@ def division_by(divisor: int) -> tuple[int, int]:
 
 
 @triton.jit
-def conv_wgrad_kernel(
-    x, y, g, largest, inverse, winner, G, H0, u_sums,
-    M, K, C, columns, rows_per_split,
-    in_height, in_width, positions, positions_multiplier, positions_shift,
-    out_width, width_multiplier, width_shift,
-    stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w,
-    x_image, x_channel, x_height, x_width, y_row, y_column, g_row, g_column, scale,
-    KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-    COMPETITION: tl.constexpr, IN_TILE: tl.constexpr, SUM_U: tl.constexpr,
-    PRECISION: tl.constexpr, PACKED: tl.constexpr, TAPS: tl.constexpr, UNIT: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
+def first_taps(
+    rows, positions, positions_multiplier, positions_shift, out_width, width_multiplier,
+    width_shift, stride_h, stride_w, padding_h, padding_w,
 ):  # fmt: skip
-    tile, split, group = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    ALL_TAPS: tl.constexpr = KERNEL_H * KERNEL_W
+    """The image of each row of y, and the height and width in it that the first tap reads."""
+    image = divide(rows, positions_multiplier, positions_shift)
+    position = rows - image * positions
+    out_h = divide(position, width_multiplier, width_shift)
+    h = out_h * stride_h - padding_h
+    w = (position - out_h * out_width) * stride_w - padding_w
+    return image, h, w
+
+
+@triton.jit
+def is_on_image(h, w, in_height, in_width):
+    """What is not there is padding."""
+    return (h >= 0) & (h < in_height) & (w >= 0) & (w < in_width)
+
+
+@triton.jit
+def columns_of_tile(
+    tile, C, columns, ALL_TAPS: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    PACKED: tl.constexpr, TAPS: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """The number of tiles side by side; of this one the first tap or, packed, every column's, the
+    channels, whether there are such columns, and, packed, their numbers."""
     if PACKED:
         tiles_c = tl.cdiv(columns, BLOCK_C)
         column = tile % tiles_c * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -75,6 +87,57 @@ def conv_wgrad_kernel(
         tap = tile % tiles_c // blocks_c * TAPS
         c = tile % tiles_c % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)
         inside_c = c < C
+        column = c
+    return tiles_c, tap, c, inside_c, column
+
+
+@triton.jit
+def load_patches(
+    x, x_rows, h, w, tap_h, tap_w, c, inside, inside_c, in_height, in_width, dilation_w,
+    x_channel, x_height, x_width, PACKED: tl.constexpr, TAPS: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    """x of the rows, transposed, for each tap of the tile."""
+    xT = ()
+    for t in tl.static_range(TAPS):
+        w_of_tap = tap_w + t * dilation_w
+        offset = (tap_h * x_height + w_of_tap * x_width) * UNIT + c * x_channel
+        if PACKED:
+            at_h, at_w = h[:, None] + tap_h[None, :], w[:, None] + w_of_tap[None, :]
+        else:
+            at_h, at_w = (h + tap_h)[:, None], (w + w_of_tap)[:, None]
+        live = is_on_image(at_h, at_w, in_height, in_width) & inside[:, None] & inside_c[None, :]
+        x_tile = tl.load(x + x_rows[:, None] + offset[None, :], live, other=0.0)
+        xT = xT + (tl.trans(x_tile),)
+    return xT
+
+
+@triton.jit
+def add_products(sums, xT, signal, TAPS: tl.constexpr, PRECISION: tl.constexpr):
+    """Of every tap, the sums and its product with the signal."""
+    added = ()
+    for t in tl.static_range(TAPS):
+        added = added + (tl.dot(xT[t], signal, sums[t], input_precision=PRECISION),)
+    return added
+
+
+@triton.jit
+def conv_wgrad_kernel(
+    x, y, g, largest, inverse, winner, G, H0, u_sums,
+    M, K, C, columns, rows_per_split,
+    in_height, in_width, positions, positions_multiplier, positions_shift,
+    out_width, width_multiplier, width_shift,
+    stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w,
+    x_image, x_channel, x_height, x_width, y_row, y_column, g_row, g_column, scale,
+    KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    COMPETITION: tl.constexpr, IN_TILE: tl.constexpr, SUM_U: tl.constexpr,
+    PRECISION: tl.constexpr, PACKED: tl.constexpr, TAPS: tl.constexpr, UNIT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    tile, split, group = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    ALL_TAPS: tl.constexpr = KERNEL_H * KERNEL_W
+    tiles_c, tap, c, inside_c, column = columns_of_tile(
+        tile, C, columns, ALL_TAPS, CHANNELS_LAST, PACKED, TAPS, BLOCK_C
+    )
     tap_h, tap_w = tap // KERNEL_W * dilation_h, tap % KERNEL_W * dilation_w
     k = tile // tiles_c * BLOCK_K + tl.arange(0, BLOCK_K)
     inside_k = k < K
@@ -95,40 +158,24 @@ def conv_wgrad_kernel(
     tl.assume(last > first)
     for m in range(first, last, BLOCK_M):
         inside = m + rows < last
-        image = divide(m + rows, positions_multiplier, positions_shift)
-        position = m + rows - image * positions
-        out_h = divide(position, width_multiplier, width_shift)
-        h = out_h * stride_h - padding_h
-        w = (position - out_h * out_width) * stride_w - padding_w
+        image, h, w = first_taps(
+            m + rows, positions, positions_multiplier, positions_shift, out_width,
+            width_multiplier, width_shift, stride_h, stride_w, padding_h, padding_w,
+        )  # fmt: skip
         x_rows = (image.to(tl.int64) * x_image + (h * x_height + w * x_width)) * UNIT
-        xT = ()
-        for t in tl.static_range(TAPS):
-            w_of_tap = tap_w + t * dilation_w
-            offset = (tap_h * x_height + w_of_tap * x_width) * UNIT + c * x_channel
-            if PACKED:
-                at_h, at_w = h[:, None] + tap_h[None, :], w[:, None] + w_of_tap[None, :]
-            else:
-                at_h, at_w = (h + tap_h)[:, None], (w + w_of_tap)[:, None]
-            on_image = (at_h >= 0) & (at_h < in_height) & (at_w >= 0) & (at_w < in_width)
-            live = on_image & inside[:, None] & inside_c[None, :]
-            x_tile = tl.load(x + x_rows[:, None] + offset[None, :], live, other=0.0)
-            xT = xT + (tl.trans(x_tile),)
+        xT = load_patches(
+            x, x_rows, h, w, tap_h, tap_w, c, inside, inside_c, in_height, in_width, dilation_w,
+            x_channel, x_height, x_width, PACKED, TAPS, UNIT,
+        )  # fmt: skip
         live = inside[:, None] & inside_k[None, :]
         g_here = tl.load(g + tl.cast(m, tl.int64) * g_row + g_tile, live, other=0.0)
         y_here = tl.load(y + tl.cast(m, tl.int64) * y_row + y_tile, live, other=0.0)
-
-        sums = ()
-        for t in tl.static_range(TAPS):
-            sums = sums + (tl.dot(xT[t], g_here, G_sums[t], input_precision=PRECISION),)
-        G_sums = sums
+        G_sums = add_products(G_sums, xT, g_here, TAPS, PRECISION)
         u = u_of_tile(
             y_here, largest, inverse, winner, m + rows, inside, k + first_neuron,
             first_neuron + K, scale, COMPETITION, IN_TILE,
         )  # fmt: skip
-        sums = ()
-        for t in tl.static_range(TAPS):
-            sums = sums + (tl.dot(xT[t], u, H0_sums[t], input_precision=PRECISION),)
-        H0_sums = sums
+        H0_sums = add_products(H0_sums, xT, u, TAPS, PRECISION)
         if SUM_U:
             u_sum += tl.sum(tl.where(inside[:, None], u.to(tl.float32), 0.0), 0)
 

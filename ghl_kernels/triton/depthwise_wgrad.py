@@ -15,7 +15,7 @@ from ghl_kernels.pairs import Task
 from ghl_kernels.splits import Partials
 from ghl_kernels.tiles import programs
 from ghl_kernels.triton.competition import u_of_tile
-from ghl_kernels.triton.conv_wgrad import divide, image_arguments
+from ghl_kernels.triton.conv_wgrad import first_taps, image_arguments, is_on_image
 from ghl_kernels.triton.launch import launch
 from ghl_kernels.triton.logsumexp import Statistics, statistics
 
@@ -50,14 +50,13 @@ def depthwise_wgrad_kernel(
     u_sum = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
     for m in range(first, last, BLOCK_M):
         inside = m + rows < last
-        image = divide(m + rows, positions_multiplier, positions_shift)
-        position = m + rows - image * positions
-        out_h = divide(position, width_multiplier, width_shift)
-        h = out_h * stride_h - padding_h
-        w = (position - out_h * out_width) * stride_w - padding_w
+        image, h, w = first_taps(
+            m + rows, positions, positions_multiplier, positions_shift, out_width,
+            width_multiplier, width_shift, stride_h, stride_w, padding_h, padding_w,
+        )  # fmt: skip
         x_rows = image.to(tl.int64) * x_image + (h * x_height + w * x_width)
         at_h, at_w = h[:, None] + tap_h[None, :], w[:, None] + tap_w[None, :]
-        on_image = (at_h >= 0) & (at_h < in_height) & (at_w >= 0) & (at_w < in_width)
+        on_image = is_on_image(at_h, at_w, in_height, in_width)
         taken = (on_image & inside[:, None] & inside_tap[None, :])[:, :, None]
         x_at = (x_rows[:, None] + tap_offset[None, :])[:, :, None]
         x_here = tl.load(x + x_at, taken & inside_k[None, None, :], other=0.0).to(tl.float32)
