@@ -69,8 +69,28 @@ def weight_gradient(problem: Problem, signal: Tensor, x: Tensor, w: Tensor) -> T
     )[1]  # fmt: skip
 
 
+def float16_scale(u: Tensor) -> Tensor:
+    """The power of two, 1 at most, with which |u| (N, K, ...) of no neuron sums up to over 2¹⁰."""
+    rows = [dim for dim in range(u.dim()) if dim != 1]
+    largest = torch.linalg.vector_norm(u, 1, rows, dtype=torch.float32).amax()
+    return torch.ldexp(torch.ones_like(largest), (10 - largest.frexp().exponent).clamp(-24, 0))
+
+
+def hebbian(product: Callable[[Tensor], Tensor], u: Tensor) -> Tensor:
+    """H0 = uᵀx, by what gives the product of x with a signal in their dtype.
+
+    Sums over many rows are beyond float16, and it is G alone for which a GradScaler looks: there
+    they are those of a smaller u, and float32.
+    """
+    if u.dtype != torch.float16 or u.numel() == 0:
+        return product(u)
+    scale = float16_scale(u)
+    return product(u * scale).float() / scale
+
+
 def products_of(compete: Callable[[Tensor, str, float], Tensor]) -> Callable[..., Triple]:
-    """G and H0 by the library, in the dtype of x, and totals; from a u that `compete` stores."""
+    """G and H0 by the library, in the dtype of x where that can be, and totals; from a u that
+    `compete` stores."""
 
     def products(
         problem: Problem, x: Tensor, y: Tensor, g: Tensor, w: Tensor, tau: float
@@ -78,7 +98,8 @@ def products_of(compete: Callable[[Tensor, str, float], Tensor]) -> Callable[...
         if problem.rows == 0:
             return no_rows(w, sum_dtype(x.dtype))
         u = compete(y, problem.competition, tau)
-        G, H0 = (weight_gradient(problem, signal, x, w) for signal in (g, u))
+        G = weight_gradient(problem, g, x, w)
+        H0 = hebbian(lambda signal: weight_gradient(problem, signal, x, w), u)
         return G, H0, totals(u, problem.rows, problem.sum_u)
 
     return products

@@ -10,6 +10,7 @@ import small_tiles as forms
 import torch
 from cases import Conv, Layer, Linear, assert_pair, wide
 from small_tiles import Form
+from test_pair import assert_sums_beyond_float16
 from test_update import with_value
 
 from ghl_kernels import Rule
@@ -60,6 +61,10 @@ def test_stored_u_of_nan_and_infinity(competition: str, use: Use, forced: Callab
             with forced(implementation):
                 H0 = Linear(1, 2, 5).pair((*one, w), rule)[1]
             assert torch.equal(H0.isnan(), wanted), (implementation, y[rows])
+
+
+def test_sums_beyond_float16(implementation: str) -> None:
+    assert_sums_beyond_float16()
 
 
 @of_tiles

@@ -53,13 +53,13 @@ def test_the_update_of_a_float32_weight_is_not_rounded_to_the_activations(
     assert not torch.equal(update, update.half().float())
 
 
-@pytest.mark.parametrize("weights", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("weights", [torch.bfloat16, torch.float32], ids=str)
 def test_products_of_a_library_reach_the_merge_as_they_are(weights: torch.dtype) -> None:
     """Making them float32 first, or the update another dtype after, is a pass over all of them."""
     layer = LAYERS["conv"]
-    x, y, g, w = layer.tensors(torch.float16)
+    x, y, g, w = layer.tensors(torch.bfloat16)
     w = w.to(weights)
-    problem, wide = problem_of(layer, torch.float16), []
+    problem, wide = problem_of(layer, torch.bfloat16), []
 
     class Widened(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ghl.alignment import samples
 from ghl_kernels import Rule
 from ghl_kernels.checks import sum_dtype
-from ghl_kernels.composed import compete, totals
+from ghl_kernels.composed import compete, hebbian, totals
 
 ALL = slice(None)
 OVERWRITTEN = "its input was overwritten in place after its forward"
@@ -34,13 +34,6 @@ class Geometry:
 def version(t: Tensor) -> int | None:
     """How often a tensor was changed in place; nobody counts that of one of inference_mode."""
     return None if t.is_inference() else t._version
-
-
-def float16_scale(u: Tensor) -> Tensor:
-    """A power of two that makes the largest |u| about 2⁻⁸: sums over many rows stay within float16,
-    and the rest of u is not below it."""
-    largest = torch.linalg.vector_norm(u, float("inf"), dtype=torch.float32)
-    return torch.ldexp(torch.ones_like(largest), -8 - torch.frexp(largest).exponent)
 
 
 class Use:
@@ -210,12 +203,8 @@ class Sums:
             else:  # its memory becomes that of weight.grad, which others change in place
                 G = G.detach().to(self.dtype, copy=True)
             self._accumulate("G", G, use.neurons)
-        if u.dtype == torch.float16 and self.rule.competition == "linear" and u.numel():
-            scale = float16_scale(u)
-            H0 = use.weight_gradient(x, u * scale).to(self.dtype) / scale
-        else:
-            H0 = use.weight_gradient(x, u).to(self.dtype)
-        self._accumulate("H0", H0, use.neurons)
+        H0 = hebbian(lambda signal: use.weight_gradient(x, signal), u)
+        self._accumulate("H0", H0.to(self.dtype), use.neurons)
         if self.rule.decay == "instar":
             u_sum = totals(u, 0, True)[:-1]
             self._accumulate("u_sum", u_sum.to(self.dtype), use.neurons)
