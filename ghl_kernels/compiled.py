@@ -7,8 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ghl_kernels import composed
 from ghl_kernels.checks import sum_dtype
 from ghl_kernels.rule import CHOICES
+
+MOST_ROWS = 2**31 - 2**16  # counted in 32 bits, and a step beyond
 
 
 def code(argument: str, value: str) -> int:
@@ -24,6 +27,8 @@ def logsumexp_by(overload: str) -> Callable[[Tensor, float, int], Tensor]:
         rows = [*y.shape[:dim], *y.shape[dim + 1 :]]
         lse = torch.empty(rows, dtype=sum_dtype(y.dtype), device=y.device)
         outer, inner = y.shape[:dim].numel(), y.shape[dim + 1 :].numel()
+        if outer * inner > MOST_ROWS:
+            return composed.logsumexp(y, tau, dim)
         compiled = getattr(torch.ops.ghl_kernels.logsumexp, overload)
         compiled(y.reshape(outer, y.shape[dim], inner, 1), lse, tau)
         return lse

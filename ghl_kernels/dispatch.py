@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from types import ModuleType
@@ -59,6 +60,7 @@ MOST_SETTLED = 4096  # calls alike whose implementation is remembered
 
 _forced: str | None = None
 _last: dict[str, Backend] = {}
+_here = threading.local()  # the same of this thread: autograd has one for every device
 _warned: set[str] = set()
 _settled: dict[tuple[Any, ...], Backend] = {}
 _unsettled = 0  # times
@@ -134,12 +136,12 @@ def cuda_unavailable(name: str, first: Tensor, problem: Problem | None) -> str |
         return f"the CUDA kernels take at most {MOST_GROUPS} groups"
     capability = torch.cuda.get_device_capability(first.device)
     if name == "cuda_sm90":
-        return sm90_unavailable(compiled, capability, first, problem)
+        return sm90_unavailable(compiled, capability, problem)
     return libraries.unfit(compiled, capability)
 
 
 def sm90_unavailable(
-    compiled: Library, capability: tuple[int, int], first: Tensor, problem: Problem | None
+    compiled: Library, capability: tuple[int, int], problem: Problem | None
 ) -> str | None:
     """Why the kernels of Hopper's own instructions cannot run this call; None if they can."""
     architectures = libraries.architectures(compiled)
@@ -207,7 +209,8 @@ def choose_on_gpu(operator: str, first: Tensor, problem: Problem | None) -> Back
         if problem is None or entry is None:
             failure = trial.failure_of_sums(first.device, module, operator)
         else:
-            failure = trial.failure(problem, entry, first.device, module)
+            merged = operator.endswith("_update")
+            failure = trial.failure(problem, entry, first.device, module, merged)
         if failure is None and not failures:
             return Backend(name, reason)
         if failure is None:
@@ -317,8 +320,8 @@ def may_settle(backend: Backend) -> bool:
 
 
 def settled_last(operator: str) -> Backend | None:
-    """What the most recent call took, if calls like it will take the same."""
-    backend = _last.get(operator)
+    """What this thread's most recent call took, if calls like it will take the same."""
+    backend = vars(_here).get(operator)
     return backend if backend is not None and may_settle(backend) else None
 
 
@@ -340,6 +343,7 @@ def state(first: Tensor) -> tuple[Any, ...]:
 def note(operator: str, backend: Backend) -> None:
     """That an implementation has run an operator."""
     _last[operator] = backend
+    vars(_here)[operator] = backend
 
 
 def last(operator: str) -> Backend | None:

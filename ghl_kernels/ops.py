@@ -7,6 +7,7 @@ what compiled libraries implement; they write into outputs that `native` and `cu
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -267,8 +268,14 @@ OPERATORS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
 TAKES_ACTIVATIONS = ("linear_pair", "conv2d_pair", "linear_update", "conv2d_update")
 
 
+def current(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes a GPU the current one: Triton launches kernels there."""
+    on_gpu = device.type == "cuda" and torch.cuda.is_available()
+    return torch.cuda.device(device) if on_gpu else nullcontext()
+
+
 def on_their_device(operator: Callable[..., Any]) -> Callable[..., Any]:
-    """Makes the device of the tensors the current one: Triton launches kernels there."""
+    """Makes the device of the tensors the current one."""
 
     def call(first: Tensor | Tensors, *rest: Any, **named: Any) -> Any:
         tensors = [first] if isinstance(first, Tensor) else first

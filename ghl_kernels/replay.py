@@ -53,17 +53,14 @@ def replayed(operator: str, run: Callable[..., Any]) -> Callable[..., Any]:
         if isinstance(found, tuple):
             dispatch.note(operator, found[1])
             return found[0].play(tensors)
-        if isinstance(found, Backend) and is_recordable(tensors):
-            result, taped = record(run, tensors, *rest)
-            if taped is None:
-                remember(key, NEVER)
-            elif dispatch.settled_last(operator) == found:  # not so if it was forced meanwhile
-                remember(key, (taped, found))
-            return result
-        result = run(*arguments)
+        if isinstance(found, str) or (found is not None and not is_recordable(tensors)):
+            return run(*arguments)
+        result, taped = (run(*arguments), None) if found is None else record(run, tensors, *rest)
         backend = dispatch.settled_last(operator)
-        if found is None and backend is not None:
+        if found is None or (taped is not None and backend != found):
             remember(key, backend)
+        else:
+            remember(key, NEVER if taped is None else (taped, found))
         return result
 
     return call
@@ -84,7 +81,11 @@ def is_strided(t: Tensor) -> bool:
     return t.layout == torch.strided
 
 
-def remember(key: tuple[Any, ...], found: Found) -> None:
+def remember(key: tuple[Any, ...], found: Found | None) -> None:
+    """None: the next call is a first one again."""
     if len(_tapes) >= MOST_TAPES:
         _tapes.clear()
-    _tapes[key] = found
+    if found is None:
+        _tapes.pop(key, None)
+    else:
+        _tapes[key] = found

@@ -10,6 +10,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +25,7 @@ from ghl_kernels.tiles import Entry
 BATCH, SIZE = 4, 16
 PASSING = "found too little memory"  # of a failure that the next call may not meet
 SUMS = "G", "H0", "rows", "sums of u"
+MERGE = "oja", "hebb", "absmax"
 # Of the largest sum, where PyTorch's own operators lose a tenth of it: a trial finds a kernel that
 # computes something else, not one that rounds a little more.
 TOLERANCE = {torch.float32: 5e-3, torch.bfloat16: 3e-2, torch.float16: 1e-2}
@@ -32,7 +36,8 @@ def small_batch(problem: Problem, device: torch.device) -> tuple[Problem, tuple[
     generator = torch.Generator(device).manual_seed(0)
 
     def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, device=device).to(problem.dtype)
+        options: dict[str, Any] = {"device": device, "dtype": torch.float32}
+        return torch.randn(*shape, generator=generator, **options).to(problem.dtype)
 
     neurons, wanted = problem.all_neurons, (problem.competition, problem.sum_u)
     if problem.linear:
@@ -58,47 +63,75 @@ def raised(what: str, error: Exception) -> str:
     return f"a trial of {what} raised {type(error).__name__}: {first_line}"
 
 
-def disagreement(problem: Problem, device: torch.device, implementation: str) -> str | None:
-    """What is wrong with an implementation's pair on a small batch; None if nothing is."""
+def disagreement(
+    problem: Problem, device: torch.device, implementation: str, merged: bool = False
+) -> str | None:
+    """What is wrong with an implementation's pair on a small batch, and with its merge of that;
+    None if nothing is."""
     small, tensors = small_batch(problem, device)
     try:
-        tried = importlib.import_module(implementation).pair(small, *tensors, 1.0)
+        module = importlib.import_module(implementation)
+        tried = module.pair(small, *tensors, 1.0)
         x, y, g, w = (t.float() for t in tensors)
         wanted = composed.pair(small, x, y, g, w, 1.0)
         parts = 4 if problem.sum_u else 3
         pairs = zip(*((G, H0, t[-1:], t[:-1]) for G, H0, t in (tried, wanted)), strict=True)
         errors = torch.stack([(a - b).abs().max() / b.abs().max() for a, b in [*pairs][:parts]])
         off_by = errors.tolist()
+        if merged and not agree(merges(module, (*tried, tensors[3]))):
+            return off(f"merge by {implementation}")
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
         return raised(implementation, error)
     if not all(error <= TOLERANCE[problem.dtype] for error in off_by):
-        off = ", ".join(f"{e:.2g} ({n})" for e, n in zip(off_by, SUMS, strict=False))
-        return (
-            f"a trial of {implementation} is off from PyTorch's operators by {off} of the largest "
-            "number"
-        )
+        errors_of = ", ".join(f"{e:.2g} ({n})" for e, n in zip(off_by, SUMS, strict=False))
+        return f"{off(implementation)} by {errors_of} of the largest number"
     return None
+
+
+Pairs = list[tuple[Tensor, Tensor]]  # what is tried, and what PyTorch's operators give
+
+
+def merges(module: ModuleType, sums: Sequence[Tensor]) -> Pairs:
+    """Of one layer: G, H0, totals and w."""
+    G, H0, rows, w = sums
+    found, wanted = (m.merge(G, H0, rows, w, *MERGE) for m in (module, composed))
+    return list(zip(found, wanted, strict=True))
+
+
+def agree(pairs: Pairs) -> bool:
+    right = [(a - b).abs().max() <= 1e-4 * b.abs().max() for a, b in pairs]
+    return bool(torch.stack(right).all().item())
+
+
+def off(what: str) -> str:
+    return f"a trial of {what} is off from PyTorch's operators"
 
 
 @functools.lru_cache(maxsize=4096)
 def remembered(
-    problem: Problem, entry: Entry, device: torch.device, implementation: str, precision: str
+    problem: Problem,
+    entry: Entry,
+    device: torch.device,
+    implementation: str,
+    merged: bool,
+    precision: str,
 ) -> str | None:
     with tiles.use(entry):
-        return disagreement(problem, device, implementation)
+        return disagreement(problem, device, implementation, merged)
 
 
 def failure(
-    problem: Problem, entry: Entry, device: torch.device, implementation: str
+    problem: Problem, entry: Entry, device: torch.device, implementation: str, merged: bool = False
 ) -> str | None:
-    """Why layers of these sizes must not take an implementation (a module) with this entry."""
+    """Why layers of these sizes must not take an implementation (a module) with this entry.
+    merged: for an update, which merges as well."""
     if torch.cuda.is_current_stream_capturing():
         return None
     sizes, precision = dataclasses.replace(problem, rows=0), dot_precision(problem)
     try:
-        return remembered(sizes, entry, device, implementation, precision)
+        return remembered(sizes, entry, device, implementation, merged, precision)
     except torch.OutOfMemoryError:  # not for ever: there may be memory the next time
         return f"a trial of {implementation} {PASSING}"
 
@@ -106,23 +139,20 @@ def failure(
 def disagreement_of_sums(device: torch.device, implementation: str, operator: str) -> str | None:
     """What is wrong with an implementation's logsumexp, or, for another operator, with its merge of
     one layer or of many; None if nothing is."""
-    generator = torch.Generator(device).manual_seed(0)
-    G, H0, w = torch.randn(3, 65, 33, 3, 3, generator=generator, device=device)
-    sums = G, H0, torch.rand(66, generator=generator, device=device), w
-    choices = "oja", "hebb", "absmax"
+    options: dict[str, Any] = {"device": device, "dtype": torch.float32}
+    options["generator"] = torch.Generator(device).manual_seed(0)
+    G, H0, w = torch.randn(3, 65, 33, 3, 3, **options)
+    sums = G, H0, torch.rand(66, **options), w
     try:
         tried = importlib.import_module(implementation)
         if operator == "logsumexp":
             pairs = [(tried.logsumexp(G, 0.5, 1), composed.logsumexp(G, 0.5, 1))]
         else:
-            lists = [[t, t] for t in sums]
-            many = tried.foreach_merge(lists[0], lists[1], lists[2], lists[3], *choices)
-            wanted = composed.merge(*sums, *choices)
-            pairs = list(zip(tried.merge(*sums, *choices), wanted, strict=True))
-            pairs += zip([result[1] for result in many], wanted, strict=True)
-        right = [(a - b).abs().max() <= 1e-4 * b.abs().max() for a, b in pairs]
-        if not torch.stack(right).all().item():
-            return f"a trial of {operator} by {implementation} is off from PyTorch's operators"
+            pairs = merges(tried, sums)
+            many = tried.foreach_merge(*([t, t] for t in sums), *MERGE)
+            pairs += [(both[1], wanted) for both, (_, wanted) in zip(many, pairs, strict=True)]
+        if not agree(pairs):
+            return off(f"{operator} by {implementation}")
     except torch.OutOfMemoryError:
         raise
     except Exception as error:

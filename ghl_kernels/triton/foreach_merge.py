@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ghl_kernels.merges import Layer, foreach_merge_of
+from ghl_kernels.triton.launch import launch
 from ghl_kernels.triton.merge import MOST_PROGRAMS, combine, measure
 
 BLOCK_K, BLOCK_P = 8, 256
@@ -116,12 +117,14 @@ def merge_alike(layers: Sequence[Layer], decay: str, gate: str, normalize: str) 
         min(programs * triton.cdiv(columns, BLOCK_P), MOST_PROGRAMS)
         for programs, (_, columns) in zip(in_measure, sizes, strict=True)
     )
-    foreach_measure_kernel[(sum(in_measure),)](
-        table, shares(in_measure, device), decay, *types, BLOCK_K, BLOCK_P
-    )
-    foreach_combine_kernel[(sum(in_combine),)](
-        table, shares(in_combine, device), decay, gate, normalize, *types, BLOCK_K, BLOCK_P
-    )
+    launch(
+        foreach_measure_kernel, (sum(in_measure),), table, shares(in_measure, device),
+        decay, *types, BLOCK_K, BLOCK_P,
+    )  # fmt: skip
+    launch(
+        foreach_combine_kernel, (sum(in_combine),), table, shares(in_combine, device),
+        decay, gate, normalize, *types, BLOCK_K, BLOCK_P,
+    )  # fmt: skip
 
 
 def fill(layers: Sequence[Layer], decay: str, gate: str, normalize: str) -> None:

@@ -64,7 +64,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     monkeypatch.setattr(dispatch, "interpreted", lambda: False)
     monkeypatch.setattr(tiles, "nearest", tiles.nearest.__wrapped__)
     monkeypatch.setattr(kernels, "remembered", kernels.remembered.__wrapped__)
-    monkeypatch.setattr(trial, "failure", lambda p, entry, device, module: machine.failure(module))
+    monkeypatch.setattr(trial, "failure", lambda *of: machine.failure(of[3]))
     monkeypatch.setattr(trial, "failure_of_sums", lambda d, module, name: machine.failure(module))
     known = (0, SMALL), (1, LARGE), (2, WHOLE)
     monkeypatch.setattr(
@@ -174,7 +174,7 @@ def test_a_library_that_is_not_loaded(machine: Machine, monkeypatch: pytest.Monk
     ("name", "capability", "problem", "dtype", "reason"),
     [
         ("cuda", (7, 5), LAYER, HALF, "compute capability 7.5, the kernels need 8.0"),
-        ("cuda", (9, 0), None, torch.float64, "have no float64"),
+        ("cuda", (9, 0), LAYER, torch.float64, "have no float64"),
         ("cuda", (9, 0), dataclasses.replace(LAYER, rows=2**31), HALF, "are more than 2**31"),
         ("cuda_sm90", (10, 0), LAYER, HALF, "compute capability 10.0, not 9.0"),
         (

@@ -160,7 +160,7 @@ def test_an_old_gpu_is_composed_and_said_once(
 
 
 def test_float64_is_composed_and_said_once(hopper: None) -> None:
-    assert_composed_and_said_once(on_gpu(torch.float64), None, "no float64")
+    assert_composed_and_said_once(on_gpu(torch.float64), problem(), "no float64")
 
 
 @pytest.mark.parametrize("sizes", [{"rows": 2**31}, {"channels": 2**26}, {"image": 2**31}])
@@ -262,6 +262,8 @@ def test_unknown_names_are_errors() -> None:
         pass
     with pytest.raises(ValueError, match=r"operator is 'conv2d', must be one of logsumexp"):
         ghl_kernels.backend("conv2d", torch.zeros(1))
+    with pytest.raises(ValueError, match="problem is None, must be the sizes of the layer"):
+        ghl_kernels.backend("conv2d_pair", on_gpu())
 
 
 def test_force_nests_and_ends_with_an_exception(some_library: None) -> None:

@@ -304,16 +304,38 @@ def test_what_is_forced_is_not_played(played: dict) -> None:
 def test_what_was_forced_meanwhile_is_not_kept(
     played: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By another thread; nor what a trial found no memory for."""
+    """By another thread; nor what a trial found no memory for. Calls to come are recorded again,
+    but not every one of them."""
     layer, settled = LAYERS["linear"], dispatch.settled
-    layer.update(half(layer), Rule())
-    for other in (Backend("composed", "forced"), Backend("composed", trial.PASSING)):
+    forced, passing = Backend("composed", "forced"), Backend("composed", trial.PASSING)
+    for other, left in ((forced, [Backend]), (passing, [])):
+        layer.update(half(layer), Rule())
         monkeypatch.setattr(dispatch, "settled", lambda *_, other=other: other)
         layer.update(half(layer), Rule())
-        assert [type(found) for found in played.values()] == [Backend]
-    monkeypatch.setattr(dispatch, "settled", settled)
-    layer.update(half(layer), Rule())
+        assert [type(found) for found in played.values()] == left
+        monkeypatch.setattr(dispatch, "settled", settled)
+    for _ in range(3):
+        layer.update(half(layer), Rule())
     assert [type(found) for found in played.values()] == [tuple]
+
+
+def test_threads_do_not_take_each_others_choices(
+    played: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Autograd has one for every device; another one's call may end between this one's."""
+    layer, settled = LAYERS["linear"], dispatch.settled_last
+
+    def meanwhile(operator: str) -> Backend | None:
+        elsewhere = threading.Thread(target=dispatch.note, args=(operator, Backend("x", "there")))
+        elsewhere.start()
+        elsewhere.join()
+        return settled(operator)
+
+    monkeypatch.setattr(dispatch, "settled_last", meanwhile)
+    for _ in range(3):
+        layer.update(half(layer), Rule())
+    ((_, backend),) = played.values()
+    assert backend.reason != "there"
 
 
 def test_an_error_is_told_each_time(played: dict) -> None:

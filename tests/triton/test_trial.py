@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-import triton
 from small_tiles import ONE_TILE, Form
 
 from ghl_kernels import Problem, tiles, trial
@@ -40,13 +39,33 @@ def small_batches(monkeypatch: pytest.MonkeyPatch, use: Callable[[Form], None]) 
 @pytest.mark.parametrize("strategy", tiles.BY_TRITON)
 @pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS)
 def test_what_is_right_is_taken(problem: Problem, strategy: str, device: torch.device) -> None:
-    assert trial.disagreement(problem, device, IMPLEMENTATIONS[strategy]) is None
+    assert trial.disagreement(problem, device, IMPLEMENTATIONS[strategy], merged=True) is None
 
 
 @pytest.mark.parametrize("strategy", tiles.BY_TRITON)
 @pytest.mark.parametrize("operator", ["merge", "logsumexp"])
 def test_right_sums_are_taken(operator: str, strategy: str, device: torch.device) -> None:
     assert trial.disagreement_of_sums(device, IMPLEMENTATIONS[strategy], operator) is None
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64], ids=str)
+def test_what_others_have_as_default_dtype_is_not_tried(
+    default: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kinds, merge = set(), fused.merge
+
+    def noted(*sums: torch.Tensor, **named: object) -> object:
+        kinds.update(t.dtype for t in sums if isinstance(t, torch.Tensor))
+        return merge(*sums, **named)
+
+    monkeypatch.setattr(fused, "merge", noted)
+    torch.set_default_dtype(default)
+    try:
+        assert trial.disagreement_of_sums(device, IMPLEMENTATIONS["triton"], "merge") is None
+        assert trial.disagreement(PROBLEMS["linear"], device, IMPLEMENTATIONS["triton"]) is None
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert kinds == {torch.float32}
 
 
 def test_the_batch_has_the_layers_layout(device: torch.device) -> None:
@@ -72,6 +91,22 @@ def test_what_computes_something_else_is_not_taken(
     assert found is not None and "is off from PyTorch's operators by" in found
 
 
+def test_an_update_is_tried_with_its_merge(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object) -> None:
+        raise RuntimeError("no such instruction")
+
+    problem, triton_fused = PROBLEMS["linear"], IMPLEMENTATIONS["triton"]
+    merge = fused.merge
+    monkeypatch.setattr(fused, "merge", lambda G, H0, *rest: merge(H0, G, *rest))
+    found = trial.disagreement(problem, device, triton_fused, merged=True)
+    assert found == f"a trial of merge by {triton_fused} is off from PyTorch's operators"
+    monkeypatch.setattr(fused, "merge", fail)
+    assert trial.disagreement(problem, device, triton_fused) is None
+    assert "no such instruction" in (trial.disagreement(problem, device, triton_fused, True) or "")
+
+
 def test_wrong_sums_of_u_are_found_where_they_are_asked_for(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -92,7 +127,7 @@ def test_what_does_not_run_is_not_taken(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*args: object) -> None:
-        raise triton.CompilationError("no such instruction\nand much more")
+        raise RuntimeError("no such instruction\nand much more")
 
     monkeypatch.setattr(fused, "conv_wgrad", fail)
     monkeypatch.setattr(fused, "merge", fail)
