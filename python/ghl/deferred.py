@@ -25,7 +25,7 @@ from ghl.held import REPLACED, HeldSums, capturing, is_owed, note_versions
 from ghl.hooks import Hook, once_gradients_are_made, weak
 from ghl.layers import Plastic
 from ghl.shards import ShardedSums, is_sharded
-from ghl.sums import RawSums
+from ghl.sums import ImmediateSums, RawSums, described, device_of
 from ghl_kernels.layout import is_channels_last
 
 _of_weight: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # to a weakref of its handle
@@ -79,7 +79,7 @@ def synchronize(
     try:
         if communicate not in WIRES:
             raise ValueError(f"communicate is {communicate}, must be one of {WIRES}")
-        weights = weights_of(model, optimizer)
+        weights = weights_of(model, optimizer, ranks.size(group) > 1)
         if wanted is None:
             check_one_group(model, weights)
         found = [
@@ -98,14 +98,20 @@ def order_of(weight: nn.Parameter) -> str:
     return "channels_last" if is_channels_last(weight) else "contiguous"
 
 
-def weights_of(model: nn.Module, optimizer: Optimizer) -> dict[str, nn.Parameter]:
-    """Weights of layers with a rule that `optimizer` trains, by name, each once."""
+def weights_of(
+    model: nn.Module, optimizer: Optimizer, averaged: bool = False
+) -> dict[str, nn.Parameter]:
+    """Weights of layers with a rule that `optimizer` trains, by name, each once.
+
+    Frozen ones may be thawed; not where DistributedDataParallel averages, which leaves them out.
+    """
     trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
     weights: dict[int, tuple[str, nn.Parameter]] = {}
     for name, module in model.named_modules():
         if isinstance(module, Plastic) and module.rule.gate != "gradient":
             weight = module.weight
-            if weight.requires_grad and id(weight) in trained:
+            stays_frozen = averaged and not weight.requires_grad and not is_sharded(weight)
+            if id(weight) in trained and not stays_frozen:
                 weights.setdefault(id(weight), (name, weight))
     if not weights:
         raise ValueError(
@@ -227,27 +233,28 @@ class Synchronizer:
                 "optimizer) with this one, after remove() on the handle of the other"
             )
 
-    def _check_ranks(self) -> None:
-        """What only this rank did, and messages that would not fit the others' for it."""
+    def _check_join(self) -> None:
         if any(module._join_config.enable for module in self._wrappers):
             raise RuntimeError(
                 "model.join() is not supported by ghl.synchronize: a rank that has joined would "
                 "not add its sums; give all ranks the same number of batches"
             )
-        for layer, rule in self._rules:
+
+    def _check_rules(self) -> None:
+        """Other rules would have this rank send other messages than the others."""
+        for layer, rule in self._rules if self._is_distributed() else ():
             if getattr(layer, "_rule", None) != rule:
                 raise RuntimeError(
                     f"a layer's rule is {getattr(layer, '_rule', None)}, was {rule} when ranks "
                     "agreed on it: call remove(), set the rule and call ghl.synchronize again, on "
                     "every rank"
                 )
-        if not self._compared and ranks.size(self._group) > 1 and not capturing():
-            self._check_averaged()
-            self._compared = True
 
     def _check_averaged(self) -> None:
         """Once: a gradient that only some of the group's ranks averaged is not the sums'."""
-        found = []
+        if self._compared or ranks.size(self._group) == 1 or capturing():
+            return
+        self._compared, found = True, []
         for name, weight in self._weights.items():
             if not is_sharded(weight):
                 total = None if weight.grad is None else weight.grad.double().sum().item()
@@ -266,6 +273,22 @@ class Synchronizer:
         for _, weight in self._ruled():
             if RawSums.present(weight) is None and is_owed(weight):
                 raise RuntimeError(REPLACED)
+
+    def _check_early(self) -> None:
+        """What clips or scales gradients must not have met an update that backward made."""
+        optimizer = self._optimizer()
+        found = [
+            p
+            for group in (optimizer.param_groups if optimizer else ())
+            for p in group["params"]
+            if is_update(p.grad) and isinstance(RawSums.present(p), ImmediateSums)
+        ]
+        if found:
+            raise RuntimeError(
+                f"the update of {', '.join(map(described, found))} was made in backward: its layer "
+                "was added to the model or the optimizer, or given a rule, after ghl.synchronize, "
+                "or is outside of that model; call remove() on the handle and ghl.synchronize again"
+            )
 
     def _ruled(self) -> Iterator[tuple[Plastic, nn.Parameter]]:
         """The layers that still have a rule for one of these weights."""
@@ -292,9 +315,12 @@ class Synchronizer:
 
     def _watch(self, model: nn.Module) -> Iterator[Any]:
         """Have every backward begin here at the model's outputs: one that brings this rank no sums
-        may still write other ranks' gradients into what was zeroed."""
+        may still write other ranks' gradients into what was zeroed. And weights that were thawed
+        get their sums before FSDP exchanges them for whole ones."""
         watched: list[nn.Module] = [*self._wrappers] or [model]
         for module in watched if self._is_distributed() else ():
+            thawed = Hook(weak(self, "_attach_missing"))
+            yield module.register_forward_pre_hook(thawed, prepend=True)
             yield module.register_forward_hook(Hook(weak(self, "_after_forward")))
 
     def _after_forward(self, module: nn.Module, args: tuple, output: Any) -> None:
@@ -302,7 +328,7 @@ class Synchronizer:
             if isinstance(t, Tensor) and t.grad_fn is not None:
                 t.grad_fn.register_prehook(weak(self, "_begin"))
 
-    def _attach_missing(self) -> None:
+    def _attach_missing(self, *call: Any) -> None:
         """Sums for weights that lost theirs while they were frozen, on ranks that use them or not:
         all send the same messages."""
         for layer, weight in self._ruled():
@@ -354,13 +380,17 @@ class Synchronizer:
 
         `optimizer.step()` does this; to be called by hand only where something else uses updates.
         """
-        if self._is_distributed():
-            self._check_ranks()
-        self._check_lost()
+        self._check_join()
         held = self._held()
-        for weight, sums in held:
-            sums.before_step(weight)
-            sums.check(weight)
+        device = next(map(device_of, self._weights.values()), torch.device("cpu"))
+        with ranks.together(self._group, device):
+            self._check_rules()
+            self._check_lost()
+            self._check_early()
+            for weight, sums in held:
+                sums.before_step(weight)
+                sums.check(weight)
+        self._check_averaged()
         try:
             layers = [merging.Layer.of(weight, sums) for weight, sums in held]
             merging.add_up(layers, self._group, self._wire)

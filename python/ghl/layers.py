@@ -60,12 +60,20 @@ class Plastic(nn.Module):
         self._detach()
         self._attach_beside()
 
+    @property
+    def _learns(self) -> bool:
+        """Whether the present weight will have an update."""
+        weight = self.weight
+        return self._rule.gate != "gradient" and weight.requires_grad and weight.numel() > 0
+
     def _attach_beside(self) -> None:
         """Have sums of the present weight too. functional_call has other weights for a forward:
         what is held of those before must outlive that."""
         weight = self.weight
-        if self._rule.gate == "gradient" or not weight.requires_grad:
+        if not self._learns:
             return
+        if not weight.is_floating_point():
+            raise TypeError(f"weight is of {weight.dtype}, must be of floating-point numbers")
         if not weight.is_leaf:
             raise RuntimeError(
                 f"weight of {type(self).__name__} is computed from other tensors (a "
@@ -87,9 +95,7 @@ class Plastic(nn.Module):
 
     def _collecting(self, x: Tensor) -> RawSums | None:
         """The sums this forward is to feed; None where the plain forward is all there is."""
-        if self._rule.gate == "gradient" or not torch.is_grad_enabled() or is_transformed(x):
-            return None
-        if not self.weight.requires_grad:
+        if not torch.is_grad_enabled() or is_transformed(x) or not self._learns:
             return None
         sums = self._sums
         if sums is None or not sums.live or not self._are_of_weight(sums):

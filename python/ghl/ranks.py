@@ -5,6 +5,7 @@ Which tensors these are is `ghl.merging`'s business, and when is `ghl.deferred`'
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -57,6 +58,31 @@ def add_over_ranks(tensors: list[Tensor], group: Any, wire: torch.dtype | None =
             tensors[i] = part.view(shape).to(dtype)
 
 
+@contextlib.contextmanager
+def together(group: Any, device: torch.device) -> Iterator[None]:
+    """Raise on every rank what one of them raises inside: none waits for messages of that one.
+
+    Without waiting for a GPU, which aborts by itself.
+    """
+    if size(group) == 1:
+        yield
+        return
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as raised:
+        error = raised
+    failed = torch.full((), float(error is not None), device=device)
+    dist.all_reduce(failed, group=group)
+    if error is not None:
+        raise error
+    if failed.is_cuda:
+        torch._assert_async(failed == 0, ELSEWHERE)
+    elif failed:
+        raise RuntimeError(ELSEWHERE)
+
+
+ELSEWHERE = "another rank could not make its updates, and its error says why"
 AGREED = "have the same layers, dtypes and rules in the same order"
 
 

@@ -29,7 +29,8 @@ _makers: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # where not Immedi
 
 def as_rows(t: Tensor, channels_last: bool) -> Tensor:
     """(out_channels, rest) in the memory order of a weight: a view of a t with its strides."""
-    return (t.movedim(1, -1) if channels_last else t).reshape(t.shape[0], -1)
+    rows = t.movedim(1, -1) if channels_last else t
+    return rows.reshape(t.shape[0], t.shape[1:].numel())
 
 
 def from_rows(rows: Tensor, weight: Tensor) -> Tensor:
@@ -66,9 +67,9 @@ def without_sums(weights: Sequence[Tensor]) -> str:
     """What is said of weights with a gradient that must not pass for an update."""
     return (
         f"weight.grad of {', '.join(map(described, weights))} holds an ordinary gradient, because "
-        "no layer with a rule gave the sums for an update: call backward() without inputs=, and "
-        "use the weight through its layer (or give the layer rule='bp', or leave it out of the "
-        "swap)"
+        "no layer with a rule gave the sums for an update: call backward() without inputs=, use "
+        "the weight through its layer, not a trace of it, and let a penalty on gradients share "
+        "the backward of a loss (or give the layer rule='bp', or leave it out of the swap)"
     )
 
 
@@ -109,7 +110,8 @@ class RawSums:
                 others = [other for other in sums.layers if other is not layer]
                 if sums.rule != rule and others:
                     raise ValueError(
-                        f"rule is {rule}, but another layer has the same weight and {sums.rule}"
+                        f"rule is {rule}, but another layer has the same weight and {sums.rule}: "
+                        "ghl.swap(model, rule) gives all layers one"
                     )
                 sums.release()
             sums = _of_weight[weight] = _makers.get(weight, ImmediateSums)(weight, rule)
@@ -227,7 +229,8 @@ class ImmediateSums(RawSums):
             self._before = grad.any()
 
     def _take_gradient(self, weight: Tensor) -> None:
-        assert weight.grad is not None
+        if weight.grad is None:  # frozen since the forward
+            return
         self._check_no_update(weight)
         before, self._before = self._before, None
         if not self.layers:
@@ -251,11 +254,14 @@ class ImmediateSums(RawSums):
             self._refuse("an update")
 
     def _refuse(self, held: str) -> None:
+        weight = self._weight()
+        whose = "" if weight is None else f"of {described(weight)} "
         raise RuntimeError(
-            f"weight.grad already held {held} when another backward reached it, and updates must "
-            "not be added: call optimizer.zero_grad() (set_to_none=True, the default) before every "
-            "backward, or for gradient accumulation call ghl.synchronize(model, optimizer) once "
-            "before training"
+            f"weight.grad {whose}already held {held} when another backward reached it, and "
+            "updates must not be added: call optimizer.zero_grad() (set_to_none=True, the default) "
+            "before every backward, or for gradient accumulation call ghl.synchronize(model, "
+            "optimizer) once before training; a weight that the optimizer does not have wants "
+            "model.zero_grad(), requires_grad_(False) or rule='bp'"
         )
 
     def _check_complete(self) -> None:

@@ -67,6 +67,17 @@ def test_gradient_set_before_the_first_backward():
     assert layer.weight.grad.eq(-1).all()
 
 
+def test_a_weight_frozen_since_the_forward_has_no_gradient():
+    layer = ghl.Linear(4, 3)
+    loss = layer(torch.randn(5, 4)).square().sum()
+    layer.weight.requires_grad_(False)
+    loss.backward()
+    assert layer.weight.grad is None and layer.bias.grad is not None
+    layer.weight.requires_grad_(True)
+    layer(torch.randn(5, 4)).square().sum().backward()
+    assert layer.weight.grad.abs().max() == 1
+
+
 def test_retained_graph():
     """The same graph twice gives the same update twice."""
     model, x = model_and_input()

@@ -144,6 +144,20 @@ def test_no_rows_give_a_zero_update():
     assert torch.equal(layer.weight.grad, torch.zeros(OUT, IN))
 
 
+@pytest.mark.parametrize("sizes", [(0, 5), (5, 0)], ids=str)
+def test_a_layer_without_weights_is_the_plain_one(sizes):
+    with pytest.warns(UserWarning, match="zero-element"):
+        layer = ghl.Linear(*sizes)
+    x = torch.randn(3, sizes[0], requires_grad=True)
+    layer(x).sum().backward()
+    assert layer.weight.grad.shape == layer.weight.shape and x.grad is not None
+
+
+def test_complex_weights_are_refused():
+    with pytest.raises(TypeError, match=r"weight is of torch\.complex64, must be of floating-po"):
+        ghl.Linear(3, 4, dtype=torch.complex64)
+
+
 def test_nan_reaches_the_update():
     """NaN in x is not hidden by the gate or the maximum."""
     torch.manual_seed(11)

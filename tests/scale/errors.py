@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 import ghl
 
 from .nets import batch, loss_of, make, sgd
-from .world import scenario
+from .world import assert_equal_on_all_ranks, scenario
 
 
 def assert_raises(error: type[Exception], message: str, function: object, *args: object) -> None:
@@ -116,14 +116,37 @@ def gradient_that_no_rank_has_sums_for(rank: int, world: int) -> None:
 
 
 @scenario
-def rule_changed_on_all_ranks(rank: int, world: int) -> None:
-    """One that changes it alone has the same error, before it sends anything."""
-    for rule in ("hebb", "bp"):
+def rule_changed(rank: int, world: int) -> None:
+    """On all ranks, and on one alone, for which none of the others waits."""
+    for rule, of_all in (("hebb", True), ("bp", True), ("hebb", False), ("bp", False)):
         model = make("conv")
         optimizer = sgd(model)
         ghl.synchronize(model, optimizer)
-        model.first[0].rule = rule
-        assert_raises(RuntimeError, r"a layer's rule is.*call remove\(\)", optimizer.step)
+        here = of_all or rank == 1
+        if here:
+            model.first[0].rule = rule
+        message = r"a layer's rule is.*call remove\(\)" if here else "another rank could not"
+        assert_raises(RuntimeError, message, optimizer.step)
+
+
+@scenario
+def sums_lost_on_one_rank(rank: int, world: int) -> None:
+    """Its memory format was changed within an accumulation: the step is refused on all ranks, and
+    the next one is made by all."""
+    model = make("conv")
+    wrapped, optimizer = DDP(model), sgd(model)
+    ghl.synchronize(wrapped, optimizer)
+    x, target = batch("conv", 0)
+    loss_of(wrapped(x), target).backward()
+    if rank == 1:
+        model.first[0].to(memory_format=torch.channels_last)
+    message = "another memory format" if rank == 1 else "another rank could not"
+    assert_raises(RuntimeError, message, optimizer.step)
+    model.first[0].to(memory_format=torch.contiguous_format)
+    optimizer.zero_grad()
+    loss_of(wrapped(x), target).backward()
+    optimizer.step()
+    assert_equal_on_all_ranks(list(model.parameters()))
 
 
 @scenario

@@ -384,6 +384,55 @@ def test_float16_weights_stay_finite_whatever_the_scale():
     assert any(not torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
 
 
+def test_a_weight_that_is_thawed_later_waits_for_the_step_as_others_do():
+    """Clipping would take an update that backward made for a gradient, the largest of all."""
+
+    def clipped(frozen):
+        model = make("conv")
+        model.first.requires_grad_(not frozen)
+        optimizer = sgd(model)
+        ghl.synchronize(model, optimizer)
+        model.first.requires_grad_(True)
+        backward(model, "conv", 0)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+        optimizer.step()
+        return [norm, *grads(model)]
+
+    assert_close(clipped(True), clipped(False))
+
+
+def add_layer(model, optimizer):
+    model.more = ghl.Linear(5, 5, dtype=torch.float64)
+    optimizer.add_param_group({"params": list(model.more.parameters())})
+
+
+def give_a_rule(model, optimizer):
+    model.more.rule = "ghl"
+
+
+@pytest.mark.parametrize("change", [add_layer, give_a_rule])
+def test_an_update_made_in_backward_in_spite_of_synchronize_is_an_error(change):
+    model = make("conv")
+    if change is give_a_rule:
+        model.more = ghl.Linear(5, 5, dtype=torch.float64, rule="bp")
+    optimizer = sgd(model)
+    handle = ghl.synchronize(model, optimizer)
+    change(model, optimizer)
+    x, target = batch("conv", 0)
+
+    def step():
+        optimizer.zero_grad()
+        loss_of(model.more(model(x)), target).backward()
+        optimizer.step()
+
+    with pytest.raises(RuntimeError, match=r"update of \(5, 5\) was made in backward.*remove\(\)"):
+        step()
+    optimizer.zero_grad()
+    handle.remove()
+    ghl.synchronize(model, optimizer)
+    step()
+
+
 def test_a_process_group_made_after_synchronize_is_an_error(monkeypatch):
     model, optimizer, _ = synchronized()
     backward(model, "conv", 0)
