@@ -133,7 +133,9 @@ def row(layer: str, name: str, ms: float | None, count: int = 1, mode: str = "bf
 
 def test_the_summary_weighs_layers_by_their_number() -> None:
     rows = [row("a", "ghl", 2.0, 3), row("b", "ghl", 4.0), row("a", "trick", 4.0, 3),
-            row("b", "trick", 2.0), row("a", "authors", 30.0, 3, "tf32"),
+            row("b", "trick", 2.0), row("a", "trick.matmul", 5.0, 3), row("a", "natural", 9.0, 3),
+            row("b", "natural", 1.0), row("a", "library", 1.0, 3),
+            row("a", "authors", 30.0, 3, "tf32"),
             row("b", "authors", 10.0, 1, "tf32"), row("a", "ghl", 5.0, 3, "tf32"),
             row("b", "ghl", 5.0, 1, "tf32")]  # fmt: skip
     found = summarize(rows)["net_b2"]
@@ -141,13 +143,18 @@ def test_the_summary_weighs_layers_by_their_number() -> None:
     assert found["share_of_floor"] == 4 / 10
     assert found["vs_published_tf32"] == 100 / 20
     assert found["vs_published_bfloat16"] == 100 / 10
-    assert found["vs_best_library"] == {"layer": "b", "ratio": 0.5}
+    assert found["vs_natural_eager"] == 28 / 10
+    assert found["vs_best_composition"] == 13 / 10
+    assert found["worst_layer"] == {"layer": "b", "ratio": 0.25}
+    assert found["worst_choice"] == {"layer": "a", "ratio": 0.5}
     assert "vs_natural_compiled" not in found
 
 
 def test_a_refused_layer_refuses_its_ratios() -> None:
     rows = [row("a", "ghl", 2.0), row("b", "ghl", 2.0), row("a", "trick", 4.0)]
     assert "vs_trick" not in summarize([*rows, row("b", "trick", None)])["net_b2"]
+    rows_of_both = [*rows, row("b", "trick", None), row("b", "trick.matmul", 4.0)]
+    assert summarize(rows_of_both)["net_b2"]["vs_trick"] == 8 / 4
     assert summarize([*rows, row("c", "ghl", None)]) == {}
     assert summarize(rows, ["net_b2"]) == {}
 
@@ -190,7 +197,7 @@ def test_what_a_summary_needs_comes_first_for_all_workloads() -> None:
     workloads = ["deephebb_b1", "deephebb_b2"]
     rows, unfinished = measure.measure(bench, workloads, lambda rows, late: told.append([*late]))
     assert (len(rows), unfinished) == (len(asked), [])
-    alone = {"triton", "triton_stored", "cuda", "cuda_sm90"}
+    alone = {"triton", "triton_stored", "library", "cuda", "cuda_sm90"}
     half = len(asked) // 2
     assert all("trick" in names and not names & alone for _, names in asked[:half])
     assert all(names == alone for _, names in asked[half:])

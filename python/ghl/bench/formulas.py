@@ -51,8 +51,16 @@ def gate(G: Tensor, H: Tensor) -> Tensor:
 
 
 def oja(G: Tensor, H0: Tensor, w: Tensor) -> Tensor:
-    """The update from both sums: s = <H0, w> needs no pass over activations."""
-    return gate(G, H0 - (H0 * w).sum(dim=(1, 2, 3)).view(-1, 1, 1, 1) * w)
+    """The update from both sums, (neurons, weights): s = <H0, w> needs no pass over activations."""
+    return gate(G, H0 - (H0 * w).sum(1, keepdim=True) * w)
+
+
+def by_rows(epilogue: Callable[..., Tensor], G: Tensor, H0: Tensor, w: Tensor) -> Tensor:
+    """An epilogue of matrices, for weights (K, C, R, S) in the memory order of w."""
+    if w.is_contiguous():
+        return epilogue(*(t.reshape(len(w), -1) for t in (G, H0, w))).view_as(w)
+    rows = [t.movedim(1, -1) for t in (G, H0, w)]
+    return epilogue(*(t.reshape(len(w), -1) for t in rows)).view(rows[2].shape).movedim(-1, 1)
 
 
 def authors_hebbian(
@@ -101,7 +109,7 @@ def trick(
     """natural, with the decay from the sums. `epilogue`: oja, or its compiled form."""
     u = competition(y, tau)
     G, H0 = (weight_gradient(x, signal, w, padding, stride, groups) for signal in (g, u))
-    return epilogue(G, H0, w)
+    return by_rows(epilogue, G, H0, w)
 
 
 def trick_by_matmul(
@@ -109,4 +117,4 @@ def trick_by_matmul(
 ) -> Tensor:
     """trick for a dense 1×1 convolution, where one matrix product may beat the library's wgrad."""
     u = competition(y, tau)
-    return epilogue(matmul_gradient(x, g, w), matmul_gradient(x, u, w), w)
+    return by_rows(epilogue, matmul_gradient(x, g, w), matmul_gradient(x, u, w), w)

@@ -21,7 +21,7 @@ from ghl_kernels import dispatch, tiles
 
 FORCED = tiles.STRATEGIES
 OURS = ("ghl", *FORCED)
-BY_LIBRARY = ("natural", "natural.compiled", "trick", "trick.matmul", "library")
+COMPOSITIONS = ("natural", "natural.compiled", "trick", "trick.matmul")  # of PyTorch's operators
 Tensors = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
