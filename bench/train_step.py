@@ -8,7 +8,6 @@ updates are those of the natural layer.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,8 +21,10 @@ import ghl
 from bench import natural
 from bench.memory import peak_transient
 from bench.report import RESULTS, machine_name
-from ghl.bench.report import provenance
+from ghl.bench.clock import Timing
+from ghl.bench.report import provenance, write_json
 from ghl.recipes import models
+from ghl_kernels.tiles import gpu_name
 
 CLASSES = 1000
 TAU = 1.0
@@ -168,22 +169,20 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     for _ in range(options.steps):
         for name, step in steps.items():
             times[name].append(seconds_of(step, options.device))
-    return [row(name, sorted(times[name]), peaks[name], options) for name in steps]
+    return [row(name, times[name], peaks[name], options) for name in steps]
 
 
 def row(
-    name: str, times: list[float], peak: int | None, options: argparse.Namespace
+    name: str, seconds: list[float], peak: int | None, options: argparse.Namespace
 ) -> dict[str, Any]:
-    def percentile(share: float) -> float:
-        return times[round(share * (len(times) - 1))]
-
+    timing = Timing("wall clock", tuple(1e3 * s for s in sorted(seconds)))
     return {
         "implementation": name,
-        "steps": len(times),
-        "p20_ms": percentile(0.2) * 1e3,
-        "p50_ms": percentile(0.5) * 1e3,
-        "p80_ms": percentile(0.8) * 1e3,
-        "images_per_second": options.batch_size / percentile(0.5),
+        "steps": len(seconds),
+        "p20_ms": timing.percentile(0.2),
+        "p50_ms": timing.p50,
+        "p80_ms": timing.percentile(0.8),
+        "images_per_second": options.batch_size / timing.p50 * 1e3,
         "peak_bytes": peak,
     }
 
@@ -216,9 +215,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 
 
 def machine(device: str) -> str:
-    if device == "cuda":
-        return torch.cuda.get_device_name().lower().replace(" ", "-")
-    return machine_name()
+    return gpu_name(torch.device(device)) if device == "cuda" else machine_name()
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -253,7 +250,7 @@ def main(arguments: list[str] | None = None) -> None:
     result = {**where, "machine": name, "settings": settings, "ratios": ratios(rows)}
     result["rows"] = rows
     path = options.out or RESULTS / f"train-step-{name}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(path, result)
     print(f"written to {path}")
 
 

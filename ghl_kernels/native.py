@@ -14,11 +14,9 @@ from torch import Tensor
 from ghl_kernels import composed
 from ghl_kernels.checks import sum_dtype
 from ghl_kernels.compiled import code, logsumexp_by
+from ghl_kernels.composed import Triple
 from ghl_kernels.layout import empty_rows, in_order_of, like_weight
 from ghl_kernels.problem import Problem
-
-Triple = tuple[Tensor, Tensor, Tensor]
-
 
 logsumexp = logsumexp_by("native")
 

@@ -15,13 +15,12 @@ from torch import Tensor
 
 from ghl_kernels import checks, dispatch
 from ghl_kernels.checks import sum_dtype
+from ghl_kernels.composed import Triple, Triples
 from ghl_kernels.problem import Problem
 from ghl_kernels.replay import replayed
-from ghl_kernels.rule import CHOICES, check_choice
+from ghl_kernels.rule import CHOICES, check_choice, check_tau
 
-Triple = tuple[Tensor, Tensor, Tensor]
 Tensors = Sequence[Tensor]
-Triples = tuple[list[Tensor], list[Tensor], list[Tensor]]
 Geometry = tuple[Sequence[int], Sequence[int], Sequence[int], int]  # stride to groups
 
 ACTIVATIONS = "Tensor x, Tensor y, Tensor g, Tensor w"
@@ -66,10 +65,10 @@ for _schema in SCHEMAS:
 
 def check_rule(**choices: object) -> None:
     for argument, value in choices.items():
-        if argument != "tau":
+        if argument == "tau":
+            check_tau(value)
+        else:
             check_choice(argument, value, CHOICES[argument])
-        elif not (isinstance(value, float) and 0 < value < float("inf")):
-            raise ValueError(f"tau is {value!r}, must be finite and greater than 0")
 
 
 def logsumexp(y: Tensor, tau: float, dim: int) -> Tensor:

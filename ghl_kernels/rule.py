@@ -27,6 +27,14 @@ def check_choice(argument: str, value: object, choices: Collection[str]) -> None
     raise ValueError(f"{argument} is {value!r}, must be one of {listed}{hint}")
 
 
+def check_tau(tau: object) -> None:
+    """Raise TypeError or ValueError unless it is a number, finite and greater than 0."""
+    if isinstance(tau, bool) or not isinstance(tau, int | float):
+        raise TypeError(f"tau is {tau!r}, must be a number")
+    if not 0 < tau < float("inf"):
+        raise ValueError(f"tau is {tau!r}, must be finite and greater than 0")
+
+
 @dataclasses.dataclass(frozen=True)
 class Rule:
     """A point in the space of rules (arXiv 2601.21367 is `Rule()`, the preset `ghl`).
@@ -52,10 +60,7 @@ class Rule:
     def __post_init__(self) -> None:
         for argument, choices in CHOICES.items():
             check_choice(argument, getattr(self, argument), choices)
-        if isinstance(self.tau, bool) or not isinstance(self.tau, (int, float)):
-            raise TypeError(f"tau is {self.tau!r}, must be a number")
-        if not 0 < self.tau < float("inf"):
-            raise ValueError(f"tau is {self.tau!r}, must be finite and greater than 0")
+        check_tau(self.tau)
         object.__setattr__(self, "tau", float(self.tau))
 
     @classmethod

@@ -27,6 +27,15 @@ def is_transformed(x: Tensor) -> bool:
     return traced or torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def padded(module: nn.Conv2d, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    """x (N, C, H, W) padded where kernels cannot, and the zero padding that is left to them."""
+    left, right, top, bottom = module._reversed_padding_repeated_twice
+    if module.padding_mode == "zeros" and left == right and top == bottom:
+        return x, (top, left)
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    return F.pad(x, (left, right, top, bottom), mode=mode), (0, 0)
+
+
 class Plastic(nn.Module):
     """What a layer with a rule adds to its torch.nn base: the rule and its weight's raw sums.
 
@@ -202,16 +211,8 @@ class Conv2d(Plastic, nn.Conv2d):
         sums = self._collecting(input)
         if sums is None or input.dim() not in (3, 4):
             return nn.Conv2d.forward(self, input)
-        x, padding = self._padded(input if input.dim() == 4 else input[None])
+        x, padding = padded(self, input if input.dim() == 4 else input[None])
         y = functional.conv2d(
             x, self.weight, self.bias, self.stride, padding, self.dilation, self.groups, sums
         )
         return y if input.dim() == 4 else y[0]
-
-    def _padded(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """x padded where the kernels cannot, and the zero padding that is left to them."""
-        left, right, top, bottom = self._reversed_padding_repeated_twice
-        if self.padding_mode == "zeros" and left == right and top == bottom:
-            return x, (top, left)
-        mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-        return F.pad(x, (left, right, top, bottom), mode=mode), (0, 0)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ghl.alignment.sums import Geometry, Use
+from ghl.layers import padded
 
 
 def use_of(module: nn.Module, x: Tensor, y: Tensor, weight: Tensor) -> Use:
@@ -21,7 +22,8 @@ def use_of(module: nn.Module, x: Tensor, y: Tensor, weight: Tensor) -> Use:
     if isinstance(module, nn.Linear):
         return linear_use(x, weight, bias, y)
     assert isinstance(module, nn.Conv2d)
-    x, padding = padded(module, x)
+    with torch.no_grad():
+        x, padding = padded(module, x)
     place = Geometry(tuple(module.stride), padding, tuple(module.dilation), module.groups)
 
     def again(x: Tensor) -> Tensor:
@@ -40,16 +42,6 @@ def linear_use(
         return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
     return Use(x, y, weight, bias, again, neurons=neurons)
-
-
-def padded(module: nn.Conv2d, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
-    """x padded where zeros on both sides do not do, and the padding that is left."""
-    left, right, top, bottom = module._reversed_padding_repeated_twice
-    if module.padding_mode == "zeros" and left == right and top == bottom:
-        return x, (top, left)
-    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    with torch.no_grad():
-        return F.pad(x, (left, right, top, bottom), mode=mode), (0, 0)
 
 
 # which input of a layer's node is the weight, and whether it is the transposed one

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ghl_kernels import Problem
+from ghl_kernels.checks import output_size
 
 ALIASES = {"vit_b16": "vit_b_16"}
 Pair = tuple[int, int]
@@ -43,12 +44,8 @@ class Layer:
 
     @property
     def out_size(self) -> Pair:
-        height, width = (
-            (n + 2 * p - d * (k - 1) - 1) // s + 1
-            for n, p, d, k, s in zip(
-                self.size, self.padding, self.dilation, self.kernel_size, self.stride, strict=True
-            )
-        )
+        geometry = self.stride, self.padding, self.dilation
+        height, width = output_size(self.size, self.kernel_size, *geometry)
         return height, width
 
     @property

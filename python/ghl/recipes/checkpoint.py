@@ -102,7 +102,7 @@ def _read(path: Path) -> dict[str, Any]:
 def seed_everything(seed: int) -> None:
     """Seed every generator that a run may draw from."""
     random.seed(seed)
-    np.random.seed(seed % 2**32)
+    np.random.seed(np.random.SeedSequence(seed).generate_state(4))
     torch.manual_seed(seed)
 
 
