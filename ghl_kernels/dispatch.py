@@ -276,8 +276,7 @@ def preferences(here: tuple[str, ...], first: Tensor, problem: Problem) -> Itera
 
 
 def reason_of(entry: Entry, table: tiles.Table) -> str:
-    measured = entry.measured and table.measured
-    origin = f"measured on {measured['gpu']}" if measured else "computed"
+    origin = f"measured on {table.gpu}" if entry.measured and table.gpu else "not measured"
     return (
         f"nearest in table {table.name} ({origin}): {entry.kind}, {entry.rows} rows, "
         f"{entry.neurons} neurons of {entry.columns} weights"

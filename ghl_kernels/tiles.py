@@ -62,7 +62,7 @@ class Tile:
 @dataclasses.dataclass(frozen=True)
 class Entry:
     """A layer's sizes and the choice for it. bits: of an activation. columns: of its weight.
-    measured: on a GPU, not computed."""
+    measured: on the table's GPU; else on another, or computed."""
 
     kind: str
     bits: int
@@ -116,8 +116,18 @@ class Table:
     def completed(self, other: Table) -> Table:
         """With the other's entries of the kinds and bits that this one lacks."""
         present = {(entry.kind, entry.bits) for entry in self.entries}
-        more = (entry for entry in other.entries if (entry.kind, entry.bits) not in present)
+        more = (e for e in other.entries_on(self.gpu) if (e.kind, e.bits) not in present)
         return dataclasses.replace(self, entries=(*self.entries, *more))
+
+    @property
+    def gpu(self) -> str | None:
+        return None if self.measured is None else self.measured["gpu"]
+
+    def entries_on(self, gpu: str | None) -> tuple[Entry, ...]:
+        """The entries as those of a table of this GPU: not measured on it if it is another."""
+        if self.gpu == gpu:
+            return self.entries
+        return tuple(dataclasses.replace(entry, measured=False) for entry in self.entries)
 
 
 def kind(problem: Problem) -> str:

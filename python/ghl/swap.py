@@ -60,6 +60,8 @@ def swap(
     that share a weight under different rules.
     """
     rule = Rule.of(rule)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}, must be an nn.Module")
     types = check_types(types)
     modules = dict(model.named_modules())
     layers = {name: module for name, module in modules.items() if isinstance(module, types)}
@@ -129,6 +131,8 @@ def check_patterns(
     argument: str, patterns: Sequence[str] | Mapping, names: Sequence[str], kind: str
 ) -> None:
     for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise TypeError(f"{argument} has {pattern!r}, must have names or patterns of them")
         if not any(fnmatchcase(name, pattern) for name in names):
             nearest = difflib.get_close_matches(pattern, names, n=1, cutoff=0.0)
             raise ValueError(

@@ -246,6 +246,10 @@ def test_torchvision_model_with_the_arguments_of_the_design():
 
 def test_tau_must_be_a_number_or_a_mapping():
     model = nn.Sequential(nn.Conv2d(3, 4, 3))
+    with pytest.raises(TypeError, match="model is a list, must be an nn.Module"):
+        ghl.swap([nn.Linear(3, 3)])
+    with pytest.raises(TypeError, match="exclude has <class .*Linear'>, must have names or patt"):
+        ghl.swap(small_net(), exclude=[nn.Linear])
     with pytest.raises(TypeError, match=r"tau is '0\.5', must be a number or"):
         ghl.swap(model, tau="0.5")
     assert type(model[0]) is nn.Conv2d

@@ -159,6 +159,15 @@ def test_eval_without_a_run(tmp_path, capsys):
     assert "none: expected a run in it" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("command", "file"), [("eval", "config.json"), ("align", "alignment.csv")])
+def test_a_directory_of_several_runs_is_told(command, file, tmp_path, capsys):
+    for name in ("ghl", "bp"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / file).touch()
+    assert run(command, tmp_path) == 2
+    assert "the runs inside have one: bp, ghl" in capsys.readouterr().err
+
+
 def test_unexpected_errors_keep_their_traceback(tmp_path, monkeypatch):
     def broken(run):
         raise RuntimeError("a bug")

@@ -216,6 +216,8 @@ def test_what_a_table_lacks_is_the_architectures(gpu: Path) -> None:
     assert tuned[0].measured
     depthwise = [e for e in read_table(CPU).entries if e.kind == "depthwise"]
     assert depthwise and not any(e.measured for e in depthwise)
+    inherited = [e for e in read_table(CPU).entries if e not in tuned]
+    assert inherited and not any(e.measured for e in inherited)
 
 
 def test_a_table_tells_what_of_it_was_measured(tmp_path: Path) -> None:

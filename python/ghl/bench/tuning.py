@@ -375,7 +375,8 @@ def tune_gpu(
 
     def done(tuned: Sequence[Tuned]) -> None:
         print(tuned[-1].line(), flush=True)
-        tune.write(path, tune.merged(base.entries, choices(tuned)), measured, merges)
+        others = base.entries_on(measured["gpu"])
+        tune.write(path, tune.merged(others, choices(tuned)), measured, merges)
 
     jobs = []
     for layer, mode in layers:

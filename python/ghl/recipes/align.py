@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from ghl.alignment.sinks import LAYERS_CSV, NEURONS_CSV, read_csv, table_of_rows
+from ghl.recipes.errors import inside
 from ghl.recipes.reproduce.report import save_figure
 
 Rows = Sequence[Mapping[str, str]]
@@ -30,7 +31,8 @@ def align(args: argparse.Namespace) -> int:
     path = args.dir / LAYERS_CSV
     if not path.is_file():
         raise FileNotFoundError(
-            f"{args.dir}: expected {LAYERS_CSV} in it, which ghl.alignment.sinks.Csv writes"
+            f"{args.dir}: expected {LAYERS_CSV} in it, which `ghl train --align-every N` writes "
+            f"(or ghl.alignment.sinks.Csv){inside(args.dir, LAYERS_CSV)}"
         )
     rows = read_csv(path)
     if not rows:

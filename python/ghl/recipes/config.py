@@ -15,7 +15,7 @@ from torch import nn
 
 from ghl.recipes.checkpoint import write_text
 from ghl.recipes.data import SOURCES, source
-from ghl.recipes.errors import check_choice, check_integer, check_number, option
+from ghl.recipes.errors import check_choice, check_integer, check_number, inside, option
 from ghl.recipes.models import architecture
 from ghl.recipes.optimizers import OPTIMIZERS
 
@@ -248,7 +248,10 @@ class Config:
     def load(cls, path: Path) -> "Config":
         """Read config.json; FileNotFoundError or ValueError if it is missing or damaged."""
         if not path.is_file():
-            raise FileNotFoundError(f"{path.parent}: expected a run in it, found no {path.name}")
+            raise FileNotFoundError(
+                f"{path.parent}: expected a run in it, found no {path.name}"
+                f"{inside(path.parent, path.name)}"
+            )
         try:
             settings = json.loads(path.read_text())
             expected = {field.name for field in dataclasses.fields(cls)}

@@ -5,6 +5,7 @@ What is valid is decided where the value is used; nothing here knows a particula
 
 import math
 from collections.abc import Collection
+from pathlib import Path
 
 from ghl_kernels import rule
 
@@ -34,3 +35,9 @@ def check_number(field: str, value: float, *, zero: bool = False, below: float =
         if below != math.inf:
             bound += f" and below {below:g}"
         raise ValueError(f"{option(field)} {value!r}: expected a finite number {bound}")
+
+
+def inside(directory: Path, name: str) -> str:
+    """The end of an error about a file that is not there: which of the runs inside have one."""
+    runs = sorted(path.parent.name for path in directory.glob(f"*/{name}"))
+    return f"; the runs inside have one: {', '.join(runs)}" if runs else ""
