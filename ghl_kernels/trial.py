@@ -23,6 +23,7 @@ from ghl_kernels.problem import Problem, dot_precision
 from ghl_kernels.tiles import Entry
 
 BATCH, SIZE = 4, 16
+WEIGHT = 65, 33, 3, 3  # of the layer whose sums are merged
 PASSING = "found too little memory"  # of a failure that the next call may not meet
 SUMS = "G", "H0", "rows", "sums of u"
 MERGE = "oja", "hebb", "absmax"
@@ -141,8 +142,8 @@ def disagreement_of_sums(device: torch.device, implementation: str, operator: st
     one layer or of many; None if nothing is."""
     options: dict[str, Any] = {"device": device, "dtype": torch.float32}
     options["generator"] = torch.Generator(device).manual_seed(0)
-    G, H0, w = torch.randn(3, 65, 33, 3, 3, **options)
-    sums = G, H0, torch.rand(66, **options), w
+    G, H0, w = torch.randn(3, *WEIGHT, **options)
+    sums = G, H0, torch.rand(WEIGHT[0] + 1, **options), w
     try:
         tried = importlib.import_module(implementation)
         if operator == "logsumexp":

@@ -244,11 +244,11 @@ def test_torchvision_model_with_the_arguments_of_the_design():
     assert report.swapped["layer2.0.conv1"].tau == 1.0
 
 
-def test_tau_must_be_a_number_or_a_mapping():
+def test_arguments_of_a_wrong_type_are_refused():
     model = nn.Sequential(nn.Conv2d(3, 4, 3))
-    with pytest.raises(TypeError, match="model is a list, must be an nn.Module"):
+    with pytest.raises(TypeError, match=r"model is a list, must be an nn\.Module"):
         ghl.swap([nn.Linear(3, 3)])
-    with pytest.raises(TypeError, match="exclude has <class .*Linear'>, must have names or patt"):
+    with pytest.raises(TypeError, match=r"exclude has <class .*Linear'>, must have names or patt"):
         ghl.swap(small_net(), exclude=[nn.Linear])
     with pytest.raises(TypeError, match=r"tau is '0\.5', must be a number or"):
         ghl.swap(model, tau="0.5")

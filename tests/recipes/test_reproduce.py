@@ -1,6 +1,7 @@
 """`ghl reproduce`: stacks against single networks, the fits, reports of trials."""
 
 import dataclasses
+import functools
 import math
 from pathlib import Path
 
@@ -91,6 +92,7 @@ def test_closed_form_of_linear_regression():
 
 
 SIGMAS = tuple(np.geomspace(1e-3, 1e-2, 6))
+fit = functools.partial(phase.fit, resamples=200)
 
 
 def grid(power, noise=0.0, floor=1e-9, sigmas=SIGMAS):
@@ -104,9 +106,9 @@ def grid(power, noise=0.0, floor=1e-9, sigmas=SIGMAS):
 
 @pytest.mark.parametrize("power", [1.0, 2.0])
 def test_exponent_of_a_known_boundary(power):
-    exact = phase.fit(grid(power), grid(power, sigmas=[0.0]))
+    exact = fit(grid(power), grid(power, sigmas=[0.0]))
     assert exact["exponent"] == pytest.approx(power, abs=0.02)
-    noisy = phase.fit(grid(power, noise=0.05), grid(power, noise=0.05, sigmas=[0.0]))
+    noisy = fit(grid(power, noise=0.05), grid(power, noise=0.05, sigmas=[0.0]))
     low, high = noisy["interval"]
     assert low < power < high
     assert high - low > exact["interval"][1] - exact["interval"][0]
@@ -115,7 +117,7 @@ def test_exponent_of_a_known_boundary(power):
 def test_a_boundary_without_noise_is_taken_off():
     """γ = γ₀ + 1000 σ²: the plain exponent is too small, beyond γ₀ it is 2."""
     floor = 1e-3
-    found = phase.fit(grid(2.0, floor=floor), grid(2.0, floor=floor, sigmas=[0.0]))
+    found = fit(grid(2.0, floor=floor), grid(2.0, floor=floor, sigmas=[0.0]))
     assert found["floor"] == pytest.approx(floor, rel=0.02)
     assert found["exponent"] < 1.95
     assert found["exponent_above"] == pytest.approx(2.0, abs=0.05)
@@ -126,13 +128,13 @@ def test_a_boundary_off_the_grid_is_told():
         return phase.Boundary(boundary.noises, boundary.decays[:count], boundary.cosines[:, :count])
 
     whole, floor = grid(2.0), grid(2.0, sigmas=[0.0])
-    found = phase.fit(cut(whole, 185), floor)
+    found = fit(cut(whole, 185), floor)
     assert found["left_out"] == whole.noises[len(found["noise"]) :]
     assert 3 <= len(found["noise"]) < 6
     with pytest.raises(ValueError, match="crosses the grid at 0 noise levels"):
-        phase.fit(cut(whole, 5), floor)
+        fit(cut(whole, 5), floor)
     with pytest.raises(ValueError, match="without noise there is no crossing"):
-        phase.fit(whole, cut(floor, 5))
+        fit(whole, cut(floor, 5))
 
 
 def test_a_trial_of_the_table(tmp_path):

@@ -63,26 +63,24 @@ def folded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Fold]]:
     yield taken
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
 def test_folded_pair_is_the_references(
-    layer: Conv, dtype: torch.dtype, forced: Callable, use: Use, folded: list[Fold]
+    layer: Conv, forced: Callable, use: Use, folded: list[Fold]
 ) -> None:
-    """In many tiles and splits, and in one or of a stored u; x and w in both memory orders."""
-    tensors = layer.tensors(dtype)
-    last = [t.contiguous(memory_format=torch.channels_last) for t in tensors]
-    x, y, g, w = tensors
-    by_dtype = {
-        torch.float32: ("triton", forms.FOLDED_WHOLE_ROWS, (last[0], y, g, w)),
-        torch.float16: ("triton_stored", forms.FOLDED, last),
-    }
-    for number, (name, form, mixed) in enumerate((
-        ("triton", forms.FOLDED, (x, *last[1:])),
-        by_dtype[dtype],
+    """In many tiles and splits, in one, and of a stored u; x and w in both memory orders."""
+    for number, (name, form, dtype, order) in enumerate((
+        ("triton", forms.FOLDED, torch.float16, (False, True)),
+        ("triton", forms.FOLDED_WHOLE_ROWS, torch.float32, (True, False)),
+        ("triton_stored", forms.FOLDED, torch.float32, (True, True)),
     )):  # fmt: skip
+        tensors = layer.tensors(dtype)
+        for argument, last in zip((0, 3), order, strict=True):
+            if last:
+                t = tensors[argument].contiguous(memory_format=torch.channels_last)
+                tensors[argument] = t
         use(form)
         with forced(name):
-            assert_pair(layer, mixed)
+            assert_pair(layer, tensors)
         assert len(folded) == number + 1
 
 

@@ -122,9 +122,7 @@ def test_u_may_be_stored(
 
 
 @pytest.mark.parametrize("form", ["WHOLE_ROWS", "MANY_SPLITS"])
-@pytest.mark.parametrize(
-    "name", ["conv_grouped_few_channels", "conv_depthwise_multiplied", "linear_tails"]
-)
+@pytest.mark.parametrize("name", ["conv_whole_image", "conv_depthwise", "linear_tails"])
 def test_totals_hold_rows_where_nobody_asks_for_sums_of_u(
     name: str, form: str, fused: None, use: Use
 ) -> None:

@@ -83,10 +83,9 @@ def test_other_tensors_are_given_what_the_call_would(
     first, others = half(layer), half(layer)
     rest = *geometry, *choices(rule)
     wanted = update(*others, *rest)
-    result, taped = record(update, first, *rest)
+    _, taped = record(update, first, *rest)
     assert taped is not None
     assert_same(taped.play(others), wanted)
-    assert_same(taped.play(first), result)
 
 
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "contiguous"])

@@ -33,6 +33,7 @@ PROBLEMS = {
 def small_batches(monkeypatch: pytest.MonkeyPatch, use: Callable[[Form], None]) -> None:
     monkeypatch.setattr(trial, "BATCH", 2)
     monkeypatch.setattr(trial, "SIZE", 5)
+    monkeypatch.setattr(trial, "WEIGHT", (9, 5, 3, 3))
     use(ONE_TILE)
 
 
