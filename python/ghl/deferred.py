@@ -12,20 +12,19 @@ from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ghl import merging, others, ranks
+from ghl import merging, others, ranks, refusals
 from ghl.groups import check_one_group, group_of, wrappers_of
 from ghl.guards import is_update
-from ghl.held import REPLACED, HeldSums, capturing, is_owed, note_versions
+from ghl.held import HeldSums, capturing, is_owed, note_versions
 from ghl.hooks import Hook, once_gradients_are_made, weak
 from ghl.layers import Plastic
 from ghl.shards import ShardedSums, is_sharded
-from ghl.sums import ImmediateSums, RawSums, described, device_of
+from ghl.sums import RawSums, device_of
 from ghl_kernels.layout import is_channels_last
 
 _of_weight: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # to a weakref of its handle
@@ -56,10 +55,10 @@ def synchronize(
 
     On the wire, for a weight of K neurons and N numbers, in float32: 4N + 4(K+1) bytes once a
     step beside DistributedDataParallel's 4N for every G that it averages; 4N + 8K beside FSDP's
-    for every reduction of G, and 4 for absmax a step; 4 more tell whether a rank has found an error,
-    which is then one of all. It is no DDP communication hook: a compiled
-    backward gives G and H0 in no set order, so H0 may not be there when a bucket is full; with
-    no_sync H0 would be sent once too often; and the one hook that DDP takes stays the user's.
+    for every reduction of G, and 4 for absmax a step; 4 more tell whether a rank has an error,
+    which is then one of all. It is no DDP communication hook: a compiled backward gives G and H0 in
+    no set order, so H0 may not be there when a bucket is full; with no_sync H0 would be sent once
+    too often; and the one hook that DDP takes stays the user's.
 
     Only zero_grad(), `weight.grad = None` and zeroing in place drop what is held: nothing tells of
     `weight.grad.data.zero_()`, and a gradient of zeros that is changed in place counts as zeroed.
@@ -149,34 +148,18 @@ class Synchronizer:
         communicate: torch.dtype | None,
     ) -> None:
         self._weights = weights
-        for weight in weights.values():
-            if (handle := _of_weight.get(weight)) is not None and handle() is not None:
-                handle().remove()
         self._group, self._wire = group, communicate
         self._wrappers = weakref.WeakSet(wrappers_of(model))
         self._optimizer = weakref.ref(optimizer)
         self._task, self._lock = -1, threading.Lock()
         self._compared = False  # whether ranks were seen to have the same gradients
-        ids = {id(weight) for weight in weights.values()}
+        ids = self._ids()
         self._layers = [
             module
             for module in model.modules()
             if isinstance(module, Plastic) and id(module.weight) in ids
         ]
-        begin = weakref.WeakMethod(self._arrives)
-
-        def checked_begin(sums: HeldSums) -> None:
-            if (method := begin()) is None:
-                raise RuntimeError(others.GONE)
-            method(sums)
-
-        for weight in weights.values():
-            maker: Callable[..., HeldSums] = functools.partial(HeldSums, begin=checked_begin)
-            if is_sharded(weight):
-                maker = functools.partial(ShardedSums, begin=checked_begin, wire=communicate)
-            _of_weight[weight] = weakref.ref(self)
-            others.orphans.pop(weight, None)
-            RawSums.choose(weight, maker)
+        self._take_over()
         self._attach()
         self._rules = [(layer, layer.rule) for layer in self._layers]
         others.living.add(self)
@@ -189,6 +172,26 @@ class Synchronizer:
         owned = [*map(weakref.ref, weights.values())]
         self._orphaned = weakref.finalize(self, others.orphan, owned, self._hooks)
         self._orphaned.atexit = False
+
+    def _take_over(self) -> None:
+        """Have sums of these weights held for this handle, whoever had them before."""
+        for weight in self._weights.values():
+            if (handle := _of_weight.get(weight)) is not None and handle() is not None:
+                handle().remove()
+        begin = weakref.WeakMethod(self._arrives)
+
+        def checked_begin(sums: HeldSums) -> None:
+            if (method := begin()) is None:
+                raise RuntimeError(others.GONE)
+            method(sums)
+
+        for weight in self._weights.values():
+            maker: Callable[..., HeldSums] = functools.partial(HeldSums, begin=checked_begin)
+            if is_sharded(weight):
+                maker = functools.partial(ShardedSums, begin=checked_begin, wire=self._wire)
+            _of_weight[weight] = weakref.ref(self)
+            others.orphans.pop(weight, None)
+            RawSums.choose(weight, maker)
 
     def remove(self) -> None:
         """Make updates in backward again. Raises RuntimeError while gradients await a step."""
@@ -232,63 +235,6 @@ class Synchronizer:
                 f"this {type(optimizer).__name__} is about to step with an ordinary gradient, of "
                 "which another optimizer's step makes the update: call ghl.synchronize(model, "
                 "optimizer) with this one, after remove() on the handle of the other"
-            )
-
-    def _check_join(self) -> None:
-        if any(module._join_config.enable for module in self._wrappers):
-            raise RuntimeError(
-                "model.join() is not supported by ghl.synchronize: a rank that has joined would "
-                "not add its sums; give all ranks the same number of batches"
-            )
-
-    def _check_rules(self) -> None:
-        """Other rules would have this rank send other messages than the others."""
-        for layer, rule in self._rules if self._is_distributed() else ():
-            if getattr(layer, "_rule", None) != rule:
-                raise RuntimeError(
-                    f"a layer's rule is {getattr(layer, '_rule', None)}, was {rule} when ranks "
-                    "agreed on it: call remove(), set the rule and call ghl.synchronize again, on "
-                    "every rank"
-                )
-
-    def _check_averaged(self) -> None:
-        """Once: a gradient that only some of the group's ranks averaged is not the sums'."""
-        if self._compared or ranks.size(self._group) == 1 or capturing():
-            return
-        self._compared, found = True, []
-        for name, weight in self._weights.items():
-            if not is_sharded(weight):
-                total = None if weight.grad is None else weight.grad.double().sum().item()
-                found.append(f"{name!r}: a gradient of sum {total}")
-        ranks.check_same(found, self._group, "have averaged the gradients of all weights")
-
-    def _check_lost(self) -> None:
-        """A gradient must not pass for an update because nothing holds its sums any more."""
-        if self._group is None and dist.is_available() and dist.is_initialized():
-            whole = [w for w in self._weights.values() if not is_sharded(w)]
-            if whole and dist.get_world_size() > 1:
-                raise RuntimeError(
-                    "a process group was made after ghl.synchronize, whose sums would not be added "
-                    "up over its ranks: call remove() and ghl.synchronize again, on every rank"
-                )
-        for _, weight in self._ruled():
-            if RawSums.present(weight) is None and is_owed(weight):
-                raise RuntimeError(REPLACED)
-
-    def _check_early(self) -> None:
-        """What clips or scales gradients must not have met an update that backward made."""
-        optimizer = self._optimizer()
-        found = [
-            p
-            for group in (optimizer.param_groups if optimizer else ())
-            for p in group["params"]
-            if is_update(p.grad) and isinstance(RawSums.present(p), ImmediateSums)
-        ]
-        if found:
-            raise RuntimeError(
-                f"the update of {', '.join(map(described, found))} was made in backward: its layer "
-                "was added to the model or the optimizer, or given a rule, after ghl.synchronize, "
-                "or is outside of that model; call remove() on the handle and ghl.synchronize again"
             )
 
     def _ruled(self) -> Iterator[tuple[Plastic, nn.Parameter]]:
@@ -381,17 +327,22 @@ class Synchronizer:
 
         `optimizer.step()` does this; to be called by hand only where something else uses updates.
         """
-        self._check_join()
+        refusals.check_join(self._wrappers)
         held = self._held()
         device = next(map(device_of, self._weights.values()), torch.device("cpu"))
         with ranks.together(self._group, device):
-            self._check_rules()
-            self._check_lost()
-            self._check_early()
+            if self._is_distributed():
+                refusals.check_rules(self._rules)
+            if self._group is None:
+                refusals.check_group(self._weights.values())
+            refusals.check_lost(weight for _, weight in self._ruled())
+            refusals.check_early(self._optimizer())
             for weight, sums in held:
                 sums.before_step(weight)
                 sums.check(weight)
-        self._check_averaged()
+        if not self._compared and ranks.size(self._group) > 1 and not capturing():
+            self._compared = True
+            refusals.check_averaged(self._weights, self._group)
         try:
             layers = [merging.Layer.of(weight, sums) for weight, sums in held]
             merging.add_up(layers, self._group, self._wire)

@@ -1,0 +1,85 @@
+"""What a step must not meet where its updates are made of sums: each an error with a remedy.
+
+Looked for before anything is sent to other ranks or taken from what is held.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from ghl import ranks
+from ghl.guards import is_update
+from ghl.held import REPLACED, is_owed
+from ghl.layers import Plastic
+from ghl.shards import is_sharded
+from ghl.sums import ImmediateSums, RawSums, described
+from ghl_kernels import Rule
+
+
+def check_join(wrappers: Iterable[DistributedDataParallel]) -> None:
+    """Ranks that have joined send what DistributedDataParallel does, and nothing of ours."""
+    if any(wrapper._join_config.enable for wrapper in wrappers):
+        raise RuntimeError(
+            "model.join() is not supported by ghl.synchronize: a rank that has joined would not "
+            "add its sums; give all ranks the same number of batches"
+        )
+
+
+def check_rules(agreed: Sequence[tuple[Plastic, Rule]]) -> None:
+    """With other rules this rank would send other messages than the others."""
+    for layer, rule in agreed:
+        present = getattr(layer, "_rule", None)
+        if present != rule:
+            raise RuntimeError(
+                f"a layer's rule is {present}, was {rule} when ranks agreed on it: call remove(), "
+                "set the rule and call ghl.synchronize again, on every rank"
+            )
+
+
+def check_group(weights: Iterable[nn.Parameter]) -> None:
+    """Where there was no process group: there must still be none whose ranks hold parts of G."""
+    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    if several and not all(map(is_sharded, weights)):
+        raise RuntimeError(
+            "a process group was made after ghl.synchronize, whose sums would not be added up over "
+            "its ranks: call remove() and ghl.synchronize again, on every rank"
+        )
+
+
+def check_lost(weights: Iterable[nn.Parameter]) -> None:
+    """A gradient must not pass for an update because nothing holds its sums any more."""
+    for weight in weights:
+        if RawSums.present(weight) is None and is_owed(weight):
+            raise RuntimeError(REPLACED)
+
+
+def check_early(optimizer: Optimizer | None) -> None:
+    """What clips or scales gradients must not have met an update that backward made."""
+    found = [
+        p
+        for group in (optimizer.param_groups if optimizer else ())
+        for p in group["params"]
+        if is_update(p.grad) and isinstance(RawSums.present(p), ImmediateSums)
+    ]
+    if found:
+        raise RuntimeError(
+            f"the update of {', '.join(map(described, found))} was made in backward: its layer was "
+            "added to the model or the optimizer, or given a rule, after ghl.synchronize, or is "
+            "outside of that model; call remove() on the handle and ghl.synchronize again"
+        )
+
+
+def check_averaged(weights: Mapping[str, nn.Parameter], group: Any) -> None:
+    """A gradient that only some of the group's ranks averaged is not the sums'."""
+    found = []
+    for name, weight in weights.items():
+        if not is_sharded(weight):
+            total = None if weight.grad is None else weight.grad.double().sum().item()
+            found.append(f"{name!r}: a gradient of sum {total}")
+    ranks.check_same(found, group, "have averaged the gradients of all weights")
