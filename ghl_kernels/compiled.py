@@ -24,11 +24,11 @@ def logsumexp_by(overload: str) -> Callable[[Tensor, float, int], Tensor]:
 
     def logsumexp(y: Tensor, tau: float, dim: int) -> Tensor:
         dim %= y.dim()
-        rows = [*y.shape[:dim], *y.shape[dim + 1 :]]
-        lse = torch.empty(rows, dtype=sum_dtype(y.dtype), device=y.device)
         outer, inner = y.shape[:dim].numel(), y.shape[dim + 1 :].numel()
         if outer * inner > MOST_ROWS:
             return composed.logsumexp(y, tau, dim)
+        rows = [*y.shape[:dim], *y.shape[dim + 1 :]]
+        lse = torch.empty(rows, dtype=sum_dtype(y.dtype), device=y.device)
         compiled = getattr(torch.ops.ghl_kernels.logsumexp, overload)
         compiled(y.reshape(outer, y.shape[dim], inner, 1), lse, tau)
         return lse

@@ -69,23 +69,28 @@ def weight_gradient(problem: Problem, signal: Tensor, x: Tensor, w: Tensor) -> T
     )[1]  # fmt: skip
 
 
-def float16_scale(u: Tensor) -> Tensor:
-    """The power of two, 1 at most, with which |u| (N, K, ...) of no neuron sums up to over 2¹⁰."""
+def float16_scale(u: Tensor, x: Tensor) -> Tensor:
+    """For each neuron of u (N, K, ...) the power of two, 1 at most, with which its sums of u x are
+    no more than 2¹⁵, half of what float16 holds."""
     rows = [dim for dim in range(u.dim()) if dim != 1]
-    largest = torch.linalg.vector_norm(u, 1, rows, dtype=torch.float32).amax()
-    return torch.ldexp(torch.ones_like(largest), (10 - largest.frexp().exponent).clamp(-24, 0))
+    largest = torch.linalg.vector_norm(x, float("inf"), dtype=torch.float32)
+    sums = torch.linalg.vector_norm(u, 1, rows, dtype=torch.float32) * largest
+    return torch.ldexp(torch.ones_like(sums), (15 - sums.frexp().exponent).clamp(-24, 0))
 
 
-def hebbian(product: Callable[[Tensor], Tensor], u: Tensor) -> Tensor:
+def hebbian(product: Callable[[Tensor], Tensor], u: Tensor, x: Tensor) -> Tensor:
     """H0 = uᵀx, by what gives the product of x with a signal in their dtype.
 
     Sums over many rows are beyond float16, and it is G alone for which a GradScaler looks: there
-    they are those of a smaller u, and float32.
+    they are those of a smaller u, and float32. Every neuron has its own scale: what is little
+    beside the strongest's would be nothing by that one's.
     """
-    if u.dtype != torch.float16 or u.numel() == 0:
+    if u.dtype != torch.float16 or u.numel() == 0 or x.numel() == 0:
         return product(u)
-    scale = float16_scale(u)
-    return product(u * scale).float() / scale
+    scale = float16_scale(u, x)
+    smaller = u * scale.to(u.dtype).view(-1, *[1] * (u.dim() - 2))
+    sums = product(smaller).float()
+    return sums / scale.view(-1, *[1] * (sums.dim() - 1))
 
 
 def products_of(compete: Callable[[Tensor, str, float], Tensor]) -> Callable[..., Triple]:
@@ -99,7 +104,7 @@ def products_of(compete: Callable[[Tensor, str, float], Tensor]) -> Callable[...
             return no_rows(w, sum_dtype(x.dtype))
         u = compete(y, problem.competition, tau)
         G = weight_gradient(problem, g, x, w)
-        H0 = hebbian(lambda signal: weight_gradient(problem, signal, x, w), u)
+        H0 = hebbian(lambda signal: weight_gradient(problem, signal, x, w), u, x)
         return G, H0, totals(u, problem.rows, problem.sum_u)
 
     return products

@@ -8,11 +8,12 @@ from __future__ import annotations
 import functools
 import threading
 import weakref
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -23,7 +24,7 @@ from ghl.guards import is_update
 from ghl.held import HeldSums, capturing, is_owed, note_versions
 from ghl.hooks import Hook, once_gradients_are_made, weak
 from ghl.layers import Plastic
-from ghl.shards import ShardedSums, is_sharded
+from ghl.shards import ShardedSums, is_on_neurons, is_sharded
 from ghl.sums import RawSums, device_of
 from ghl_kernels.layout import is_channels_last
 
@@ -48,8 +49,8 @@ def synchronize(
 
     group: the process group whose ranks hold parts of one batch: that of DistributedDataParallel
     where `model` is or has one, else the default group. Its ranks must have the same layers, and
-        average the gradients of all weights, as is looked at in the first step. Sharded weights are
-        added up over their own mesh.
+        average the gradients of all weights, as is looked at in the first step, and step together.
+        Sharded weights are added up over their own mesh.
     communicate: torch.bfloat16 halves the bytes of H0 on the wire, at a relative error of about
     2⁻⁸ for every rank's summand; totals are sent as they are.
 
@@ -98,35 +99,50 @@ def order_of(weight: nn.Parameter) -> str:
     return "channels_last" if is_channels_last(weight) else "contiguous"
 
 
+def handle_of(weight: nn.Parameter) -> Synchronizer | None:
+    """The living handle that has this weight."""
+    handle = _of_weight.get(weight)
+    return None if handle is None else handle()
+
+
 def weights_of(
     model: nn.Module, optimizer: Optimizer, averaged: bool = False
 ) -> dict[str, nn.Parameter]:
     """Weights of layers with a rule that `optimizer` trains, by name, each once.
 
-    Frozen ones may be thawed; not where DistributedDataParallel averages, which leaves them out.
+    Frozen ones may be thawed: they are among them where they can be.
     """
     trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    weights: dict[int, tuple[str, nn.Parameter]] = {}
+    found: dict[int, tuple[str, nn.Parameter]] = {}
     for name, module in model.named_modules():
-        if isinstance(module, Plastic) and module.rule.gate != "gradient":
-            weight = module.weight
-            stays_frozen = averaged and not weight.requires_grad and not is_sharded(weight)
-            if id(weight) in trained and not stays_frozen:
-                weights.setdefault(id(weight), (name, weight))
+        ruled = isinstance(module, Plastic) and module.rule.gate != "gradient"
+        if ruled and id(module.weight) in trained:
+            found.setdefault(id(module.weight), (name, module.weight))
+    replaced = {handle_of(weight) for _, weight in found.values() if weight.requires_grad}
+    weights = {
+        name: weight
+        for name, weight in found.values()
+        if weight.requires_grad
+        or (handle_of(weight) in (None, *replaced) and may_be_thawed(weight, averaged))
+    }
     if not weights:
         raise ValueError(
             f"model is {type(model).__name__} without a weight that a rule and the optimizer "
             "train; swap, wrap or shard the model first, then build the optimizer"
         )
-    for name, weight in weights.values():
+    for name, weight in weights.items():
         is_sharded(weight)
-        handle = _of_weight.get(weight)
-        former = None if handle is None else handle()
-        if former is not None and not former.may_be_replaced(optimizer, weights):
+        former = handle_of(weight)
+        if former is not None and not former.may_be_replaced(optimizer, map(id, weights.values())):
             raise RuntimeError(
                 f"weight of {name!r} is synchronized already; call remove() on that handle first"
             )
-    return dict(weights.values())
+    return weights
+
+
+def may_be_thawed(weight: nn.Parameter, averaged: bool) -> bool:
+    """Not where DistributedDataParallel averages gradients, which leaves out what was frozen."""
+    return is_on_neurons(weight) if isinstance(weight, DTensor) else not averaged
 
 
 @torch.compiler.disable
@@ -150,7 +166,7 @@ class Synchronizer:
         self._weights = weights
         self._group, self._wire = group, communicate
         self._wrappers = weakref.WeakSet(wrappers_of(model))
-        self._optimizer = weakref.ref(optimizer)
+        self._optimizer, self._model = weakref.ref(optimizer), weakref.ref(model)
         self._task, self._lock = -1, threading.Lock()
         self._compared = False  # whether ranks were seen to have the same gradients
         ids = self._ids()
@@ -176,8 +192,8 @@ class Synchronizer:
     def _take_over(self) -> None:
         """Have sums of these weights held for this handle, whoever had them before."""
         for weight in self._weights.values():
-            if (handle := _of_weight.get(weight)) is not None and handle() is not None:
-                handle().remove()
+            if (former := handle_of(weight)) is not None:
+                former.remove()
         begin = weakref.WeakMethod(self._arrives)
 
         def checked_begin(sums: HeldSums) -> None:
@@ -217,10 +233,11 @@ class Synchronizer:
             for weight, sums in self._held()
         )
 
-    def may_be_replaced(self, optimizer: Optimizer, weights: Collection[int]) -> bool:
+    def may_be_replaced(self, optimizer: Optimizer, weights: Iterable[int]) -> bool:
         """Whether `synchronize` with another optimizer of these weights, by id, may replace it."""
         itself = self._optimizer() is optimizer
-        return not itself and self._ids() <= set(weights) and not self._owes()
+        live = {id(weight) for weight in self._weights.values() if weight.requires_grad}
+        return not itself and live <= set(weights) and not self._owes()
 
     def _is_distributed(self) -> bool:
         return ranks.size(self._group) > 1 or any(map(is_sharded, self._weights.values()))
@@ -327,22 +344,24 @@ class Synchronizer:
 
         `optimizer.step()` does this; to be called by hand only where something else uses updates.
         """
-        refusals.check_join(self._wrappers)
+        if not self._weights:  # removed
+            return
+        if self._is_distributed():
+            refusals.check_join(self._wrappers)
         held = self._held()
-        device = next(map(device_of, self._weights.values()), torch.device("cpu"))
-        with ranks.together(self._group, device):
+        with ranks.together(self._group, device_of(next(iter(self._weights.values())))):
             if self._is_distributed():
                 refusals.check_rules(self._rules)
             if self._group is None:
                 refusals.check_group(self._weights.values())
             refusals.check_lost(weight for _, weight in self._ruled())
-            refusals.check_early(self._optimizer())
+            refusals.check_early(self._optimizer(), self._model())
             for weight, sums in held:
                 sums.before_step(weight)
                 sums.check(weight)
         if not self._compared and ranks.size(self._group) > 1 and not capturing():
-            self._compared = True
             refusals.check_averaged(self._weights, self._group)
+            self._compared = True
         try:
             layers = [merging.Layer.of(weight, sums) for weight, sums in held]
             merging.add_up(layers, self._group, self._wire)

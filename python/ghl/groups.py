@@ -36,7 +36,7 @@ def check_one_group(model: nn.Module, weights: dict[str, nn.Parameter]) -> None:
         )
     averaged = {id(p) for wrapper in wrappers for p in wrapper.parameters()}
     for name, weight in weights.items():
-        if id(weight) not in averaged and not is_sharded(weight):
+        if weight.requires_grad and id(weight) not in averaged and not is_sharded(weight):
             raise ValueError(
                 f"weight of {name!r} is outside of DistributedDataParallel, which averages the "
                 "gradients of others: wrap the whole model, or pass the `group` whose ranks you "

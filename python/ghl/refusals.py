@@ -59,19 +59,21 @@ def check_lost(weights: Iterable[nn.Parameter]) -> None:
             raise RuntimeError(REPLACED)
 
 
-def check_early(optimizer: Optimizer | None) -> None:
-    """What clips or scales gradients must not have met an update that backward made."""
+def check_early(optimizer: Optimizer | None, model: nn.Module | None) -> None:
+    """What clips or scales a model's gradients must not have met an update that backward made."""
     found = [
         p
         for group in (optimizer.param_groups if optimizer else ())
         for p in group["params"]
         if is_update(p.grad) and isinstance(RawSums.present(p), ImmediateSums)
     ]
-    if found:
+    layers = model.modules() if found and model is not None else ()
+    own = {id(layer._parameters.get("weight")) for layer in layers if isinstance(layer, Plastic)}
+    if early := [p for p in found if id(p) in own]:
         raise RuntimeError(
-            f"the update of {', '.join(map(described, found))} was made in backward: its layer was "
-            "added to the model or the optimizer, or given a rule, after ghl.synchronize, or is "
-            "outside of that model; call remove() on the handle and ghl.synchronize again"
+            f"the update of {', '.join(map(described, early))} was made in backward: its layer was "
+            "added to the model or the optimizer, or given a rule, after ghl.synchronize; call "
+            "remove() on the handle and ghl.synchronize again"
         )
 
 

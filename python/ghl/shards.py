@@ -118,11 +118,16 @@ class ShardedSums(HeldSums):
         return Taken(H0, torch.cat([neurons[:, 0], neurons[:1, 1]]), lacking)
 
 
+def is_on_neurons(weight: DTensor) -> bool:
+    """Whether every rank that has a neuron has all of its weights."""
+    return all(isinstance(p, Replicate) or p.is_shard(0) for p in weight.placements)
+
+
 def is_sharded(weight: Tensor) -> bool:
     """Whether the weight is one of FSDP's; raises ValueError for a sharding that has no rule."""
     if not isinstance(weight, DTensor):
         return False
-    if not all(isinstance(p, Replicate) or p.is_shard(0) for p in weight.placements):
+    if not is_on_neurons(weight):
         raise ValueError(
             f"weight has placements {weight.placements}, must be sharded by fully_shard on "
             "dimension 0, its neurons"

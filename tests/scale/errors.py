@@ -158,7 +158,8 @@ def gradients_that_nobody_averages(rank: int, world: int) -> None:
     x, target = batch("conv", rank)
     loss_of(model(x), target).backward()
     message = "ranks differ, must have averaged the gradients of all weights.*'first.0': a gradient"
-    assert_raises(RuntimeError, message, optimizer.step)
+    for _ in range(2):  # whoever catches it and goes on
+        assert_raises(RuntimeError, message, optimizer.step)
 
 
 @scenario

@@ -401,6 +401,44 @@ def test_a_weight_that_is_thawed_later_waits_for_the_step_as_others_do():
     assert_close(clipped(True), clipped(False))
 
 
+def test_a_frozen_trunk_of_two_models_is_the_first_ones():
+    trunk = ghl.Linear(4, 4).requires_grad_(False)
+    models = [nn.Sequential(trunk, ghl.Linear(4, 3)) for _ in range(2)]
+    optimizers = [sgd(model) for model in models]
+    handles = [
+        ghl.synchronize(model, optimizer)
+        for model, optimizer in zip(models, optimizers, strict=True)
+    ]
+    for model, optimizer in zip(models, optimizers, strict=True):
+        model(torch.randn(5, 4)).square().sum().backward()
+        optimizer.step()
+        assert model[1].weight.grad.abs().max() == 1
+    assert [len(handle._weights) for handle in handles] == [2, 1]
+
+
+def test_a_new_optimizer_without_the_frozen_weights_replaces_the_former():
+    model = make("conv")
+    model.first.requires_grad_(False)
+    former = ghl.synchronize(model, sgd(model))
+    live = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(live, 0.02)
+    ghl.synchronize(model, optimizer)
+    assert not former._weights
+    backward(model, "conv", 0)
+    optimizer.step()
+    assert model.second[0].weight.grad.abs().max() == 1
+
+
+def test_other_models_of_the_optimizer_may_have_their_updates_in_backward():
+    models = make("conv"), make("conv")
+    optimizer = torch.optim.SGD([p for model in models for p in model.parameters()], 0.02)
+    ghl.synchronize(models[0], optimizer)
+    for model in models:
+        backward(model, "conv", 0, micro=1)
+    optimizer.step()
+    assert_close(grads(models[0]), grads(models[1]))
+
+
 def add_layer(model, optimizer):
     model.more = ghl.Linear(5, 5, dtype=torch.float64)
     optimizer.add_param_group({"params": list(model.more.parameters())})

@@ -203,7 +203,7 @@ class Sums:
             else:  # its memory becomes that of weight.grad, which others change in place
                 G = G.detach().to(self.dtype, copy=True)
             self._accumulate("G", G, use.neurons)
-        H0 = hebbian(lambda signal: use.weight_gradient(x, signal), u)
+        H0 = hebbian(lambda signal: use.weight_gradient(x, signal), u, x)
         self._accumulate("H0", H0.to(self.dtype), use.neurons)
         if self.rule.decay == "instar":
             u_sum = totals(u, 0, True)[:-1]
