@@ -17,7 +17,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 # Each asserts that it has trained, and on updates rather than on gradients.
 EXAMPLES = plain lightning_module huggingface_trainer timm_loop
 
-.PHONY: install quickstart test test-csrc test-compile test-integrations compile-check lint format bench bench-gpu clean
+.PHONY: install quickstart test test-processes test-csrc test-compile test-integrations compile-check lint format bench bench-gpu clean
 
 install: $(VENV)/installed
 
@@ -33,11 +33,16 @@ quickstart: install
 	$(TRAIN) --out runs/quickstart-$$(date +%Y%m%d-%H%M%S)
 
 # Files on as many processes as there are cores; a test takes one thread. What takes minutes has a
-# target of its own: tests/compile, and the networks of others.
+# target of its own: tests/compile, the networks of others, and runs of two and three processes,
+# beside which nothing else should run.
 OF_OTHERS = tests/scale/test_zoo.py
+OF_PROCESSES = tests/scale/test_ranks.py tests/recipes/test_processes.py
 test: install lint
 	$(BIN)/python -m pytest -n auto --dist loadfile --ignore tests/compile \
-	    $(addprefix --ignore ,$(OF_OTHERS))
+	    $(addprefix --ignore ,$(OF_OTHERS) $(OF_PROCESSES))
+
+test-processes: install
+	$(BIN)/python -m pytest $(OF_PROCESSES)
 
 # The CUDA kernels on the host, where every access is checked and every race of threads is found (a
 # forgotten barrier is one); neither Python nor torch takes part.

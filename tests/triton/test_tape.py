@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import threading
 import weakref
 from collections.abc import Callable, Iterator
 
 import pytest
 import small_tiles as forms
 import torch
-from cases import LAYOUTS, Conv, Layer, Linear, Tensors, choices, problem_of
-from test_gpu import gpu
+from cases import LAYOUTS, Conv, Layer, Linear, choices, problem_of
 from test_gpu_steps import assert_same
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-import ghl_kernels
-from ghl_kernels import Backend, Rule, dispatch, ops, replay, tape, trial
+from ghl_kernels import Rule, dispatch, ops, tape
 from ghl_kernels.recorder import record, recorder
 from ghl_kernels.tiles import BY_CUDA, BY_TRITON
 
@@ -232,183 +229,3 @@ def test_a_recorder_inside_another_gives_it_back() -> None:
 
     record(outer, (torch.zeros(2),))
     assert recorder() is None
-
-
-@pytest.fixture
-def played(monkeypatch: pytest.MonkeyPatch, use: Callable) -> dict:
-    """Operators replay their calls here too; the tapes that there are."""
-    tapes: dict = {}
-    monkeypatch.setattr(replay, "_tapes", tapes)
-    monkeypatch.setattr(replay, "on_gpu", lambda t: True)
-    monkeypatch.setattr("torch.cuda.is_current_stream_capturing", lambda: False)
-    return tapes
-
-
-@layers
-def test_the_third_call_of_a_kind_is_played(layer: Layer, played: dict) -> None:
-    for number in range(4):
-        tensors = half(layer)
-        results = layer.update(tensors, Rule())
-        (found,) = played.values()
-        assert isinstance(found, Backend) if number == 0 else isinstance(found[0], tape.Tape)
-        played_before = dict(played)
-        played.clear()
-        assert_same(results, layer.update(tensors, Rule()))  # as called for the first time
-        played.clear()
-        played.update(played_before)
-
-
-def test_calls_that_differ_are_not_one_kind(played: dict) -> None:
-    layer = LAYERS["conv"]
-    x, y, g, w = half(layer)
-    kinds = [
-        (x, y, g, w), (x, y, g, w.half()), (x.float(), y.float(), g.float(), w),
-        (x.contiguous(), y, g, w), (x, y.contiguous(), g, w), (x, y, g, w.contiguous()),
-    ]  # fmt: skip
-    for tensors in kinds:
-        layer.update(tensors, Rule())
-    for rule in (Rule("hard"), Rule("linear", decay="none"), Rule(tau=0.5)):
-        layer.update(kinds[0], rule)
-    layer.pair(kinds[0], Rule())
-    dataclasses.replace(layer, padding=(0, 0)).update(
-        half(dataclasses.replace(layer, padding=(0, 0))), Rule()
-    )
-    assert all(isinstance(found, Backend) for found in played.values()) and len(played) == 11
-    dispatch.unsettle()
-    layer.update(kinds[0], Rule())
-    assert len(played) == 12
-
-
-def test_one_tensor_as_two_arguments(played: dict) -> None:
-    """Is no call to record, since others' are two; what was recorded plays for it as well."""
-    layer = LAYERS["linear"]
-    x, y, g, w = half(layer)
-    for _ in range(3):
-        twice = layer.update((x, y, y, w), Rule())
-    assert [type(found) for found in played.values()] == [Backend]
-    layer.update((x, y, g, w), Rule())
-    ((recorded, _),) = played.values()
-    assert isinstance(recorded, tape.Tape)
-    assert_same(layer.update((x, y, y, w), Rule()), twice)
-
-
-def test_what_is_forced_is_not_played(played: dict) -> None:
-    layer = LAYERS["linear"]
-    with ghl_kernels.force("composed"):
-        for _ in range(3):
-            layer.update(half(layer), Rule())
-    assert not played
-
-
-def test_what_was_forced_meanwhile_is_not_kept(
-    played: dict, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """By another thread; nor what a trial found no memory for. Calls to come are recorded again,
-    but not every one of them."""
-    layer, settled = LAYERS["linear"], dispatch.settled
-    forced, passing = Backend("composed", "forced"), Backend("composed", trial.PASSING)
-    for other, left in ((forced, [Backend]), (passing, [])):
-        layer.update(half(layer), Rule())
-        monkeypatch.setattr(dispatch, "settled", lambda *_, other=other: other)
-        layer.update(half(layer), Rule())
-        assert [type(found) for found in played.values()] == left
-        monkeypatch.setattr(dispatch, "settled", settled)
-    for _ in range(3):
-        layer.update(half(layer), Rule())
-    assert [type(found) for found in played.values()] == [tuple]
-
-
-def test_threads_do_not_take_each_others_choices(
-    played: dict, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Autograd has one for every device; another one's call may end between this one's."""
-    layer, settled = LAYERS["linear"], dispatch.settled_last
-
-    def meanwhile(operator: str) -> Backend | None:
-        elsewhere = threading.Thread(target=dispatch.note, args=(operator, Backend("x", "there")))
-        elsewhere.start()
-        elsewhere.join()
-        return settled(operator)
-
-    monkeypatch.setattr(dispatch, "settled_last", meanwhile)
-    for _ in range(3):
-        layer.update(half(layer), Rule())
-    ((_, backend),) = played.values()
-    assert backend.reason != "there"
-
-
-def test_an_error_is_told_each_time(played: dict) -> None:
-    x, y, g, w = half(LAYERS["linear"])
-    for _ in range(4):
-        with pytest.raises(ValueError, match="g has shape"):
-            LAYERS["linear"].update((x, y, g[1:], w), Rule())
-        with pytest.raises(TypeError, match="g has layout"):
-            LAYERS["linear"].update((x, y, g.to_sparse(), w), Rule())
-    assert recorder() is None
-
-
-def test_the_implementation_that_ran_is_told(played: dict) -> None:
-    layer = LAYERS["linear"]
-    for _ in range(3):
-        layer.update(half(layer), Rule())
-    ran = ghl_kernels.last("linear_update")
-    layer.update(half(dataclasses.replace(layer, rows=0)), Rule())
-    layer.update(half(layer), Rule())
-    assert ghl_kernels.last("linear_update") is ran
-
-
-def test_tapes_are_not_collected_without_end(played: dict, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(replay, "MOST_TAPES", 3)
-    for rows in range(1, 8):
-        LAYERS["linear"].update(half(Linear(rows, 5, 4)), Rule())
-    assert len(played) <= 3
-
-
-def test_threads_play_one_tape_beside_each_other(played: dict) -> None:
-    layer = LAYERS["conv"]
-    mine = [half(layer) for _ in range(4)]
-    wanted = [layer.update(tensors, Rule()) for tensors in mine]
-    found: dict[int, list] = {}
-
-    def work(number: int) -> None:
-        found[number] = [layer.update(mine[number], Rule()) for _ in range(5)]
-
-    threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for number, results in found.items():
-        for result in results:
-            assert_same(result, wanted[number])
-
-
-@gpu
-def test_calls_are_played_on_any_stream_and_in_a_graph(shipped: None) -> None:
-    """Of a step of training: a pair and its merge, by the kernels that users get."""
-    layer = Conv(16, 64, (28, 28), 64, padding=(1, 1))
-    choice = "oja", "sign", "absmax"
-
-    def step(tensors: Tensors) -> list[Tensor]:
-        pair = layer.pair(tensors, Rule())
-        return [*pair, *torch.ops.ghl_kernels.merge(*pair, tensors[3], *choice)]
-
-    tensors = half(layer)
-    wanted = step(tensors)
-    step(half(layer))
-    kinds = [found for found in replay._tapes.values() if isinstance(found, tuple)]
-    assert len(kinds) >= 2
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        assert_same(step(tensors), wanted)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step(tensors)
-    for seed in range(3):
-        torch.manual_seed(seed)
-        for old, new in zip(tensors, half(layer), strict=True):
-            old.copy_(new)
-        graph.replay()
-        assert_same(captured, step(tensors))

@@ -1,0 +1,101 @@
+"""Which weights a handle of ghl.synchronize has: frozen ones, others', those that came later."""
+
+import pytest
+import torch
+from torch import nn
+
+import ghl
+
+from .nets import backward, batch, loss_of, make, sgd
+from .world import assert_close
+
+
+def grads(model):
+    return [p.grad for p in model.parameters()]
+
+
+def test_a_weight_that_is_thawed_later_waits_for_the_step_as_others_do():
+    """Clipping would take an update that backward made for a gradient, the largest of all."""
+
+    def clipped(frozen):
+        model = make("conv")
+        model.first.requires_grad_(not frozen)
+        optimizer = sgd(model)
+        ghl.synchronize(model, optimizer)
+        model.first.requires_grad_(True)
+        backward(model, "conv", 0)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+        optimizer.step()
+        return [norm, *grads(model)]
+
+    assert_close(clipped(True), clipped(False))
+
+
+def test_a_frozen_trunk_of_two_models_is_the_first_ones():
+    trunk = ghl.Linear(4, 4).requires_grad_(False)
+    models = [nn.Sequential(trunk, ghl.Linear(4, 3)) for _ in range(2)]
+    optimizers = [sgd(model) for model in models]
+    handles = [
+        ghl.synchronize(model, optimizer)
+        for model, optimizer in zip(models, optimizers, strict=True)
+    ]
+    for model, optimizer in zip(models, optimizers, strict=True):
+        model(torch.randn(5, 4)).square().sum().backward()
+        optimizer.step()
+        assert model[1].weight.grad.abs().max() == 1
+    assert [len(handle._weights) for handle in handles] == [2, 1]
+
+
+def test_a_new_optimizer_without_the_frozen_weights_replaces_the_former():
+    model = make("conv")
+    model.first.requires_grad_(False)
+    former = ghl.synchronize(model, sgd(model))
+    live = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(live, 0.02)
+    ghl.synchronize(model, optimizer)
+    assert not former._weights
+    backward(model, "conv", 0)
+    optimizer.step()
+    assert model.second[0].weight.grad.abs().max() == 1
+
+
+def test_other_models_of_the_optimizer_may_have_their_updates_in_backward():
+    models = make("conv"), make("conv")
+    optimizer = torch.optim.SGD([p for model in models for p in model.parameters()], 0.02)
+    ghl.synchronize(models[0], optimizer)
+    for model in models:
+        backward(model, "conv", 0, micro=1)
+    optimizer.step()
+    assert_close(grads(models[0]), grads(models[1]))
+
+
+def add_layer(model, optimizer):
+    model.more = ghl.Linear(5, 5, dtype=torch.float64)
+    optimizer.add_param_group({"params": list(model.more.parameters())})
+
+
+def give_a_rule(model, optimizer):
+    model.more.rule = "ghl"
+
+
+@pytest.mark.parametrize("change", [add_layer, give_a_rule])
+def test_an_update_made_in_backward_in_spite_of_synchronize_is_an_error(change):
+    model = make("conv")
+    if change is give_a_rule:
+        model.more = ghl.Linear(5, 5, dtype=torch.float64, rule="bp")
+    optimizer = sgd(model)
+    handle = ghl.synchronize(model, optimizer)
+    change(model, optimizer)
+    x, target = batch("conv", 0)
+
+    def step():
+        optimizer.zero_grad()
+        loss_of(model.more(model(x)), target).backward()
+        optimizer.step()
+
+    with pytest.raises(RuntimeError, match=r"update of \(5, 5\) was made in backward.*remove\(\)"):
+        step()
+    optimizer.zero_grad()
+    handle.remove()
+    ghl.synchronize(model, optimizer)
+    step()
