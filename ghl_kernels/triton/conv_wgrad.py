@@ -112,15 +112,6 @@ def load_patches(
 
 
 @triton.jit
-def add_products(sums, xT, signal, TAPS: tl.constexpr, PRECISION: tl.constexpr):
-    """Of every tap, the sums and its product with the signal."""
-    added = ()
-    for t in tl.static_range(TAPS):
-        added = added + (tl.dot(xT[t], signal, sums[t], input_precision=PRECISION),)
-    return added
-
-
-@triton.jit
 def conv_wgrad_kernel(
     x, y, g, largest, inverse, winner, G, H0, u_sums,
     M, K, C, columns, rows_per_split,
@@ -170,12 +161,18 @@ def conv_wgrad_kernel(
         live = inside[:, None] & inside_k[None, :]
         g_here = tl.load(g + tl.cast(m, tl.int64) * g_row + g_tile, live, other=0.0)
         y_here = tl.load(y + tl.cast(m, tl.int64) * y_row + y_tile, live, other=0.0)
-        G_sums = add_products(G_sums, xT, g_here, TAPS, PRECISION)
+        sums = ()
+        for t in tl.static_range(TAPS):
+            sums = sums + (tl.dot(xT[t], g_here, G_sums[t], input_precision=PRECISION),)
+        G_sums = sums
         u = u_of_tile(
             y_here, largest, inverse, winner, m + rows, inside, k + first_neuron,
             first_neuron + K, scale, COMPETITION, IN_TILE,
         )  # fmt: skip
-        H0_sums = add_products(H0_sums, xT, u, TAPS, PRECISION)
+        sums = ()
+        for t in tl.static_range(TAPS):
+            sums = sums + (tl.dot(xT[t], u, H0_sums[t], input_precision=PRECISION),)
+        H0_sums = sums
         if SUM_U:
             u_sum += tl.sum(tl.where(inside[:, None], u.to(tl.float32), 0.0), 0)
 
