@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -130,10 +130,11 @@ def weights_of(
             f"model is {type(model).__name__} without a weight that a rule and the optimizer "
             "train; swap, wrap or shard the model first, then build the optimizer"
         )
+    ids = {id(weight) for weight in weights.values()}
     for name, weight in weights.items():
         is_sharded(weight)
         former = handle_of(weight)
-        if former is not None and not former.may_be_replaced(optimizer, map(id, weights.values())):
+        if former is not None and not former.may_be_replaced(optimizer, ids):
             raise RuntimeError(
                 f"weight of {name!r} is synchronized already; call remove() on that handle first"
             )
@@ -233,11 +234,11 @@ class Synchronizer:
             for weight, sums in self._held()
         )
 
-    def may_be_replaced(self, optimizer: Optimizer, weights: Iterable[int]) -> bool:
+    def may_be_replaced(self, optimizer: Optimizer, weights: set[int]) -> bool:
         """Whether `synchronize` with another optimizer of these weights, by id, may replace it."""
         itself = self._optimizer() is optimizer
         live = {id(weight) for weight in self._weights.values() if weight.requires_grad}
-        return not itself and live <= set(weights) and not self._owes()
+        return not itself and live <= weights and not self._owes()
 
     def _is_distributed(self) -> bool:
         return ranks.size(self._group) > 1 or any(map(is_sharded, self._weights.values()))

@@ -158,3 +158,19 @@ def test_bfloat16_autocast():
     for name, found in full.items():
         for part in ("batch", "sample"):
             assert half[name][part]["cosine"] == pytest.approx(found[part]["cosine"], abs=0.02)
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-4])
+def test_a_direction_beyond_float16(size):
+    """Summed over so many rows, though weight.grad is finite; or of small outputs."""
+    model, x = nn.Sequential(nn.Linear(16, 8)), torch.rand(100_000, 16) + 1
+    nn.init.normal_(model[0].weight, std=size)
+    nn.init.zeros_(model[0].bias)
+    monitor = Monitor(model, statistic="batch")
+    with torch.autocast("cpu", torch.float16):
+        y = model(x)
+    (y.float() / size).square().mean().mul(size).backward()
+    w, S = model[0].weight.detach().double(), -model[0].weight.grad.double()
+    B = (x.double() @ w.T).T @ x.double()
+    cosine = float((S * B).sum() / S.norm() / B.norm())
+    assert monitor.report()["0"]["batch"]["cosine"] == pytest.approx(cosine, abs=1e-3)

@@ -123,28 +123,6 @@ def zeroed_where_no_version_tells(rank: int, world: int) -> None:
 
 
 @scenario
-def frozen_at_first(rank: int, world: int) -> None:
-    """Thawed later, as in fine-tuning, a weight has its sums over all ranks."""
-    model, whole = make("conv"), make("conv")
-    model.first.requires_grad_(False)
-    model = shard(model, mesh=init_device_mesh("cpu", (world,)))
-    optimizer, of_whole = sgd(model), sgd(whole)
-    ghl.synchronize(model, optimizer)
-    for step, frozen in enumerate((True, False, False)):
-        model.first.requires_grad_(not frozen)
-        whole.first.requires_grad_(not frozen)
-        x, target = batch("conv", step)
-        with mock.patch.object(torch.distributed, "is_initialized", lambda: False):
-            loss_of(whole(x), target).backward()
-        own = parts(rank, world, x, target, [BATCH // world] * world)
-        loss_of(model(own[0]), own[1], world).backward()
-        for one in (optimizer, of_whole):
-            one.step()
-            one.zero_grad()
-    assert_close([p.full_tensor().detach() for p in model.parameters()], [*whole.parameters()])
-
-
-@scenario
 def converted(rank: int, world: int) -> None:
     """Any number of times, but not while it is synchronized."""
     model = shard(make("conv"), mesh=init_device_mesh("cpu", (world,)))

@@ -101,6 +101,10 @@ def loss_of(y: Tensor, target: Tensor, scale: float = 1.0) -> Tensor:
     return F.cross_entropy(y.to(torch.float64), target, reduction="sum") * (scale / BATCH)
 
 
+def grads(model: nn.Module) -> list[Tensor | None]:
+    return [p.grad for p in model.parameters()]
+
+
 def sgd(model: nn.Module, **options: object) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), 0.02, **{"momentum": 0.9, **options})
 

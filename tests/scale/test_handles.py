@@ -6,12 +6,8 @@ from torch import nn
 
 import ghl
 
-from .nets import backward, batch, loss_of, make, sgd
+from .nets import backward, batch, grads, loss_of, make, sgd
 from .world import assert_close
-
-
-def grads(model):
-    return [p.grad for p in model.parameters()]
 
 
 def test_a_weight_that_is_thawed_later_waits_for_the_step_as_others_do():

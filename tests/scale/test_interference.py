@@ -12,7 +12,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 import ghl
 from ghl import held
 
-from .nets import BOTH, backward, batch, loss_of, make, sgd, synchronized
+from .nets import BOTH, backward, batch, grads, loss_of, make, sgd, synchronized
 from .world import assert_close
 
 
@@ -27,10 +27,6 @@ def halves(model, between):
 def expected():
     model = make("conv")
     backward(model, "conv", 0, micro=1)
-    return [p.grad for p in model.parameters()]
-
-
-def grads(model):
     return [p.grad for p in model.parameters()]
 
 
