@@ -25,7 +25,7 @@ from ghl_kernels.cuda import kernels
 from ghl_kernels.library import Library
 from ghl_kernels.problem import Problem, dot_precision
 from ghl_kernels.rule import check_choice
-from ghl_kernels.tiles import BY_CUDA, BY_TRITON, Entry
+from ghl_kernels.tiles import BY_CUDA, BY_SM90, BY_TRITON, Entry
 
 IMPLEMENTATIONS = {
     "native": "ghl_kernels.native",
@@ -35,6 +35,7 @@ IMPLEMENTATIONS = {
     "library": "ghl_kernels.triton.library",
     "cuda": "ghl_kernels.cuda.fused",
     "cuda_sm90": "ghl_kernels.cuda.sm90",
+    "cuda_sm90_stored": "ghl_kernels.triton.sm90_stored",
 }
 
 
@@ -45,7 +46,7 @@ class Backend:
     `native` C++ kernels; `composed` PyTorch's operators; `triton` u only in tiles; `triton_stored`
     u written once and Triton's products; `library` u written once and cuBLAS's or cuDNN's; `cuda`
     kernels compiled ahead of time, u only in registers; `cuda_sm90` the same by Hopper's own
-    instructions.
+    instructions, u in shared memory; `cuda_sm90_stored` u written once by Triton and its products.
     """
 
     name: str
@@ -135,8 +136,9 @@ def cuda_unavailable(name: str, first: Tensor, problem: Problem | None) -> str |
     if problem is not None and problem.groups > MOST_GROUPS:
         return f"the CUDA kernels take at most {MOST_GROUPS} groups"
     capability = torch.cuda.get_device_capability(first.device)
-    if name == "cuda_sm90":
-        return sm90_unavailable(compiled, capability, problem)
+    if name in BY_SM90:
+        without = triton_unavailable(first, problem) if name == "cuda_sm90_stored" else None
+        return without or sm90_unavailable(compiled, capability, problem)
     return libraries.unfit(compiled, capability)
 
 
@@ -252,7 +254,7 @@ def of_sums(here: tuple[str, ...], first: Tensor) -> Iterator[Preference]:
 def preferences(here: tuple[str, ...], first: Tensor, problem: Problem) -> Iterator[Preference]:
     """For a layer: what the table of tiles has for its sizes, and `cuda` behind it.
 
-    Without a measurement Triton's comes first; `cuda_sm90` is only ever taken by a measurement.
+    Without a measurement Triton's comes first; Hopper's own are only ever taken by a measurement.
     """
     copied = ""
     if problem.copied_bytes:
@@ -260,8 +262,8 @@ def preferences(here: tuple[str, ...], first: Tensor, problem: Problem) -> Itera
         copied = f"; {moved:.1f} MB moved first to bring activations into channels_last"
     table, taken = tiles.table(first.device), ""
     measured = here if table.measured else tuple(name for name in here if name in BY_TRITON)
-    if table.measured and not cuda_unavailable("cuda_sm90", first, problem):
-        measured += ("cuda_sm90",)
+    if table.measured:
+        measured += tuple(n for n in BY_SM90 if not cuda_unavailable(n, first, problem))
     if dot_precision(problem) == "ieee":
         if "library" in here:
             taken = "library"

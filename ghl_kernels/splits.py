@@ -19,6 +19,7 @@ from ghl_kernels.problem import Problem
 from ghl_kernels.tiles import Tile, programs
 
 FEWEST_BLOCKS = 4  # of rows that a split is worth
+STRINGING = 1.08  # times the work of a GPU evenly filled that are worth the parts it takes
 
 
 @functools.cache
@@ -33,16 +34,38 @@ def split_rows(problem: Problem, tile: Tile, device: torch.device) -> tuple[int,
     """Number of splits and rows of each, a multiple of the tile's rows; none is empty.
 
     As many as fill the GPU once, if each has rows enough and the workspace stays below the
-    u that a composition of PyTorch's operators would store, with what is held beside it.
+    u that a composition of PyTorch's operators would store, with what is held beside it. Tiles of
+    boxes may be strung together, see `strung_rows`.
     """
-    wanted = processors(device) * tile.programs // programs(problem, tile)
+    at_once = processors(device) * tile.programs
+    wanted = at_once // programs(problem, tile)
     by_rows = problem.rows // (FEWEST_BLOCKS * tile.block_m)
     stored = problem.rows * problem.all_neurons * problem.dtype.itemsize
     by_memory = (stored - problem.held) // (8 * problem.all_neurons * problem.columns)
     splits = max(1, min(wanted, by_rows, by_memory))
     rows = -(-problem.rows // splits)
     rows = -(-rows // tile.block_m) * tile.block_m
-    return -(-problem.rows // rows), rows
+    splits = -(-problem.rows // rows)
+    strung = strung_rows(problem, tile, at_once) if tile.box else None
+    if strung and strung[0] <= by_memory:
+        rounds = -(-programs(problem, tile) * splits // at_once)
+        if rounds * rows > STRINGING * strung[1]:
+            return strung
+    return splits, rows
+
+
+def strung_rows(problem: Problem, tile: Tile, at_once: int) -> tuple[int, int] | None:
+    """Splits and rows of each where what is left of a tile's rows is strung together with that of
+    the next (csrc/cuda/sm90_schedule.h), so that every multiprocessor has as much to do; None if
+    nothing is left. There are more splits than the rows alone would need: that tells it.
+    """
+    blocks = -(-problem.rows // tile.block_m)
+    share = max(FEWEST_BLOCKS, -(-programs(problem, tile) * blocks // at_once))
+    whole, rest = divmod(blocks, share)
+    if rest == 0:
+        return None
+    parts = max(2, (rest + share - 2) // share + 1)
+    return whole + parts, share * tile.block_m
 
 
 class Sums(NamedTuple):

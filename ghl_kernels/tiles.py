@@ -26,7 +26,8 @@ from ghl_kernels.problem import Problem
 
 SHIPPED = Path(__file__).parent / "tables"
 BY_TRITON = ("triton", "triton_stored", "library")
-BY_CUDA = ("cuda", "cuda_sm90")
+BY_SM90 = ("cuda_sm90", "cuda_sm90_stored")
+BY_CUDA = ("cuda", *BY_SM90)
 STRATEGIES = (*BY_TRITON, *BY_CUDA)
 SMALLEST_BLOCK = 64  # that any layer may take, however small
 FEW_CHANNELS = 16  # fewer do not fill a tile of one tap

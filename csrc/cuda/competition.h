@@ -19,14 +19,20 @@ GHL_DEVICE float inverse_of(float total, float largest, Competition competition)
   return competition == Competition::hard ? total : 1.0f / total + (largest - largest);
 }
 
-// u of one number; 0 where `inverse` is 0, as it is for rows that are not there. `wins`: whether
-// this neuron is the row's winner. `hard` has 1 or NaN as its inverse.
+// u of a number whose power is exp2((y - largest) * scale); 0 where `inverse` is 0, as it is for
+// rows that are not there. `wins`: whether this neuron is the row's winner. `hard` has 1 or NaN as
+// its inverse.
+GHL_DEVICE float share_of(float power, float inverse, bool wins, Competition competition) {
+  if (competition == Competition::hard) return wins ? inverse : inverse - inverse;
+  const float u = power * inverse;
+  return competition == Competition::softmax || wins ? u : -u;
+}
+
+// u of one number.
 GHL_DEVICE float compete(float y, float largest, float inverse, bool wins, float scale,
                          Competition competition) {
   if (competition == Competition::linear) return y;
-  if (competition == Competition::hard) return wins ? inverse : inverse - inverse;
-  const float u = exp2_approximate((y - largest) * scale) * inverse;
-  return competition == Competition::softmax || wins ? u : -u;
+  return share_of(exp2_approximate((y - largest) * scale), inverse, wins, competition);
 }
 
 }  // namespace ghl::cuda

@@ -24,15 +24,15 @@ constexpr int kDualWgradTiles = 3;
 Tile dual_wgrad_tile(int number, Dtype, Precision, bool pointwise);
 cudaError_t launch_dual_wgrad(const DualWgradParams&, int tile, cudaStream_t);
 
-// sm90_dual_wgrad.cu: TMA and wgmma, for compute capability 9.0 only; 16-bit numbers. Tile 0 has
-// 128 neurons by 128 columns, tile 1, for few neurons, 64 by 256. A tile's columns are boxes of one
-// tap and up to 64 channels: `blocks` says how many blocks of threads a split takes.
-constexpr int kSm90DualWgradTiles = 2;
+// sm90_dual_wgrad.cu: TMA and wgmma, for compute capability 9.0 only; 16-bit numbers. Tiles have 64
+// neurons by 128, 192 and 256 columns, in boxes of one tap and up to 64 channels.
+constexpr int kSm90DualWgradTiles = 3;
 Tile sm90_dual_wgrad_tile(int number);
-int32_t sm90_dual_wgrad_blocks(const DualWgradParams&, int tile);
-// Why it cannot run a layer (alignment, strides, sizes), or null; asks nothing of the GPU. Where it
-// makes the statistics itself, the tile must have as many neurons as the layer or more.
+// Why it cannot run a layer (alignment, strides, sizes), or null; asks nothing of the GPU.
 const char* sm90_dual_wgrad_unfit(const DualWgradParams&);
+// Whether the splits are enough for the rows, as sm90_schedule.h shares them out: each a part of
+// its own or, if there are more of them, what is left of one tile strung together with the next.
+bool sm90_dual_wgrad_covers(const DualWgradParams&, int tile);
 cudaError_t launch_sm90_dual_wgrad(const DualWgradParams&, int tile, cudaStream_t);
 
 }  // namespace ghl::cuda

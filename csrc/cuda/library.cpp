@@ -213,16 +213,19 @@ cudaError_t launch_pair(const DualWgradParams& p, int64_t tile, bool sm90, cudaS
 
 constexpr int32_t kMostBlocks = 65535;  // in the second and third dimension of a grid
 
-// The splits cover the rows, in whole blocks of the tile, and none is empty.
-void check_splits(const DualWgradParams& p, const Tile& tile) {
+// The splits cover the rows, in whole blocks of the tile.
+void check_splits(const DualWgradParams& p, const Tile& tile, int64_t number, bool sm90) {
   STD_TORCH_CHECK(tile.rows > 0, "this tile is not compiled for the dtype and kind of layer");
   STD_TORCH_CHECK(p.splits <= kMostBlocks && p.groups <= kMostBlocks, "splits and groups are ",
                   p.splits, " and ", p.groups, ", must be at most ", kMostBlocks);
   STD_TORCH_CHECK(p.splits > 0 && p.rows_per_split > 0 && p.rows_per_split % tile.rows == 0,
                   "rows_per_split is ", p.rows_per_split, ", must be a multiple of ", tile.rows);
   const int64_t before_last = int64_t(p.splits - 1) * p.rows_per_split;
-  STD_TORCH_CHECK(before_last < p.rows && p.rows <= before_last + p.rows_per_split, p.splits,
-                  " splits of ", p.rows_per_split, " rows do not cover ", p.rows);
+  bool covers = before_last < p.rows && p.rows <= before_last + p.rows_per_split;
+#ifdef GHL_SM90
+  if (sm90) covers = sm90_dual_wgrad_covers(p, int(number));
+#endif
+  STD_TORCH_CHECK(covers, p.splits, " splits of ", p.rows_per_split, " rows do not cover ", p.rows);
 }
 
 void pair(Tensor x, Tensor y, Tensor g, MaybeTensor largest, MaybeTensor inverse,
@@ -246,7 +249,7 @@ void pair(Tensor x, Tensor y, Tensor g, MaybeTensor largest, MaybeTensor inverse
   p.rows_per_split = narrow(rows_per_split);
   p.channels_last = channels_last;
   const Tile tile = tile_of(tile_number, p.dtype, p.precision, is_pointwise(p), sm90);
-  check_splits(p, tile);
+  check_splits(p, tile, tile_number, sm90);
   const bool whole_rows = p.groups == 1 && p.neurons <= tile.neurons;
   STD_TORCH_CHECK(largest || whole_rows || p.competition == Competition::linear,
                   "largest is absent, must be given where a tile does not hold whole rows of y");

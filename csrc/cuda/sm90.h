@@ -44,6 +44,7 @@ GHL_DEVICE void barrier_expect(uint64_t* barrier, uint32_t bytes) {
       "r"(bytes)
       : "memory");
 }
+// Whether a phase has ended; may wait for it a while.
 GHL_DEVICE bool phase_ended(uint64_t* barrier, uint32_t parity) {
   uint32_t ended;
   asm volatile(
@@ -70,6 +71,11 @@ GHL_DEVICE void barrier_wait(uint64_t* barrier, uint32_t parity) {
   while (!phase_ended(barrier, parity)) {
   }
 #endif
+}
+
+// What this thread has written to shared memory is there for products and the copy engine.
+GHL_DEVICE void shared_written() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
 GHL_DEVICE void prefetch_map(const TensorMap* map) {
@@ -119,56 +125,59 @@ GHL_DEVICE void hold(float (&registers)[N]) {
   GHL_UNROLL
   for (int i = 0; i < N; ++i) asm volatile("" : "+f"(registers[i])::"memory");
 }
-template <int N>
-GHL_DEVICE void hold(uint32_t (&registers)[N]) {
-  GHL_UNROLL
-  for (int i = 0; i < N; ++i) asm volatile("" : "+r"(registers[i])::"memory");
-}
 
 #define GHL_SUMS_8(d, i)                                                                      \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
       "+f"(d[i + 6]), "+f"(d[i + 7])
-#define GHL_SUMS_64(d)                                                                         \
-  GHL_SUMS_8(d, 0), GHL_SUMS_8(d, 8), GHL_SUMS_8(d, 16), GHL_SUMS_8(d, 24), GHL_SUMS_8(d, 32), \
-      GHL_SUMS_8(d, 40), GHL_SUMS_8(d, 48), GHL_SUMS_8(d, 56)
-#define GHL_SUMS_NAMES                                                                     \
-  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, " \
-  "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, "  \
-  "%36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, "  \
-  "%53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}"
+#define GHL_SUMS_32(d, i) \
+  GHL_SUMS_8(d, i), GHL_SUMS_8(d, i + 8), GHL_SUMS_8(d, i + 16), GHL_SUMS_8(d, i + 24)
+#define GHL_SUMS_64(d) GHL_SUMS_32(d, 0), GHL_SUMS_32(d, 32)
+#define GHL_SUMS_96(d) GHL_SUMS_64(d), GHL_SUMS_32(d, 64)
+#define GHL_SUMS_128(d) GHL_SUMS_96(d), GHL_SUMS_32(d, 96)
+#define GHL_NAMES_64                                                                      \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, " \
+  "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, " \
+  "%36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, " \
+  "%53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define GHL_NAMES_96                                                                      \
+  GHL_NAMES_64                                                                            \
+  ", "                                                                                    \
+  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, " \
+  "%81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#define GHL_NAMES_128                                                                    \
+  GHL_NAMES_96                                                                           \
+  ", "                                                                                   \
+  "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, "     \
+  "%110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, " \
+  "%124, %125, %126, %127"
 
-// d += a b for a 64×16 and b 16×128, both behind descriptors and both transposed: their rows of the
-// sum lie one after another, neurons and columns side by side. The trailing immediates are scale-d,
-// sign of a and of b, transposition of a and of b.
-#define GHL_MULTIPLY_SHARED(TYPE)                                                              \
-  asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE " " GHL_SUMS_NAMES \
-               ", %64, %65, 1, 1, 1, 1, 1;"                                                    \
-               : GHL_SUMS_64(d)                                                                \
-               : "l"(a), "l"(b))
-// The same with a in registers: of each warp 16 rows, as the first operand of mma.m16n8k16.
-#define GHL_MULTIPLY_REGISTERS(TYPE)                                                           \
-  asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE " " GHL_SUMS_NAMES \
-               ", {%64, %65, %66, %67}, %68, 1, 1, 1, 1;"                                      \
-               : GHL_SUMS_64(d)                                                                \
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
+// d += a b for a 64×16 and b 16×COLUMNS, both behind descriptors and both transposed: their rows of
+// the sum lie one after another, neurons and columns side by side. The trailing immediates are
+// scale-d, sign of a and of b, transposition of a and of b.
+#define GHL_MULTIPLY(NUMBER, TYPE, SUMS, COLUMNS, A, B)                                \
+  GHL_DEVICE void multiply(float (&d)[SUMS], uint64_t a, uint64_t b, NUMBER) {         \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n" #COLUMNS "k16.f32." TYPE "." TYPE \
+                 " {" GHL_NAMES_##SUMS "}, %" #A ", %" #B ", 1, 1, 1, 1, 1;"           \
+                 : GHL_SUMS_##SUMS(d)                                                  \
+                 : "l"(a), "l"(b));                                                    \
+  }
+#define GHL_MULTIPLY_BOTH(SUMS, COLUMNS, A, B)        \
+  GHL_MULTIPLY(bfloat16, "bf16", SUMS, COLUMNS, A, B) \
+  GHL_MULTIPLY(float16, "f16", SUMS, COLUMNS, A, B)
 
-GHL_DEVICE void multiply(float (&d)[64], uint64_t a, uint64_t b, bfloat16) {
-  GHL_MULTIPLY_SHARED("bf16");
-}
-GHL_DEVICE void multiply(float (&d)[64], uint64_t a, uint64_t b, float16) {
-  GHL_MULTIPLY_SHARED("f16");
-}
-GHL_DEVICE void multiply(float (&d)[64], const uint32_t (&a)[4], uint64_t b, bfloat16) {
-  GHL_MULTIPLY_REGISTERS("bf16");
-}
-GHL_DEVICE void multiply(float (&d)[64], const uint32_t (&a)[4], uint64_t b, float16) {
-  GHL_MULTIPLY_REGISTERS("f16");
-}
+GHL_MULTIPLY_BOTH(64, 128, 64, 65)
+GHL_MULTIPLY_BOTH(96, 192, 96, 97)
+GHL_MULTIPLY_BOTH(128, 256, 128, 129)
 
-#undef GHL_MULTIPLY_REGISTERS
-#undef GHL_MULTIPLY_SHARED
-#undef GHL_SUMS_NAMES
+#undef GHL_MULTIPLY_BOTH
+#undef GHL_MULTIPLY
+#undef GHL_NAMES_128
+#undef GHL_NAMES_96
+#undef GHL_NAMES_64
+#undef GHL_SUMS_128
+#undef GHL_SUMS_96
 #undef GHL_SUMS_64
+#undef GHL_SUMS_32
 #undef GHL_SUMS_8
 
 // setmaxnreg: of a whole warpgroup, which keeps N registers a thread from here on.

@@ -1,5 +1,7 @@
-// u and the statistics that it needs, from swizzled boxes of y: device code that runs on a host
-// too.
+// u in the place of y, in a swizzled box of shared memory: device code that runs on a host too.
+//
+// A lane has a whole row of a box in registers. Eight lanes next to each other have eight rows, and
+// meet different banks by the swizzle.
 #pragma once
 
 #include "competition.h"
@@ -8,65 +10,99 @@
 
 namespace ghl::cuda::sm90 {
 
-// The statistics of a row of y that lies whole in the boxes. A lane has a row to itself: lanes next
-// to each other meet different banks by the swizzle. `neurons` is a multiple of 8.
-template <class T, Competition COMPETITION>
-GHL_DEVICE RowStatistics find_statistics(const char* y, int row, int32_t neurons, float scale,
-                                         int32_t& winner) {
-  const auto chunk_of = [&](int chunk) {
-    return *reinterpret_cast<const uint4*>(y + chunk / 8 * kBoxBytes + swizzled(row, chunk % 8));
-  };
-  uint32_t pair = pack(-INFINITY, -INFINITY, T{});
-  for (int chunk = 0; chunk < neurons / 8; ++chunk) {
-    const uint4 numbers = chunk_of(chunk);
-    pair = larger(pair, larger(numbers.x, numbers.y, T{}), T{});
-    pair = larger(pair, larger(numbers.z, numbers.w, T{}), T{});
+struct RowStatistics {
+  float largest, inverse;
+  int32_t winner;
+};
+
+// A row of a box, two neurons a register.
+struct Row {
+  uint32_t pairs[kNeurons / 2];
+
+  GHL_DEVICE static uint4* chunk(char* box, int row, int i) {
+    return reinterpret_cast<uint4*>(box + swizzled(row, i));
   }
-  const float2 halves = unpack(pair, T{});
-  const float largest = fmaxf(halves.x, halves.y);
-  const float top = finite_or_zero(largest);
-  float total = COMPETITION == Competition::hard ? 1.0f : 0.0f;
-  winner = INT32_MAX;
-  for (int chunk = 0; chunk < neurons / 8; ++chunk) {
-    const uint4 numbers = chunk_of(chunk);
-    const uint32_t pairs[4] = {numbers.x, numbers.y, numbers.z, numbers.w};
+  GHL_DEVICE void load(char* box, int row) {
     GHL_UNROLL
-    for (int i = 0; i < 8; ++i) {
-      const float2 both = unpack(pairs[i / 2], T{});
-      const float number = i % 2 ? both.y : both.x;
-      if (COMPETITION != Competition::hard)
-        total += exp2_approximate((number - top) * scale);
-      else if (number != number)
-        total = number;
-      if (COMPETITION != Competition::softmax && number == largest && winner == INT32_MAX)
-        winner = chunk * 8 + i;
+    for (int i = 0; i < kNeurons / 8; ++i) {
+      const uint4 numbers = *chunk(box, row, i);
+      pairs[4 * i] = numbers.x, pairs[4 * i + 1] = numbers.y;
+      pairs[4 * i + 2] = numbers.z, pairs[4 * i + 3] = numbers.w;
     }
   }
-  return {largest, inverse_of(total, largest, COMPETITION)};
+  GHL_DEVICE void store(char* box, int row) const {
+    GHL_UNROLL
+    for (int i = 0; i < kNeurons / 8; ++i)
+      *chunk(box, row, i) = {pairs[4 * i], pairs[4 * i + 1], pairs[4 * i + 2], pairs[4 * i + 3]};
+  }
+  template <class T>
+  GHL_DEVICE float number(int i, T) const {
+    const float2 both = unpack(pairs[i / 2], T{});
+    return i % 2 ? both.y : both.x;
+  }
+  // Minus infinity from neuron `count` on, in whole chunks: what a layer does not have.
+  template <class T>
+  GHL_DEVICE void cut(int count, T) {
+    GHL_UNROLL
+    for (int i = 0; i < kNeurons / 2; i += 4) {
+      if (2 * i < count) continue;
+      GHL_UNROLL
+      for (int j = 0; j < 4; ++j) pairs[i + j] = pack(-INFINITY, -INFINITY, T{});
+    }
+  }
+  // The largest number; a number rather than NaN.
+  template <class T>
+  GHL_DEVICE float largest(T) const {
+    uint32_t four[4] = {pairs[0], pairs[1], pairs[2], pairs[3]};
+    GHL_UNROLL
+    for (int i = 4; i < kNeurons / 2; ++i) four[i % 4] = larger(four[i % 4], pairs[i], T{});
+    const float2 both =
+        unpack(larger(larger(four[0], four[1], T{}), larger(four[2], four[3], T{}), T{}), T{});
+    return fmaxf(both.x, both.y);
+  }
+  // The first of those that are the largest; INT32_MAX if there is none.
+  template <class T>
+  GHL_DEVICE int32_t winner(float largest, T) const {
+    int32_t first = INT32_MAX;
+    GHL_UNROLL
+    for (int i = kNeurons - 1; i >= 0; --i)
+      if (number(i, T{}) == largest) first = i;
+    return first;
+  }
+};
+
+GHL_DEVICE float sum_of(const float (&numbers)[kNeurons]) {
+  float sums[4] = {};
+  GHL_UNROLL
+  for (int i = 0; i < kNeurons; ++i) sums[i % 4] += numbers[i];
+  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
-// The numbers of 16 neurons by 16 rows, first operand of a product, from y to u. `neuron` is the
-// first of the 16 among all of the layer, `row` the first in the stage.
+// From y to u. `neuron` is the row's first among the layer's. `of` is what is known of the row:
+// all, or, if it is to be found here, nothing. `there`: whether the layer has this row.
 template <class T, Competition COMPETITION>
-GHL_DEVICE void make_u(uint32_t (&fragment)[4], const RowPair* statistics, const WinnerPair* winner,
-                       int lane, int row, int32_t neuron, float scale) {
+GHL_DEVICE void compete_in_row(Row& row, RowStatistics of, bool find, bool there, int32_t neuron,
+                               float scale) {
+  constexpr bool kHard = COMPETITION == Competition::hard;
+  if (find) of.largest = row.largest(T{});
+  if (find && COMPETITION != Competition::softmax) of.winner = row.winner(of.largest, T{});
+  const float top = finite_or_zero(of.largest);
+  float power[kNeurons];
   GHL_UNROLL
-  for (int upper_rows = 0; upper_rows < 2; ++upper_rows) {
-    const int pair = row / 2 + lane % 4 + upper_rows * 4;
-    const RowPair of = statistics[pair];
-    WinnerPair first = {};
-    if (COMPETITION != Competition::softmax) first = winner[pair];
-    GHL_UNROLL
-    for (int upper_neurons = 0; upper_neurons < 2; ++upper_neurons) {
-      const int32_t k = neuron + lane / 4 + upper_neurons * 8;
-      uint32_t& numbers = fragment[2 * upper_rows + upper_neurons];
-      const float2 y = unpack(numbers, T{});
-      numbers = pack(
-          compete(y.x, of.row[0].largest, of.row[0].inverse, first.row[0] == k, scale, COMPETITION),
-          compete(y.y, of.row[1].largest, of.row[1].inverse, first.row[1] == k, scale, COMPETITION),
-          T{});
-    }
+  for (int i = 0; i < kNeurons; ++i) {
+    const float y = row.number(i, T{});
+    power[i] = kHard ? (y != y ? y : 0.0f) : exp2_approximate((y - top) * scale);
   }
+  if (find) {
+    const float total = sum_of(power);
+    of.inverse = inverse_of(kHard ? 1.0f + total : total, of.largest, COMPETITION);
+  }
+  if (!there) of.inverse = 0.0f;
+  const int32_t winner = of.winner - neuron;
+  GHL_UNROLL
+  for (int i = 0; i < kNeurons; i += 2)
+    row.pairs[i / 2] = pack(share_of(power[i], of.inverse, winner == i, COMPETITION),
+                            share_of(power[i + 1], of.inverse, winner == i + 1, COMPETITION), T{});
 }
 
 }  // namespace ghl::cuda::sm90

@@ -80,8 +80,7 @@ cudaError_t launch(const DualWgradArguments& a, cudaStream_t stream) {
     if (error == cudaSuccess) prepared.fetch_or(bit);
   }
   if (error != cudaSuccess) return error;
-  const dim3 grid(a.geometry.neuron_tiles * a.geometry.column_tiles, a.p.splits, a.p.groups);
-  kernel<<<grid, kThreads, shared_bytes, stream>>>(a);
+  kernel<<<unsigned(a.schedule.blocks_of_threads()), kThreads, shared_bytes, stream>>>(a);
   return cudaGetLastError();
 }
 
@@ -100,7 +99,8 @@ template <class Shape>
 cudaError_t launch_shape(const DualWgradParams& p, cudaStream_t stream) {
   DualWgradArguments a{};
   a.p = p;
-  a.geometry = geometry(p, Shape::NEURONS, Shape::COLUMNS);
+  a.geometry = geometry(p, Shape::COLUMN_BOXES);
+  a.schedule = schedule(p, a.geometry);
   a.x_is_matrix = row_stride_of_x(p) != 0;
   cudaError_t error =
       a.x_is_matrix ? encode(a.x, map_of_rows(p), p.dtype) : encode(a.x, map_of_images(p), p.dtype);
@@ -113,35 +113,35 @@ cudaError_t launch_shape(const DualWgradParams& p, cudaStream_t stream) {
 
 template <class Shape>
 constexpr Tile tile_of() {
-  return {kRows, Shape::NEURONS, Shape::COLUMNS, kThreads, kStages, sizeof(typename Shape::Shared)};
+  return {kRows, kNeurons, Shape::COLUMNS, kThreads, Shape::STAGES, sizeof(typename Shape::Shared)};
 }
 
 }  // namespace
 }  // namespace sm90
 
 Tile sm90_dual_wgrad_tile(int number) {
-  return number == 0 ? sm90::tile_of<sm90::Shape<128, 128>>()
-                     : sm90::tile_of<sm90::Shape<64, 256>>();
-}
-
-int32_t sm90_dual_wgrad_blocks(const DualWgradParams& p, int tile) {
-  const Tile t = sm90_dual_wgrad_tile(tile);
-  const sm90::Geometry geometry = sm90::geometry(p, t.neurons, t.columns);
-  return geometry.neuron_tiles * geometry.column_tiles * p.groups;
+  constexpr Tile tiles[kSm90DualWgradTiles] = {sm90::tile_of<sm90::Shape<2>>(),
+                                               sm90::tile_of<sm90::Shape<3>>(),
+                                               sm90::tile_of<sm90::Shape<4>>()};
+  return tiles[number];
 }
 
 const char* sm90_dual_wgrad_unfit(const DualWgradParams& p) {
   return sm90::unfit(p);
 }
 
+bool sm90_dual_wgrad_covers(const DualWgradParams& p, int tile) {
+  const int boxes = sm90_dual_wgrad_tile(tile).columns / sm90::kBox;
+  return sm90::schedule(p, sm90::geometry(p, boxes)).tiles > 0;
+}
+
 cudaError_t launch_sm90_dual_wgrad(const DualWgradParams& p, int tile, cudaStream_t stream) {
-  const bool in_tile = p.competition != Competition::linear && !p.statistics.largest;
-  const bool whole_rows = p.neurons <= sm90_dual_wgrad_tile(tile).neurons;
-  if (sm90::unfit(p) || p.rows_per_split % sm90::kRows != 0 || p.splits < 1 ||
-      (in_tile && !whole_rows))
-    return cudaErrorInvalidValue;
-  return tile == 0 ? sm90::launch_shape<sm90::Shape<128, 128>>(p, stream)
-                   : sm90::launch_shape<sm90::Shape<64, 256>>(p, stream);
+  if (sm90::unfit(p) || !sm90_dual_wgrad_covers(p, tile)) return cudaErrorInvalidValue;
+  switch (tile) {
+    case 0: return sm90::launch_shape<sm90::Shape<2>>(p, stream);
+    case 1: return sm90::launch_shape<sm90::Shape<3>>(p, stream);
+    default: return sm90::launch_shape<sm90::Shape<4>>(p, stream);
+  }
 }
 
 }  // namespace ghl::cuda

@@ -55,6 +55,12 @@ inline void update(uint64_t* barrier, int arrivals, int64_t bytes) {
   std::memcpy(barrier, &state, 8);
 }
 
+inline bool has_ended(const uint64_t* barrier, uint32_t parity) {
+  State state;
+  std::memcpy(&state, barrier, 8);
+  return state.phase != parity;
+}
+
 inline uintptr_t base() {
   return reinterpret_cast<uintptr_t>(shared_memory());
 }
@@ -87,14 +93,15 @@ float number(uint64_t operand, int k, int i, T) {
   return to_float(value);
 }
 
-template <class T>
-void product(float (&d)[64], const std::function<float(int, int)>& a, uint64_t b, T type) {
+template <class T, int N>
+void product(float (&d)[N], uint64_t a, uint64_t b, T type) {
   const int thread = threadIdx.x % 128, lane = thread % 32;
   float rows[2][16];
   for (int upper = 0; upper < 2; ++upper) {
-    for (int k = 0; k < 16; ++k) rows[upper][k] = a(thread / 32 * 16 + lane / 4 + upper * 8, k);
+    for (int k = 0; k < 16; ++k)
+      rows[upper][k] = number(a, k, thread / 32 * 16 + lane / 4 + upper * 8, type);
   }
-  for (int i = 0; i < 64; ++i) {
+  for (int i = 0; i < N; ++i) {
     const int upper = i / 2 % 2, column = i / 4 * 8 + lane % 4 * 2 + i % 2;
     double sum = d[i];
     for (int k = 0; k < 16; ++k) sum += double(rows[upper][k]) * number(b, k, column, type);
@@ -121,14 +128,12 @@ inline void barrier_expect(uint64_t* barrier, uint32_t bytes) {
 }
 inline void barrier_wait(uint64_t* barrier, uint32_t parity) {
   std::unique_lock<std::mutex> lock(emulated::mutex);
-  const bool ended = emulated::changed.wait_for(lock, std::chrono::minutes(1), [&] {
-    emulated::State state;
-    std::memcpy(&state, barrier, 8);
-    return state.phase != parity;
-  });
+  const bool ended = emulated::changed.wait_for(
+      lock, std::chrono::minutes(1), [&] { return emulated::has_ended(barrier, parity); });
   if (!ended) emulated::fail("deadlock");
 }
 
+inline void shared_written() {}
 inline void prefetch_map(const TensorMap*) {}
 
 // One row of a box: 64 numbers from `first` of the innermost dimension, zeros where nothing is.
@@ -194,22 +199,9 @@ void products_wait() {
 template <class T, int N>
 void hold(T (&)[N]) {}
 
-template <class T>
-void multiply(float (&d)[64], uint64_t a, uint64_t b, T type) {
-  emulated::add([&d, a, b, type] {
-    emulated::product(
-        d, [&](int row, int k) { return emulated::number(a, k, row, type); }, b, type);
-  });
-}
-template <class T>
-void multiply(float (&d)[64], const uint32_t (&a)[4], uint64_t b, T type) {
-  emulated::add([&d, &a, b, type] {
-    emulation::Fragments mine{}, lanes[emulation::kLanes];
-    std::memcpy(mine.a, a, sizeof(a));
-    emulation::exchange(mine, lanes);
-    emulated::product(
-        d, [&](int row, int k) { return emulation::of_a(lanes, row % 16, k, type); }, b, type);
-  });
+template <class T, int N>
+void multiply(float (&d)[N], uint64_t a, uint64_t b, T type) {
+  emulated::add([&d, a, b, type] { emulated::product(d, a, b, type); });
 }
 
 template <class T>

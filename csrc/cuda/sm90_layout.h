@@ -1,10 +1,10 @@
-// The arithmetic of the sm_90a weight gradient: where everything lies in shared memory, and which
-// part of the work is whose. All of it runs on a host as well.
+// The arithmetic of the sm_90a weight gradient: where everything lies in shared memory, and where
+// sums go. All of it runs on a host as well.
 //
 // A box is 64 rows of 64 numbers of 16 bits, one copy of the copy engine: rows of 128 bytes, whose
 // eight 16-byte chunks are permuted by the row's number (128-byte swizzle, "Swizzling Modes" of the
-// PTX ISA), so that neither ldmatrix nor a lane per row meets a bank twice. x, y and g of a stage
-// are boxes side by side.
+// PTX ISA), so that eight lanes with a row each meet no bank twice. A stage is boxes side by side:
+// those of x, one of g and one of y, in whose place u comes.
 #pragma once
 
 #include "device.h"
@@ -15,54 +15,36 @@ namespace ghl::cuda::sm90 {
 constexpr int kRows = 64, kBox = 64;
 constexpr int kBoxBytes = kRows * kBox * 2;
 constexpr int kDepth = 16;  // rows that one wgmma of 16-bit numbers sums over
-constexpr int kStages = 4;
 constexpr int kWarpgroup = 128, kThreads = 3 * kWarpgroup;
-constexpr int kDescribers = kRows;  // threads that find statistics, a row each
+constexpr int kNeurons = kBox;           // of a tile
+constexpr int kStageBytes = 216 * 1024;  // at most, of all stages together
+constexpr int kCompetingWarps = 3;       // that make u
+constexpr int kWarps = kWarpgroup / 32;  // of a warpgroup
 
-struct RowStatistics {
-  float largest, inverse;
-};
-struct alignas(16) RowPair {
-  RowStatistics row[2];
-};
-struct alignas(8) WinnerPair {
-  int32_t row[2];
-};
-
-// The work of a block. Two warpgroups have 64 neurons by 128 columns each: side by side along the
-// neurons or, where there are only 64 of these, along the columns.
-template <int NEURONS_, int COLUMNS_>
+// A tile: 64 neurons by so many boxes of columns. One warpgroup has the sums of G, one those of H0.
+template <int COLUMN_BOXES_>
 struct Shape {
-  static constexpr int NEURONS = NEURONS_, COLUMNS = COLUMNS_;
-  static constexpr int NEURON_BOXES = NEURONS / kBox, COLUMN_BOXES = COLUMNS / kBox;
-  static constexpr int STAGE_BYTES = (COLUMN_BOXES + 2 * NEURON_BOXES) * kBoxBytes;
-  static_assert(NEURONS * COLUMNS == 128 * 128 && (NEURONS == 64 || NEURONS == 128));
+  static constexpr int COLUMN_BOXES = COLUMN_BOXES_, COLUMNS = COLUMN_BOXES * kBox;
+  static constexpr int BOXES = COLUMN_BOXES + 2;
+  static constexpr int STAGES = kStageBytes / (BOXES * kBoxBytes);
+  static constexpr int SUMS = kNeurons * COLUMNS / kWarpgroup;  // of a thread
 
   struct Shared {
-    alignas(1024) char boxes[kStages][STAGE_BYTES];
-    RowPair statistics[kStages][kRows / 2];
-    WinnerPair winner[kStages][kRows / 2];
-    uint64_t full[kStages], empty[kStages], known[kStages];
+    alignas(1024) char boxes[STAGES][BOXES][kBoxBytes];
+    float u_sums[2][kCompetingWarps][kNeurons];
+    uint64_t full[STAGES], known[STAGES], empty[STAGES], summed;
 
-    GHL_HOST_DEVICE char* x(int stage, int box) { return boxes[stage] + box * kBoxBytes; }
-    GHL_HOST_DEVICE char* g(int stage, int box) { return x(stage, COLUMN_BOXES + box); }
-    GHL_HOST_DEVICE char* y(int stage, int box) { return g(stage, NEURON_BOXES + box); }
+    GHL_HOST_DEVICE char* x(int stage) { return boxes[stage][0]; }
+    // g, and y or u
+    GHL_HOST_DEVICE char* signal(int stage, int which) {
+      return boxes[stage][COLUMN_BOXES + which];
+    }
   };
-
-  GHL_HOST_DEVICE static int neuron_box(int warpgroup) { return NEURONS == 64 ? 0 : warpgroup; }
-  GHL_HOST_DEVICE static int column_box(int warpgroup) { return NEURONS == 64 ? 2 * warpgroup : 0; }
 };
 
 // Where 16-byte chunk `chunk` of a row lies in its box, in bytes.
 GHL_HOST_DEVICE int swizzled(int row, int chunk) {
   return row * 128 + (chunk ^ (row & 7)) * 16;
-}
-
-// What this lane tells ldmatrix.trans so that it receives, of 16 neurons by 16 rows, the first
-// operand of a product: matrices 0 and 1 are the lower rows, 0 and 2 the lower neurons.
-GHL_HOST_DEVICE int fragment_row(int lane, int first_row, int first_neuron) {
-  const int matrix = lane / 8, row = first_row + matrix / 2 * 8 + lane % 8;
-  return swizzled(row, first_neuron / 8 + matrix % 2);
 }
 
 // A wgmma operand in boxes whose numbers lie along its columns (MN-major, 128-byte swizzle). PTX
@@ -80,16 +62,18 @@ GHL_HOST_DEVICE uint64_t advanced(uint64_t operand, int rows) {
 }
 
 // A place in the ring of stages, and the parity of its barriers' phases this time round.
+template <int STAGES>
 struct Ring {
   int stage = 0;
   uint32_t parity = 0;
 
+  GHL_HOST_DEVICE int before() const { return (stage + STAGES - 1) % STAGES; }
   GHL_HOST_DEVICE void advance() {
-    if (++stage == kStages) stage = 0, parity ^= 1;
+    if (++stage == STAGES) stage = 0, parity ^= 1;
   }
 };
 
-// Where a sum goes: number i of a thread's 64 is of this neuron and column of its warpgroup.
+// Where a sum goes: number i of a thread is of this neuron and column of its tile.
 GHL_HOST_DEVICE int neuron_of_sum(int thread, int i) {
   return thread % kWarpgroup / 32 * 16 + thread % 32 / 4 + i / 2 % 2 * 8;
 }
@@ -110,21 +94,32 @@ struct ColumnBox {
   }
 };
 
+// A tile's place among all: its group, its first neuron there and its first box of columns.
+struct Place {
+  int32_t group, neuron, box;
+};
+
 struct Geometry {
   int32_t taps, channel_boxes, column_boxes, column_tiles, neuron_tiles;
 
   GHL_HOST_DEVICE ColumnBox box(int32_t number) const {
     return {number / channel_boxes, number % channel_boxes * kBox};
   }
+  // Tiles of the same neurons, which read the same rows of y and g, come one after another.
+  GHL_HOST_DEVICE Place place(int32_t tile, int32_t boxes_of_tile) const {
+    const int32_t of_neurons = tile / column_tiles;
+    return {of_neurons / neuron_tiles, of_neurons % neuron_tiles * kNeurons,
+            tile % column_tiles * boxes_of_tile};
+  }
 };
 
-inline Geometry geometry(const DualWgradParams& p, int32_t tile_neurons, int32_t tile_columns) {
+inline Geometry geometry(const DualWgradParams& p, int32_t boxes_of_tile) {
   Geometry g;
   g.taps = p.kernel_h * p.kernel_w;
   g.channel_boxes = (p.channels + kBox - 1) / kBox;
   g.column_boxes = g.taps * g.channel_boxes;
-  g.column_tiles = (g.column_boxes + tile_columns / kBox - 1) / (tile_columns / kBox);
-  g.neuron_tiles = (p.neurons + tile_neurons - 1) / tile_neurons;
+  g.column_tiles = (g.column_boxes + boxes_of_tile - 1) / boxes_of_tile;
+  g.neuron_tiles = (p.neurons + kNeurons - 1) / kNeurons;
   return g;
 }
 
@@ -159,13 +154,5 @@ struct Walk {
     return w * p.stride_w - p.padding_w;
   }
 };
-
-// Rows of a split: empty where there are more splits than rows.
-GHL_HOST_DEVICE int32_t blocks_of_split(const DualWgradParams& p, int32_t split) {
-  const int64_t first = int64_t(split) * p.rows_per_split;
-  const int64_t left = p.rows - first;
-  const int64_t rows = left < p.rows_per_split ? left : p.rows_per_split;
-  return rows > 0 ? int32_t((rows + kRows - 1) / kRows) : 0;
-}
 
 }  // namespace ghl::cuda::sm90

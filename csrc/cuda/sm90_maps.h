@@ -118,8 +118,8 @@ inline const char* unfit(const DualWgradParams& p) {
   if (row ? !fits_map(uint64_t(row) * 2) : images_unfit(p) != nullptr)
     return row ? "rows of x must lie at multiples of 16 bytes" : images_unfit(p);
   if (p.competition != Competition::linear && !p.statistics.largest &&
-      (p.groups != 1 || p.neurons > 128 || p.neurons % 8 != 0))
-    return "without statistics there must be one group, and neurons a multiple of 8 up to 128";
+      (p.groups != 1 || p.neurons > kNeurons || p.neurons % 8 != 0))
+    return "without statistics there must be one group, and neurons a multiple of 8 up to 64";
   return signal_unfit(p);
 }
 

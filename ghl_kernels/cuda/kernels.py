@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,14 +22,14 @@ from ghl_kernels.merges import Layer, foreach_merge_of, merge_of
 from ghl_kernels.pairs import Kernels, Task, as_it_lies
 from ghl_kernels.problem import Problem, dot_precision
 from ghl_kernels.splits import Partials
-from ghl_kernels.tiles import Entry, Tile
+from ghl_kernels.tiles import BY_SM90, Entry, Tile
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # in the order of csrc/cuda/params.h
 MOST_TILES = 16  # that are asked for; the numbers of tiles have no gaps
 SHARED_BYTES, REGISTERS = 163 * 1024, 65536  # of a multiprocessor of compute capability 8.0
 LARGEST_SHARED_BYTES = 227 * 1024  # of a block on compute capability 9.0 and 10.0
 REGISTERS_BESIDE_SUMS = 72  # of a thread
-BOXES = {"cuda_sm90": 64}  # kBox of csrc/cuda/sm90_layout.h
+BOX = 64  # kBox of csrc/cuda/sm90_layout.h
 
 
 @functools.cache
@@ -46,14 +46,14 @@ def compiled_tiles(
     found = []
     for number in range(MOST_TILES):
         fields = (ctypes.c_int * 6)()
-        ask(number, DTYPES.index(dtype), tf32, pointwise, strategy == "cuda_sm90", fields)
+        ask(number, DTYPES.index(dtype), tf32, pointwise, strategy in BY_SM90, fields)
         rows, neurons, columns, threads, stages, shared_bytes = fields
         if rows and shared_bytes <= most_shared:
             registers = 2 * neurons * columns + REGISTERS_BESIDE_SUMS * threads
             blocks = max(1, min(REGISTERS // registers, SHARED_BYTES // shared_bytes))
             tile = Tile(
                 rows, neurons, columns, threads // 32, stages, blocks, packed=True,
-                box=BOXES.get(strategy, 0),
+                box=BOX if strategy in BY_SM90 else 0,
             )  # fmt: skip
             found.append((number, tile))
     return tuple(found)
@@ -86,13 +86,21 @@ def suits(problem: Problem, tile: Tile) -> bool:
 
 
 def by_rule(problem: Problem, known: Sequence[tuple[int, Tile]]) -> Tile:
-    """The largest tile that is not mostly empty; of equal ones one that holds whole rows of y."""
+    """The largest tile that is not mostly empty, of boxes one that is filled best; of equal ones
+    one that holds whole rows of y."""
 
     def rank(tile: Tile) -> tuple[int, ...]:
         size = tile.block_k * tile.block_c
         whole_rows = problem.groups == 1 and problem.neurons <= tile.block_k
         inside = suits(problem, tile)
-        return inside, size if inside else -size, whole_rows, min(tile.block_k, tile.block_c)
+        filled = -tiles.column_tiles(problem, tile) * tile.block_c if tile.box else 0
+        return (
+            inside,
+            filled,
+            size if inside else -size,
+            whole_rows,
+            min(tile.block_k, tile.block_c),
+        )
 
     return max((tile for _, tile in known), key=rank)
 
@@ -160,7 +168,7 @@ def wgrad(strategy: str, task: Task, partials: Partials) -> None:
     """Fill `partials` from images x (N, C·groups, H, W) and matrices y and g (M, K·groups)."""
     problem, tile, images, y, g, competition, tau, out_size = task
     whole_rows = problem.groups == 1 and problem.neurons <= tile.block_k
-    if strategy == "cuda_sm90":
+    if strategy in BY_SM90:
         y, g = layout.in_chunks(y), layout.in_chunks(g)
         images = layout.in_chunks(images.movedim(1, -1)).movedim(-1, 1)
         whole_rows = whole_rows and problem.neurons % 8 == 0
@@ -173,7 +181,7 @@ def wgrad(strategy: str, task: Task, partials: Partials) -> None:
         problem.kernel_size, problem.stride, problem.padding, problem.dilation, out_size,
         problem.groups, code("competition", competition), tau, partials.channels_last,
         dot_precision(problem) == "tf32", partials.splits, partials.rows_per_split,
-        number_of(tile, strategy, problem), strategy == "cuda_sm90",
+        number_of(tile, strategy, problem), strategy in BY_SM90,
     )  # fmt: skip
 
 
@@ -186,8 +194,10 @@ def sum_splits(partials: Partials) -> None:
     )  # fmt: skip
 
 
-def kernels(strategy: str) -> Kernels:
-    """The kernels of `cuda` or of `cuda_sm90`."""
+def kernels(
+    strategy: str, signal: Callable[[Tensor, str, float], tuple[Tensor, str]] = as_it_lies
+) -> Kernels:
+    """The kernels of `cuda`, or of Hopper's own instructions; `signal`: of y, see Kernels."""
 
     def tile(problem: Problem, w: Tensor) -> Tile:
         return choose(strategy, problem, w.device).tile
@@ -203,7 +213,7 @@ def kernels(strategy: str) -> Kernels:
     def folds(problem: Problem, tile: Tile) -> bool:
         return tiles.folds(problem)
 
-    return Kernels(tile, as_it_lies, of_rows, of_images, sum_splits, folds, fold_images)
+    return Kernels(tile, signal, of_rows, of_images, sum_splits, folds, fold_images)
 
 
 def fill_layers(layers: Sequence[Layer], decay: str, gate: str, normalize: str) -> None:

@@ -71,13 +71,13 @@ def test_the_tiles_of_a_table_are_tried_as_well() -> None:
 
 def test_compiled_tiles_are_tried_beside_tritons_and_alone() -> None:
     tile = Tile(32, 64, 64, 4, 4, packed=True)
-    present, compiled = entry("cuda"), [("cuda", tile), ("cuda_sm90", tile)]
+    present, compiled = entry("cuda"), [(strategy, tile) for strategy in tiles.BY_CUDA]
     tried = tune.candidates(problem(), present, [entry("cuda_sm90")], compiled)
-    assert [e.strategy for e in tried[-2:]] == ["cuda", "cuda_sm90"]
+    assert [e.strategy for e in tried[-3:]] == ["cuda", "cuda_sm90", "cuda_sm90_stored"]
     assert {e.strategy for e in tried} == set(tiles.STRATEGIES)
     assert all(e.tile == tile for e in tried[1:] if e.strategy in tiles.BY_CUDA)
     alone = tune.candidates(problem(), present, [], compiled, by_triton=())
-    assert [e.strategy for e in alone] == ["cuda", "cuda", "cuda_sm90"]
+    assert [e.strategy for e in alone] == ["cuda", *tiles.BY_CUDA]
 
 
 def test_tiles_larger_than_the_layer_or_the_memory_are_left_out() -> None:

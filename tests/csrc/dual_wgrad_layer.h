@@ -19,6 +19,7 @@ struct Layer {
       dilation[2] = {1, 1};
   Competition competition = Competition::softmax;
   int tile = 0, splits = 1;
+  int share = 0;  // blocks of rows of a split; as many for each of them if 0
   // Numbers between rows, or pixels, that belong to others: as many, up to a multiple of 8.
   int spare = 0;
   int step = 0;  // numbers from a pixel to the next, fewer than they have where they overlap
@@ -60,7 +61,7 @@ class DualWgradCase {
     G_.assign(l.splits * weights, NAN), H0_ = G_;
     u_sums_.assign(l.splits * l.all_neurons(), NAN);
     const int blocks = (l.rows() + tile_rows - 1) / tile_rows;
-    rows_per_split_ = (blocks + l.splits - 1) / l.splits * tile_rows;
+    rows_per_split_ = (l.share ? l.share : (blocks + l.splits - 1) / l.splits) * tile_rows;
   }
 
   size_t x_bytes() const { return x_.size() * sizeof(T); }

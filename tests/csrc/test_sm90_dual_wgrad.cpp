@@ -40,12 +40,13 @@ template <class T, class Shape>
 void emulate(const DualWgradParams& p) {
   DualWgradArguments a{};
   a.p = p;
-  a.geometry = geometry(p, Shape::NEURONS, Shape::COLUMNS);
+  a.geometry = geometry(p, Shape::COLUMN_BOXES);
+  a.schedule = schedule(p, a.geometry);
+  if (a.schedule.tiles == 0) emulated::fail("splits that do not cover the rows");
   a.x_is_matrix = row_stride_of_x(p) != 0;
   a.x = a.x_is_matrix ? map_of(map_of_rows(p)) : map_of(map_of_images(p));
   a.y = map_of(map_of_signal(p.y, p)), a.g = map_of(map_of_signal(p.g, p));
-  const dim3 grid{unsigned(a.geometry.neuron_tiles * a.geometry.column_tiles), unsigned(p.splits),
-                  unsigned(p.groups)};
+  const dim3 grid{unsigned(a.schedule.blocks_of_threads()), 1, 1};
   emulation::launch(grid, kThreads, sizeof(typename Shape::Shared), [&] { launch<T, Shape>(a); });
 }
 
@@ -55,7 +56,8 @@ void run(const Layer& layer) {
   const DualWgradParams p = one.params();
   if (const char* why = unfit(p)) emulated::fail(why);
 #ifdef GHL_ON_GPU
-  const char* error = run_sm90_on_gpu(p, one.x_bytes(), one.signal_bytes(), Shape::NEURONS == 64);
+  const char* error =
+      run_sm90_on_gpu(p, one.x_bytes(), one.signal_bytes(), Shape::COLUMN_BOXES - 2);
   if (error) emulated::fail(error);
 #else
   emulate<T, Shape>(p);
@@ -66,28 +68,15 @@ void run(const Layer& layer) {
 constexpr auto hard = Competition::hard, linear = Competition::linear,
                softhebb = Competition::softhebb;
 
-// Rows, neurons and columns that end within and beyond a tile; fewer blocks than stages and more.
-const Layer narrow[] = {
-    // for tiles of 64 neurons
-    {.name = "linear, 6 blocks, rows in the tile",
-     .batch = 350,
-     .groups = 1,
-     .neurons = 64,
-     .channels = 72,
-     .in_tile = true,
-     .tau = 0.25},
+// Rows, neurons and columns that end within and beyond a tile; fewer blocks than stages and more;
+// tiles whose rests are strung together. For tiles of two, three and four boxes.
+const Layer of_two[] = {
     {.name = "linear, one row",
      .batch = 1,
      .groups = 1,
      .neurons = 8,
      .channels = 8,
      .in_tile = true},
-    {.name = "linear, an empty split",
-     .batch = 130,
-     .groups = 1,
-     .neurons = 24,
-     .channels = 264,
-     .splits = 4},
     {.name = "linear, hard in the tile",
      .batch = 70,
      .groups = 1,
@@ -95,12 +84,45 @@ const Layer narrow[] = {
      .channels = 8,
      .competition = hard,
      .in_tile = true},
-    {.name = "linear, softhebb in the tile",
-     .batch = 70,
+    {.name = "1x1, stride 2",
+     .batch = 5,
      .groups = 1,
-     .neurons = 40,
+     .neurons = 72,
+     .channels = 24,
+     .in_size = {9, 10},
+     .stride = {2, 2},
+     .spare = 8},
+    {.name = "1x1, groups",
+     .batch = 3,
+     .groups = 2,
+     .neurons = 24,
+     .channels = 16,
+     .in_size = {5, 7}},
+    {.name = "linear, u is y",
+     .batch = 90,
+     .groups = 1,
+     .neurons = 72,
+     .channels = 40,
+     .competition = linear},
+    {.name = "5x5 on images smaller than a block",
+     .batch = 9,
+     .groups = 1,
+     .neurons = 136,
      .channels = 8,
-     .competition = softhebb,
+     .in_size = {3, 4},
+     .kernel = {5, 5},
+     .padding = {2, 2},
+     .competition = softhebb},
+};
+const Layer of_three[] = {
+    {.name = "3x3, a tap a box",
+     .batch = 2,
+     .groups = 1,
+     .neurons = 64,
+     .channels = 64,
+     .in_size = {7, 9},
+     .kernel = {3, 3},
+     .padding = {1, 1},
      .in_tile = true},
     {.name = "linear, NaN",
      .batch = 70,
@@ -109,6 +131,63 @@ const Layer narrow[] = {
      .channels = 8,
      .in_tile = true,
      .poison = NAN},
+    {.name = "linear, more tiles than one",
+     .batch = 300,
+     .groups = 1,
+     .neurons = 136,
+     .channels = 136,
+     .splits = 2,
+     .spare = 8,
+     .tau = 2.0},
+    {.name = "linear, hard",
+     .batch = 90,
+     .groups = 1,
+     .neurons = 200,
+     .channels = 8,
+     .competition = hard},
+    {.name = "3x3, groups of 64 channels",
+     .batch = 2,
+     .groups = 2,
+     .neurons = 64,
+     .channels = 64,
+     .in_size = {4, 5},
+     .kernel = {3, 3},
+     .padding = {1, 1}},
+    {.name = "3x3, groups of 8 channels",
+     .batch = 2,
+     .groups = 2,
+     .neurons = 24,
+     .channels = 8,
+     .in_size = {6, 5},
+     .kernel = {3, 3},
+     .padding = {1, 1}},
+    {.name = "3x3, groups, several tiles a block of threads",
+     .batch = 5,
+     .groups = 2,
+     .neurons = 72,
+     .channels = 64,
+     .in_size = {6, 7},
+     .kernel = {3, 3},
+     .padding = {1, 1},
+     .competition = softhebb,
+     .splits = 2,
+     .share = 9},
+};
+const Layer of_four[] = {
+    {.name = "linear, 6 blocks, rows in the tile",
+     .batch = 350,
+     .groups = 1,
+     .neurons = 64,
+     .channels = 72,
+     .in_tile = true,
+     .tau = 0.25},
+    {.name = "linear, softhebb in the tile",
+     .batch = 70,
+     .groups = 1,
+     .neurons = 40,
+     .channels = 8,
+     .competition = softhebb,
+     .in_tile = true},
     {.name = "linear, infinity",
      .batch = 70,
      .groups = 1,
@@ -131,15 +210,6 @@ const Layer narrow[] = {
      .competition = hard,
      .in_tile = true,
      .poison = NAN},
-    {.name = "3x3, a tap a box",
-     .batch = 2,
-     .groups = 1,
-     .neurons = 64,
-     .channels = 64,
-     .in_size = {7, 9},
-     .kernel = {3, 3},
-     .padding = {1, 1},
-     .in_tile = true},
     {.name = "few channels folded, pixels that overlap",
      .batch = 2,
      .groups = 1,
@@ -161,50 +231,12 @@ const Layer narrow[] = {
      .competition = softhebb,
      .spare = 2,
      .channels_last = false},
-};
-const Layer wide[] = {
-    // for tiles of 128 neurons
-    {.name = "linear, more tiles than one",
-     .batch = 300,
-     .groups = 1,
-     .neurons = 136,
-     .channels = 136,
-     .splits = 2,
-     .spare = 8,
-     .tau = 2.0},
-    {.name = "linear, rows in the tile of 128",
-     .batch = 200,
-     .groups = 1,
-     .neurons = 128,
-     .channels = 64,
-     .in_tile = true,
-     .sums_u = false},
-    {.name = "linear, u is y",
-     .batch = 90,
-     .groups = 1,
-     .neurons = 72,
-     .channels = 40,
-     .competition = linear},
-    {.name = "linear, hard",
-     .batch = 90,
-     .groups = 1,
-     .neurons = 200,
-     .channels = 8,
-     .competition = hard},
     {.name = "1x1, dense",
      .batch = 3,
      .groups = 1,
      .neurons = 136,
      .channels = 72,
      .in_size = {5, 7}},
-    {.name = "1x1, stride 2",
-     .batch = 5,
-     .groups = 1,
-     .neurons = 72,
-     .channels = 24,
-     .in_size = {9, 10},
-     .stride = {2, 2},
-     .spare = 8},
     {.name = "3x2, strides, dilation",
      .batch = 3,
      .groups = 1,
@@ -217,37 +249,26 @@ const Layer wide[] = {
      .dilation = {1, 2},
      .splits = 2,
      .channels_last = false},
-    {.name = "5x5 on images smaller than a block",
-     .batch = 9,
+    {.name = "linear, a part that nobody needs",
+     .batch = 130,
      .groups = 1,
-     .neurons = 136,
-     .channels = 8,
-     .in_size = {3, 4},
-     .kernel = {5, 5},
-     .padding = {2, 2},
-     .competition = softhebb},
-    {.name = "1x1, groups",
-     .batch = 3,
-     .groups = 2,
      .neurons = 24,
-     .channels = 16,
-     .in_size = {5, 7}},
-    {.name = "3x3, groups of 64 channels",
-     .batch = 2,
-     .groups = 2,
+     .channels = 264,
+     .splits = 4},
+    {.name = "linear, no sums of u",
+     .batch = 200,
+     .groups = 1,
      .neurons = 64,
      .channels = 64,
-     .in_size = {4, 5},
-     .kernel = {3, 3},
-     .padding = {1, 1}},
-    {.name = "3x3, groups of 8 channels",
-     .batch = 2,
-     .groups = 2,
-     .neurons = 24,
-     .channels = 8,
-     .in_size = {6, 5},
-     .kernel = {3, 3},
-     .padding = {1, 1}},
+     .in_tile = true,
+     .sums_u = false},
+    {.name = "linear, tiles strung together",
+     .batch = 350,
+     .groups = 1,
+     .neurons = 136,
+     .channels = 264,
+     .splits = 4,
+     .share = 4},
 };
 
 // The layers that are asked for; of the second dtype, every fourth.
@@ -261,10 +282,12 @@ void test(int count, char** numbers, int every) {
     if (yes) std::printf("%s: %s\n", name.c_str(), layer.name), std::fflush(stdout);
     return yes;
   };
-  for (const Layer& layer : narrow)
-    if (asked(layer)) run<T, Shape<64, 256>>(layer);
-  for (const Layer& layer : wide)
-    if (asked(layer)) run<T, Shape<128, 128>>(layer);
+  for (const Layer& layer : of_two)
+    if (asked(layer)) run<T, Shape<2>>(layer);
+  for (const Layer& layer : of_three)
+    if (asked(layer)) run<T, Shape<3>>(layer);
+  for (const Layer& layer : of_four)
+    if (asked(layer)) run<T, Shape<4>>(layer);
 }
 
 }  // namespace

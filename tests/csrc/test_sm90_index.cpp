@@ -6,6 +6,7 @@
 
 #include "../../csrc/cuda/sm90.h"
 #include "../../csrc/cuda/sm90_maps.h"
+#include "../../csrc/cuda/sm90_schedule.h"
 #include "check.h"
 
 namespace ghl::cuda::sm90 {
@@ -59,35 +60,6 @@ void test_swizzle() {
   }
 }
 
-// y lies in a box as TMA writes it; ldmatrix.trans must give the fragment of a 16×16 operand.
-void test_fragments() {
-  emulation::launch({}, 32, kBoxBytes, [] {
-    char* box = shared_memory();
-    const int lane = threadIdx.x;
-    if (lane == 0) {
-      for (int row = 0; row < kRows; ++row) {
-        for (int neuron = 0; neuron < kBox; ++neuron) {
-          const uint16_t number = row * kBox + neuron;
-          std::memcpy(emulated::swizzle(row * 128 + neuron * 2), &number, 2);
-        }
-      }
-    }
-    __syncthreads();
-    for (int turn = 0; turn < 32; ++turn) {  // check:: is not for many threads at once
-      uint32_t fragment[4];
-      load_matrices_transposed(fragment, box + fragment_row(lane, 32, 48));
-      for (int i = 0; turn == lane && i < 8; ++i) {
-        // PTX ISA, A of m16n8k16: rows are neurons, columns are rows of y
-        const int neuron = 48 + lane / 4 + i / 2 % 2 * 8,
-                  row = 32 + lane % 4 * 2 + i % 2 + i / 4 * 8;
-        equal("fragment", "number", lane * 8 + i, fragment[i / 2] >> i % 2 * 16 & 0xffff,
-              row * kBox + neuron);
-      }
-      __syncthreads();
-    }
-  });
-}
-
 void test_operand() {
   const uint64_t at = operand(0x2c400);
   equal("operand", "address", 0, at & 0x3fff, 0x2c400 / 16);
@@ -100,10 +72,11 @@ void test_operand() {
 
 // Wherever a ring begins again, a waiting parity is that of the phase the arrivals end.
 void test_ring() {
-  Ring ring;
-  for (int block = 0; block < 5 * kStages; ++block) {
-    equal("ring", "stage", block, ring.stage, block % kStages);
-    equal("ring", "parity", block, ring.parity, block / kStages % 2);
+  Ring<5> ring;
+  for (int block = 0; block < 25; ++block) {
+    equal("ring", "stage", block, ring.stage, block % 5);
+    equal("ring", "stage before", block, ring.before(), (block + 4) % 5);
+    equal("ring", "parity", block, ring.parity, block / 5 % 2);
     ring.advance();
   }
 }
@@ -111,22 +84,73 @@ void test_ring() {
 void test_sums() {
   std::set<std::pair<int, int>> places;
   for (int thread = 0; thread < kWarpgroup; ++thread) {
-    for (int i = 0; i < 64; ++i)
+    for (int i = 0; i < Shape<4>::SUMS; ++i)
       places.insert({neuron_of_sum(thread, i), column_of_sum(thread, i)});
   }
-  equal("sums", "places", 0, places.size(), 64 * 128);
+  equal("sums", "places", 0, places.size(), 64 * 256);
   equal("sums", "last neuron", 0, places.rbegin()->first, 63);
-  equal("sums", "last column", 0, places.rbegin()->second, 127);
+  equal("sums", "last column", 0, places.rbegin()->second, 255);
 }
 
-void test_splits() {
-  DualWgradParams p = linear(1000, 8, 8);
-  p.rows_per_split = 384;
-  const int wanted[5] = {6, 6, 4, 0, 0};
-  for (int split = 0; split < 5; ++split)
-    equal("splits", "blocks", split, blocks_of_split(p, split), wanted[split]);
-  p.rows = INT32_MAX - 65536, p.rows_per_split = 1 << 30;
-  equal("splits", "blocks of many rows", 0, blocks_of_split(p, 1), ((1 << 30) - 65536 + 62) / 64);
+// Every block of rows of every tile is in one piece, the pieces of a block of threads are at most a
+// share, and a tile's parts, with what its last piece fills, are all there are.
+void check_schedule(int32_t rows, int32_t tiles, int32_t share, int32_t parts, bool strung) {
+  DualWgradParams p = linear(rows, 8, 64);
+  p.rows_per_split = share * kRows, p.splits = parts;
+  Geometry g = geometry(p, 4);
+  g.neuron_tiles = tiles;
+  const Schedule s = schedule(p, g);
+  equal("schedule", "tiles", tiles, s.tiles, tiles);
+  equal("schedule", "strung", tiles, s.strung, strung);
+  std::vector<std::vector<int>> rows_seen(tiles, std::vector<int>(s.blocks));
+  std::vector<std::vector<int>> parts_seen(tiles, std::vector<int>(parts));
+  for (int64_t block = 0; block < s.blocks_of_threads(); ++block) {
+    int32_t work = 0;
+    for (Piece piece = s.first_piece(int32_t(block)); piece.blocks; piece = s.next_piece(piece)) {
+      for (int i = 0; i < piece.blocks; ++i) ++rows_seen[piece.tile][piece.first + i];
+      const bool ends = piece.first + piece.blocks == s.blocks;
+      equal("schedule", "ends", block, piece.ends, ends);
+      for (int part = piece.part; part < (ends ? parts : piece.part + 1); ++part)
+        ++parts_seen[piece.tile][part];
+      work += piece.blocks;
+    }
+    equal("schedule", "work", block, work > 0 && work <= share, true);
+  }
+  for (int tile = 0; tile < tiles; ++tile) {
+    for (int block = 0; block < s.blocks; ++block)
+      equal("schedule", "times", block, rows_seen[tile][block], 1);
+    for (int part = 0; part < parts; ++part)
+      equal("schedule", "filled", part, parts_seen[tile][part], 1);
+  }
+}
+
+void test_schedule() {
+  check_schedule(1000, 3, 6, 3, false);
+  check_schedule(1000, 3, 6, 4, true);  // three shares, the last of 4 blocks, or 2 and a rest
+  check_schedule(64 * 784, 36, 214, 5, true);
+  check_schedule(64 * 196, 144, 214, 2, true);
+  check_schedule(64 * 196, 144, 196, 1, false);
+  check_schedule(1, 5, 3, 2, true);
+  check_schedule(640, 2, 5, 3, true);  // no rest, and a part that nobody needs
+  std::mt19937 random(5);
+  for (int trial = 0; trial < 300; ++trial) {
+    const int rows = int(random() % 4000) + 1, tiles = int(random() % 9) + 1;
+    const int share = int(random() % 80) + 1, blocks = (rows + kRows - 1) / kRows;
+    const int shares = (blocks + share - 1) / share;
+    check_schedule(rows, tiles, share, shares, false);
+    check_schedule(rows, tiles, share, std::max(shares + 1, strung_parts(blocks, share)), true);
+  }
+  DualWgradParams p = linear(1000, 8, 64);
+  const auto covers = [&](int32_t share, int32_t parts) {
+    p.rows_per_split = share * kRows, p.splits = parts;
+    return schedule(p, geometry(p, 4)).tiles > 0;
+  };
+  equal("schedule", "too few parts", 0, covers(6, 2), false);
+  equal("schedule", "no share", 0, covers(0, 2), false);
+  p.rows = INT32_MAX - 65536, p.rows_per_split = 1 << 30, p.splits = 2;
+  const Schedule s = schedule(p, geometry(p, 4));
+  equal("schedule", "blocks of many rows", 0, s.first_piece(1).blocks,
+        ((1 << 30) - 65536 + 62) / 64);
 }
 
 // All boxes together are all columns of the weight, once.
@@ -134,7 +158,7 @@ void test_columns() {
   for (bool channels_last : {true, false}) {
     DualWgradParams p = layer(1, 200, 8, {9, 9}, {3, 2}, {1, 1}, {0, 0}, {1, 1});
     p.channels_last = channels_last;
-    const Geometry g = geometry(p, 64, 256);
+    const Geometry g = geometry(p, 4);
     equal("columns", "tiles", 0, g.column_tiles, 6);
     std::vector<int> seen(1200);
     for (int number = 0; number < g.column_boxes; ++number) {
@@ -238,7 +262,7 @@ void test_unfit() {
   p.x.channel = 2, fits("NCHW", p, false), p.x.channel = 1;
   p.x.data = static_cast<const char*>(p.x.data) + 2, fits("x off 16 bytes", p, false);
   p = linear(70, 24, 40), p.statistics.largest = nullptr, fits("statistics in the tile", p, true);
-  p.neurons = p.y.row = p.g.row = 136, fits("too many neurons", p, false);
+  p.neurons = p.y.row = p.g.row = 72, fits("too many neurons", p, false);
   p.competition = Competition::linear, fits("no statistics needed", p, true);
   p = linear(70, 20, 40), p.statistics.largest = nullptr, fits("x rows at 8 bytes", p, false);
   p = linear(70, 24, 36), p.y.row = p.g.row = 40, fits("neurons no multiple of 8", p, true);
@@ -266,11 +290,10 @@ void test_unfit() {
 int main() {
   using namespace ghl::cuda::sm90;
   test_swizzle();
-  test_fragments();
   test_operand();
   test_ring();
   test_sums();
-  test_splits();
+  test_schedule();
   test_columns();
   test_patches();
   test_matrices();

@@ -12,7 +12,7 @@ import torch
 from cases import Conv, Layer, Linear, assert_pair, problem_of
 
 import ghl_kernels
-from ghl_kernels import Rule, dispatch, tiles
+from ghl_kernels import Rule, dispatch, splits, tiles
 from ghl_kernels.cuda import kernels
 from ghl_kernels.tiles import Entry
 
@@ -65,6 +65,41 @@ def test_every_tile_on_many_seeds(
             with tiles.use(entry), ghl_kernels.force(strategy):
                 assert_pair(layer, tensors, rule)
                 assert all(map(torch.equal, *(layer.pair(tensors, rule) for _ in range(2))))
+
+
+STRUNG: dict[str, Layer] = {  # of so many rows that parts are less than u
+    "linear": Linear(9001, 264, 136),
+    "conv": Conv(16, 16, (16, 16), 128, padding=(1, 1)),
+    "whole_tiles": Conv(5, 16, (16, 16), 512, padding=(1, 1)),
+    "groups": Conv(64, 32, (13, 14), 144, (3, 2), (2, 1), (1, 0), (1, 2), groups=2),
+}
+
+
+@pytest.mark.parametrize("strategy", tiles.BY_SM90)
+@pytest.mark.parametrize("decay", ["oja", "instar"])
+@pytest.mark.parametrize("name", STRUNG)
+def test_tiles_of_boxes_strung_together(
+    name: str, decay: str, strategy: str, on_gpu: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU of seven multiprocessors that never divide the tiles evenly; and the same bits
+    twice."""
+    layer, rule = STRUNG[name], Rule(decay=decay)
+    problem = problem_of(layer, torch.bfloat16)
+    if reason := dispatch.unavailable(strategy, torch.empty(0, device="cuda"), problem):
+        pytest.skip(reason)
+    monkeypatch.setattr(splits, "processors", lambda device: 7)
+    monkeypatch.setattr(splits, "FEWEST_BLOCKS", 1)
+    monkeypatch.setattr(splits, "STRINGING", 0.0)
+    strung = 0
+    for _, tile in kernels.tiles_for(strategy, problem):
+        entry = Entry(tiles.kind(problem), 16, 1, 1, 1, strategy, tile)
+        parts, rows = splits.split_rows(problem, tile, on_gpu)
+        strung += parts > -(-problem.rows // rows)
+        tensors = layer.tensors(torch.bfloat16)
+        with tiles.use(entry), ghl_kernels.force(strategy):
+            assert_pair(layer, tensors, rule)
+            assert all(map(torch.equal, *(layer.pair(tensors, rule) for _ in range(2))))
+    assert strung
 
 
 def test_a_gpu_that_nothing_was_compiled_for_is_an_error_with_its_cause(

@@ -16,6 +16,7 @@ from ghl_kernels import Problem, Rule
 from ghl_kernels import splits as dividing
 from ghl_kernels.problem import dot_precision
 from ghl_kernels.tiles import Tile
+from ghl_kernels.tiles import programs as count_programs
 from ghl_kernels.triton import split_k
 
 LAYERS: dict[str, Layer] = {
@@ -94,6 +95,50 @@ def test_splits_cover_the_rows_and_none_is_empty(
     assert (splits - 1) * each < rows <= splits * each
     if splits > 1:
         assert splits * 2 * 4 * neurons * channels <= rows * neurons * dtype.itemsize
+
+
+@given(
+    rows=st.integers(1, 2**20),
+    neurons=st.integers(1, 3000),
+    channels=st.integers(1, 700),
+    taps=st.integers(1, 3),
+    programs=st.integers(1, 2),
+    boxes=st.integers(2, 4),
+)
+def test_tiles_of_boxes_are_strung_together_where_they_fill_a_gpu_unevenly(
+    rows: int, neurons: int, channels: int, taps: int, programs: int, boxes: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """As csrc/cuda/sm90_schedule.h cuts them: parts enough, within the memory of u."""
+    monkeypatch.setattr(dividing, "processors", lambda device: 132)
+    geometry = {"kernel_size": (taps, taps), "padding": (1, 1), "channels_last": True}
+    problem = Problem(rows, neurons, channels, torch.float16, linear=False, **geometry)
+    tile = Tile(64, 64, 64 * boxes, 12, 4, programs, packed=True, box=64)
+    parts, each = own_choice(problem, tile, torch.device("cpu"))
+    blocks, share = -(-rows // 64), each // 64
+    assert each % 64 == 0 and parts >= -(-blocks // share)
+    if parts == -(-blocks // share):
+        return
+    whole, rest = divmod(blocks, share)
+    tiles = count_programs(problem, tile)
+    most = max(
+        ((number + 1) * rest - 1) // share - number * rest // share + 1
+        for number in range(min(tiles, 2000))
+    )
+    assert rest > 0 and whole + most <= parts
+    assert parts * 8 * neurons * problem.columns <= rows * neurons * 2
+    assert tiles * whole + -(-tiles * rest // share) <= 132 * programs
+
+
+def test_a_layer_that_is_strung_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """36 tiles for 132 multiprocessors: 3 whole shares of each, and 24 take what is left."""
+    monkeypatch.setattr(dividing, "processors", lambda device: 132)
+    layer = Problem(
+        256 * 14 * 14, 256, 256, torch.bfloat16, linear=False, kernel_size=(3, 3),
+        padding=(1, 1), channels_last=True,
+    )  # fmt: skip
+    tile = Tile(64, 64, 256, 12, 4, packed=True, box=64)
+    assert own_choice(layer, tile, torch.device("cpu")) == (5, 214 * 64)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
