@@ -84,12 +84,9 @@ def judge(status: int, log: str) -> tuple[str, bool]:
 
 
 def explained(log: str) -> bool:
-    """Whether racecheck's hazards are all of the two kinds that it sees where none is.
-
-    A store of a Triton kernel with itself: where a tile has fewer numbers than a program has
-    threads, several warps hold the same ones, and each stores them for a reduction. And the row
-    statistics of cuda_sm90: lanes read them, meet in __syncwarp, and one of them says so at a
-    barrier; racecheck follows that lane alone (none is reported if all say so: bench/FACTS.md).
+    """Whether racecheck's hazards are all of the kind that it sees where none is: a store of a
+    Triton kernel with itself. Where a tile has fewer numbers than a program has threads, several
+    warps hold the same ones, and each stores them for a reduction.
     """
     first, found = ("", ""), []
     for line in log.splitlines():
@@ -100,8 +97,7 @@ def explained(log: str) -> bool:
             else:
                 found.append((*first, kind, place))
     return bool(found) and all(
-        (one == other == "Write" and at == also_at and ".py:" in at)
-        or (one == "Write" and "describe(" in at and other == "Read" and "make_u<" in also_at)
+        one == other == "Write" and at == also_at and ".py:" in at
         for one, at, other, also_at in found
     )
 

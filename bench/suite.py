@@ -34,6 +34,7 @@ TAIL = 6  # lines of a failed stage that are worth the screen
 STEPS = {
     "train_step": "resnet50_b256_eager",
     "train_step_compiled": "resnet50_b256",
+    "train_step_reduced": "resnet50_b256_reduce_overhead",
     "train_step_captured": "resnet50_b256_captured",
 }
 PROVENANCE = (
@@ -204,7 +205,8 @@ def stages(work: Path, out: Path, dry: bool) -> list[Stage]:
     tune = [*bench, "tune", "--log", f"{out}/tune.json", "--budget", "{seconds}"]
     first = [python, "-m", "bench.first_update", "--device", device, "--out", f"{work}/first.json"]
     train = [python, "-m", "bench.train_step", "--amp", "bf16", "--channels-last"]
-    compiled = ["--compile", "--contestants", "bp", "ghl"]
+    compiled = ["--compile", "--contestants", "bp", "ghl", "synchronized"]
+    reduced = ["--compile", "--mode", "reduce-overhead", "--contestants", "bp", "synchronized"]
     monitor = [python, "-m", "bench.alignment_overhead", "--device", "cuda"]
     monitor += ["--out", f"{work}/monitor.json"]
     if dry:
@@ -220,6 +222,7 @@ def stages(work: Path, out: Path, dry: bool) -> list[Stage]:
     sanitize = (python, "-m", "bench.sanitizers", str(work))
     eager = (*train, "--out", f"{work}/train_step.json")
     compiled_step = (*train, *compiled, "--out", f"{work}/train_step_compiled.json")
+    reduced_step = (*train, *reduced, "--out", f"{work}/train_step_reduced.json")
     captured = (*train, "--graph", "--out", f"{work}/train_step_captured.json")
     once = [*train, "--compile", "--warmup", "1", "--steps", "1"]
     ahead = (python, "-m", "bench.compile_ahead")
@@ -243,6 +246,8 @@ def stages(work: Path, out: Path, dry: bool) -> list[Stage]:
         Stage("first_update", tuple(first), 60, 20, checks=False, environment=tables),
         Stage("train_step", eager, 60, 25, checks=False, environment=tables, skipped=no_gpu),
         Stage("train_step_compiled", compiled_step, 120, 90, checks=False, environment=tables,
+              skipped=no_gpu),
+        Stage("train_step_reduced", reduced_step, 90, 60, checks=False, environment=tables,
               skipped=no_gpu),
         Stage("train_step_captured", captured, 60, 25, checks=False, environment=tables,
               skipped=no_gpu),

@@ -57,12 +57,14 @@ def split_rows(problem: Problem, tile: Tile, device: torch.device) -> tuple[int,
 def strung_rows(problem: Problem, tile: Tile, at_once: int) -> tuple[int, int] | None:
     """Splits and rows of each where what is left of a tile's rows is strung together with that of
     the next (csrc/cuda/sm90_schedule.h), so that every multiprocessor has as much to do; None if
-    nothing is left. There are more splits than the rows alone would need: that tells it.
+    nothing is left, or if nothing but that: blocks of threads would be at as many places of x, y
+    and g, far more than L2 holds. There are more splits than the rows alone would need: that tells
+    it.
     """
     blocks = -(-problem.rows // tile.block_m)
     share = max(FEWEST_BLOCKS, -(-programs(problem, tile) * blocks // at_once))
     whole, rest = divmod(blocks, share)
-    if rest == 0:
+    if rest == 0 or whole == 0:
         return None
     parts = max(2, (rest + share - 2) // share + 1)
     return whole + parts, share * tile.block_m

@@ -168,10 +168,12 @@ class Conv2dFunction(torch.autograd.Function):
 
 
 def note_dtype(x: Tensor, w: Tensor, sums: RawSums) -> None:
-    """Tell the merge in which dtype this forward uses the weight."""
-    dtype = w.dtype if w.dtype == torch.float64 else autocast_dtype(x) or w.dtype
-    if sums.compute_dtype != dtype:
-        sums.compute_dtype = dtype
+    """Tell the merge in which dtype this forward uses the weight.
+
+    Whatever it was told before: asked in a traced forward, that would be a guard which fails in a
+    second step under autocast, and all of a model was compiled twice.
+    """
+    sums.compute_dtype = w.dtype if w.dtype == torch.float64 else autocast_dtype(x) or w.dtype
 
 
 def behind_leaves(w: Tensor) -> Tensor:

@@ -235,9 +235,8 @@ def test_processes_that_compile_ahead_share_the_layers(monkeypatch: pytest.Monke
 HAZARD = """Race reported between Write access at measure_kernel+0x32 in merge.py:62
 =========     and {} access at measure_kernel+0x{} in merge.py:62 [9 hazards]
 """
-STATISTICS = """Error: Race reported between Write access at D<T>::describe(int)+0xf in sm90.h:8
-=========     and Read access at make_u<T>(int)+0xf40 in sm90.h:56 [128 hazards]
-=========     and Read access at make_u<T>(int)+0xf50 in sm90.h:56 [64 hazards]
+IN_CUDA = """Error: Race reported between Write access at D<T>::compete(int)+0xf in sm90.h:8
+=========     and Read access at D<T>::store_u(int)+0xf40 in sm90.h:56 [128 hazards]
 =========     in dual_wgrad_kernel(
 """
 
@@ -247,9 +246,8 @@ STATISTICS = """Error: Race reported between Write access at D<T>::describe(int)
     [
         (0, "", "no errors", False),
         (9, 2 * HAZARD.format("Write", 32), "hazards that the tool sees where none is", False),
-        (9, HAZARD.format("Write", 32) + STATISTICS, "hazards that the tool", False),
-        (9, STATISTICS.replace("make_u", "multiply"), "errors in dual_wgrad_kernel", True),
-        (9, STATISTICS + HAZARD.format("Read", 32), "errors in dual_wgrad_kernel, measure", True),
+        (9, IN_CUDA, "errors in dual_wgrad_kernel", True),
+        (9, IN_CUDA + HAZARD.format("Write", 32), "errors in dual_wgrad_kernel, measure", True),
         (9, HAZARD.format("Write", 48), "errors in measure_kernel", True),
         (9, HAZARD.format("Read", 32), "errors in measure_kernel", True),
         (9, HAZARD.format("Write", 32).replace(".py", ".h"), "errors in measure_kernel", True),
@@ -290,8 +288,8 @@ def test_the_stages_are_those_of_the_issue(tmp_path: Path) -> None:
     assert [s.name for s in stages] == [
         "install", "tests", "kernels", "sanitize", "compile_bp", "compile_ghl",
         "compile_layers", "tune",
-        "first_update", "train_step", "train_step_compiled", "train_step_captured", "monitor",
-        "measure",
+        "first_update", "train_step", "train_step_compiled", "train_step_reduced",
+        "train_step_captured", "monitor", "measure",
     ]  # fmt: skip
     assert sum(s.reserve for s in stages) < suite.SECONDS < 600
 

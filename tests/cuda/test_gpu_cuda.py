@@ -70,8 +70,7 @@ def test_every_tile_on_many_seeds(
 STRUNG: dict[str, Layer] = {  # of so many rows that parts are less than u
     "linear": Linear(9001, 264, 136),
     "conv": Conv(16, 16, (16, 16), 128, padding=(1, 1)),
-    "whole_tiles": Conv(5, 16, (16, 16), 512, padding=(1, 1)),
-    "groups": Conv(64, 32, (13, 14), 144, (3, 2), (2, 1), (1, 0), (1, 2), groups=2),
+    "groups": Conv(64, 32, (13, 14), 128, (3, 2), (2, 1), (1, 0), (1, 2), groups=2),
 }
 
 

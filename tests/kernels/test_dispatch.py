@@ -188,7 +188,7 @@ def test_a_gpu_takes_the_strategy_of_the_nearest_entry_and_says_which(hopper: No
     first = Problem(12544, 512, 512, torch.float16, (3, 3), padding=(1, 1))
     backend = ghl_kernels.backend("conv2d_pair", on_gpu(), first)
     assert backend.name == "library"
-    measured = "table sm90 (measured on NVIDIA H100 80GB HBM3)"
+    measured = "table sm90 (measured on NVIDIA H200)"
     assert f"{measured}: conv, 12544 rows, 512 neurons of 4608" in backend.reason
     second = Problem(802816, 64, 256, torch.float16, copied_bytes=5_000_000)
     backend = ghl_kernels.backend("conv2d_pair", on_gpu(), second)

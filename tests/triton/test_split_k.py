@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable
 
@@ -125,7 +126,7 @@ def test_tiles_of_boxes_are_strung_together_where_they_fill_a_gpu_unevenly(
         ((number + 1) * rest - 1) // share - number * rest // share + 1
         for number in range(min(tiles, 2000))
     )
-    assert rest > 0 and whole + most <= parts
+    assert rest > 0 and whole > 0 and whole + most <= parts
     assert parts * 8 * neurons * problem.columns <= rows * neurons * 2
     assert tiles * whole + -(-tiles * rest // share) <= 132 * programs
 
@@ -139,6 +140,8 @@ def test_a_layer_that_is_strung_together(monkeypatch: pytest.MonkeyPatch) -> Non
     )  # fmt: skip
     tile = Tile(64, 64, 256, 12, 4, packed=True, box=64)
     assert own_choice(layer, tile, torch.device("cpu")) == (5, 214 * 64)
+    wide = dataclasses.replace(layer, neurons=512, channels=512)
+    assert own_choice(wide, tile, torch.device("cpu")) == (1, 784 * 64)  # nothing but rests
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
