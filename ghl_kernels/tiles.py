@@ -3,7 +3,7 @@
 A table is a JSON file of entries, each a layer's sizes and what was best for them; a layer takes
 the entry nearest in the logarithms of its sizes among those of its kind. Tables: what
 `ghl bench tune` wrote on this machine, else the one shipped for the GPU or its architecture: that
-of compute capability 9.0 was measured on an H100, the others are computed.
+of compute capability 9.0 was measured on an H200, the others are computed.
 """
 
 from __future__ import annotations
