@@ -10,6 +10,7 @@ import argparse
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -18,7 +19,8 @@ import ghl_kernels
 from ghl.bench.check import Expected, wrong_sums
 from ghl.bench.clock import precision
 from ghl.bench.layers import Layer
-from ghl_kernels import composed, dispatch, tiles
+from ghl_kernels import composed, dispatch, splits, tiles
+from ghl_kernels.cuda import kernels
 from ghl_kernels.tiles import Entry, Tile
 
 LAYERS = (
@@ -36,6 +38,8 @@ ON_A_CPU = (  # the interpreter takes seconds for a thousand rows
     Layer("linear", 24, 20, 18, linear=True),
     Layer("3x3", 1, 16, 16, (5, 4), (3, 3), padding=(1, 1)),
 )
+# with a GPU of seven multiprocessors: blocks of threads go on from tile to tile
+STRUNG = Layer("3x3, tiles strung together", 16, 16, 128, (16, 16), (3, 3), padding=(1, 1))
 OTHER_COMPETITIONS = "hard", "softhebb", "linear"
 MODES = {"cuda": "bfloat16", "cpu": "float32"}  # the interpreter's bfloat16 product is wrong
 
@@ -87,13 +91,34 @@ def pairs(
             there = tuple(t.to(device) for t in tensors)
             for name in names:
                 if dispatch.unavailable(name, there[0], layer.problem(*there)):
-                    continue  # groups that cuda_sm90 has no copies for
+                    continue  # groups that Hopper's kernels have no copies for
                 with ghl_kernels.force(name), precision("tf32"), tile_for(kind, device):
                     G, H0, _ = getattr(torch.ops.ghl_kernels, operator)(
                         *there, *geometry, competition, layer.tau
                     )
                 wrong = wrong_sums(G.cpu(), H0.cpu(), expected, mode)
                 yield f"{layer.name}, {competition}, {name}", wrong
+
+
+def strung(device: torch.device, mode: str, name: str) -> tuple[str, str | None]:
+    """The same of tiles that are strung together, of the widest tile of Hopper's kernels."""
+    tensors = STRUNG.tensors(torch.bfloat16, torch.device("cpu"))
+    there = tuple(t.to(device) for t in tensors)
+    problem, (operator, geometry) = STRUNG.problem(*there), operator_of(STRUNG)
+    tile = max((tile for _, tile in kernels.tiles_for(name, problem)), key=lambda t: t.block_c)
+    few = {"processors": lambda device: 7, "FEWEST_BLOCKS": 1, "STRINGING": 0.0}
+    with (
+        mock.patch.multiple(splits, **few),
+        tiles.use(Entry.for_layer(problem, name, tile)),
+        ghl_kernels.force(name),
+    ):
+        parts, rows = splits.split_rows(problem, tile, device)
+        pair = getattr(torch.ops.ghl_kernels, operator)
+        G, H0, _ = pair(*there, *geometry, "softmax", STRUNG.tau)
+    wrong = wrong_sums(G.cpu(), H0.cpu(), truth(STRUNG, tensors, "softmax"), mode)
+    if parts <= -(-problem.rows // rows):
+        wrong = "not strung together"
+    return f"{STRUNG.name}, softmax, {name}", wrong
 
 
 def merges(device: torch.device, name: str) -> Iterator[tuple[str, str | None]]:
@@ -125,6 +150,7 @@ def merges(device: torch.device, name: str) -> Iterator[tuple[str, str | None]]:
 
 def results(device: torch.device, names: tuple[str, ...]) -> Iterator[tuple[str, str | None]]:
     yield from pairs(device, MODES[device.type], names)
+    yield from (strung(device, MODES[device.type], n) for n in names if n in tiles.BY_SM90)
     for name in names:
         if name in ("triton", "cuda"):  # the others' are one of these
             yield from merges(device, name)

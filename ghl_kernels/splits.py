@@ -34,8 +34,8 @@ def split_rows(problem: Problem, tile: Tile, device: torch.device) -> tuple[int,
     """Number of splits and rows of each, a multiple of the tile's rows; none is empty.
 
     As many as fill the GPU once, if each has rows enough and the workspace stays below the
-    u that a composition of PyTorch's operators would store, with what is held beside it. Tiles of
-    boxes may be strung together, see `strung_rows`.
+    u that a composition of PyTorch's operators would store, with what is held beside it; where u is
+    stored here too, that comes on top. Tiles of boxes may be strung together, see `strung_rows`.
     """
     at_once = processors(device) * tile.programs
     wanted = at_once // programs(problem, tile)
@@ -59,15 +59,14 @@ def strung_rows(problem: Problem, tile: Tile, at_once: int) -> tuple[int, int] |
     the next (csrc/cuda/sm90_schedule.h), so that every multiprocessor has as much to do; None if
     nothing is left, or if nothing but that: blocks of threads would be at as many places of x, y
     and g, far more than L2 holds. There are more splits than the rows alone would need: that tells
-    it.
+    it. Not every tile has a part in all of them.
     """
     blocks = -(-problem.rows // tile.block_m)
     share = max(FEWEST_BLOCKS, -(-programs(problem, tile) * blocks // at_once))
     whole, rest = divmod(blocks, share)
     if rest == 0 or whole == 0:
         return None
-    parts = max(2, (rest + share - 2) // share + 1)
-    return whole + parts, share * tile.block_m
+    return whole + 2, share * tile.block_m  # what is left of a tile may be cut once
 
 
 class Sums(NamedTuple):

@@ -7,7 +7,8 @@ or on the library; Triton's wheel has a cuobjdump, and tests/cuda/test_machine_c
 
 In the main loop of every kernel: four products, only the last with a barrier (else they are
 serialised), both operands in shared memory; their sums touched by nothing else until the last wait
-after it. No local memory anywhere. Warpgroups exchange registers twice, copies walk patches.
+after it. Where u was stored (in rows of 128 bits), the fence that products need before the barrier that
+tells of it. No local memory anywhere. Warpgroups exchange registers twice, copies walk patches.
 """
 
 import re
@@ -63,6 +64,11 @@ def check(code: list[str]) -> str:
     end = next(i for i in range(last, len(code)) if "DEPBAR.LE gsb0, 0x0" in code[i])
     for line in code[last + 1 : end]:
         assert not registers(line) & sums, f"a sum is touched after the loop: {line}"
+    stored = [i for i, line in enumerate(code) if "STS.128" in line]
+    if stored:  # a linear competition leaves y as it is
+        told = next(i for i in range(stored[-1], len(code)) if "SYNCS.ARRIVE" in code[i])
+        between = code[stored[-1] : told]
+        assert any("FENCE.VIEW.ASYNC" in line for line in between), "products may read y for u"
     assert not any(re.search(r"\b(LDL|STL)\b", line) for line in code), "local memory"
     assert any("UTMALDG.4D.IM2COL" in line for line in code), "no im2col"
     assert sum("USETMAXREG" in line for line in code) == 2, "registers do not change hands"

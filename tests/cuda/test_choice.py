@@ -90,7 +90,7 @@ def test_without_a_measurement_a_layer_is_tritons(machine: Machine) -> None:
     assert choice().name == "triton"
 
 
-@pytest.mark.parametrize("name", ["cuda", "cuda_sm90"])
+@pytest.mark.parametrize("name", tiles.BY_CUDA)
 def test_a_measured_entry_is_taken(name: str, machine: Machine) -> None:
     machine.table(entry(name), BY_TRITON)
     backend = choice()
@@ -101,6 +101,14 @@ def test_a_measured_entry_is_taken(name: str, machine: Machine) -> None:
 def test_without_triton_a_layer_is_compiled_kernels(machine: Machine) -> None:
     machine.without_triton()
     assert choice() == Backend("cuda", "compiled kernels, their tile by a rule of thumb")
+
+
+def test_without_triton_nothing_has_a_u_that_it_writes(machine: Machine) -> None:
+    machine.table(entry("cuda_sm90_stored"), entry("cuda_sm90"))
+    assert choice().name == "cuda_sm90_stored"
+    machine.without_triton()
+    assert choice().name == "cuda_sm90"
+    assert "Triton cannot be imported" in forced_error("cuda_sm90_stored")
 
 
 def test_a_failed_trial_of_triton_is_told_once_and_compiled_kernels_taken(
@@ -205,9 +213,10 @@ def test_what_the_kernels_cannot_do(
     assert reason in forced_error(name, problem, dtype)
 
 
-def test_hoppers_kernels_have_to_be_compiled(machine: Machine) -> None:
+@pytest.mark.parametrize("name", tiles.BY_SM90)
+def test_hoppers_kernels_have_to_be_compiled(name: str, machine: Machine) -> None:
     machine.architectures("8.0", "9.0+PTX")
-    assert "compiled for 8.0 9.0+PTX, without 9.0a" in forced_error("cuda_sm90")
+    assert "compiled for 8.0 9.0+PTX, without 9.0a" in forced_error(name)
 
 
 def test_a_cpu_has_none() -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import ghl_kernels
 from ghl_kernels import Rule, dispatch, tiles
-from ghl_kernels.tiles import Entry, Table
+from ghl_kernels.tiles import BY_SM90, Entry, Table
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 SIXTEEN_BITS = [torch.bfloat16, torch.float16]
@@ -161,7 +161,7 @@ def test_more_than_two_billion_numbers(name: str, shipped: None, forced: Callabl
     x, y, g, w = (random_half(t) for t in shapes_of(layer))
     assert max(x.numel(), y.numel()) > 2**31
     x[-(x.shape[0] // 100) :] *= 10
-    for implementation in (*BY_TRITON, *COMPILED, "cuda_sm90"):
+    for implementation in (*BY_TRITON, *COMPILED, *BY_SM90):
         if dispatch.unavailable(implementation, x, problem_of(layer, x.dtype)):
             continue  # what runs everywhere is asked for by name in other tests
         with forced(implementation):
