@@ -247,9 +247,10 @@ def stages(work: Path, out: Path, dry: bool) -> list[Stage]:
         Stage("train_step", eager, 60, 25, checks=False, environment=tables, skipped=no_gpu),
         Stage("train_step_compiled", compiled_step, 120, 90, checks=False, environment=tables,
               skipped=no_gpu),
-        Stage("train_step_reduced", reduced_step, 90, 60, checks=False, environment=tables,
-              skipped=no_gpu),
         Stage("train_step_captured", captured, 60, 25, checks=False, environment=tables,
+              skipped=no_gpu),
+        # in graphs both compile anew
+        Stage("train_step_reduced", reduced_step, 150, 60, checks=False, environment=tables,
               skipped=no_gpu),
         Stage("monitor", tuple(monitor), 60, 30, checks=False, skipped=no_gpu),
         # last, because it ends at any time with what it has

@@ -288,8 +288,8 @@ def test_the_stages_are_those_of_the_issue(tmp_path: Path) -> None:
     assert [s.name for s in stages] == [
         "install", "tests", "kernels", "sanitize", "compile_bp", "compile_ghl",
         "compile_layers", "tune",
-        "first_update", "train_step", "train_step_compiled", "train_step_reduced",
-        "train_step_captured", "monitor", "measure",
+        "first_update", "train_step", "train_step_compiled", "train_step_captured",
+        "train_step_reduced", "monitor", "measure",
     ]  # fmt: skip
     assert sum(s.reserve for s in stages) < suite.SECONDS < 600
 
