@@ -7,8 +7,9 @@ or on the library; Triton's wheel has a cuobjdump, and tests/cuda/test_machine_c
 
 In the main loop of every kernel: four products, only the last with a barrier (else they are
 serialised), both operands in shared memory; their sums touched by nothing else until the last wait
-after it. Where u was stored (in rows of 128 bits), the fence that products need before the barrier that
-tells of it. No local memory anywhere. Warpgroups exchange registers twice, copies walk patches.
+after it. Where u was stored (128 bits at once), the fence that products need before the barrier
+that tells of it. No local memory anywhere. Warpgroups exchange registers twice, copies walk
+patches.
 """
 
 import re
