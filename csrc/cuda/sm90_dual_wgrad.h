@@ -9,7 +9,7 @@
 //
 // Three warpgroups, and none waits for its own latencies in turn. In the first, one lane of the
 // first warp begins copies, and three warps make u, 32 rows at a time in turn; it must not be a
-// lane of these, whose fence would wait for its copies. The second warpgroup has the sums of G, the
+// lane of these, whose fence might wait for its copies. The second warpgroup has the sums of G, the
 // third those of H0. A block of threads takes pieces of one tile after another (`sm90_schedule.h`);
 // copies run ahead into the next piece while sums of the last are stored.
 //

@@ -62,11 +62,10 @@ struct Schedule {
   }
 };
 
-// The parts of a tile if rests are strung together: at most so many, as what is left may begin
-// anywhere in a share.
+// The parts of a tile if rests are strung together: a rest, shorter than a share, is cut once at
+// most.
 inline int32_t strung_parts(int32_t blocks, int32_t share) {
-  const int32_t rest = blocks % share;
-  return blocks / share + (rest ? int32_t((int64_t(rest) + share - 2) / share) + 1 : 0);
+  return blocks / share + (blocks % share ? 2 : 0);
 }
 
 // `splits` is the number of parts. As many as there are shares: each has its own block of threads;
