@@ -9,6 +9,7 @@ from torch import Tensor
 from ghl_kernels import dispatch, library, ops, reference
 from ghl_kernels.dispatch import Backend, force, last
 from ghl_kernels.problem import Problem
+from ghl_kernels.registration import current
 from ghl_kernels.rule import PRESETS, Rule, check_choice
 
 __all__ = ["PRESETS", "Backend", "Problem", "Rule", "backend", "force", "last", "ops", "reference"]
@@ -28,5 +29,5 @@ def backend(operator: str, first: Tensor, problem: Problem | None = None) -> Bac
         raise ValueError(
             f"problem is None, must be the sizes of the layer: on a GPU {operator} goes by them"
         )
-    with ops.current(first.device):
+    with current(first.device):
         return dispatch.choose(operator, first, problem)

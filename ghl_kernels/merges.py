@@ -6,7 +6,7 @@ Which kernel fills a layer's results is an implementation's.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 class Layer(NamedTuple):
     """One layer's tensors in the memory order of its weight, and the memory of its results.
 
-    scratch (2, K): each neuron's decay and max|H|.
+    scratch (2 K): each neuron's decay and max|H|.
     """
 
     G: Tensor
@@ -40,20 +40,25 @@ class Layer(NamedTuple):
         H0: Tensor,
         totals: Tensor,
         w: Tensor,
+        scratch: Tensor,
         dtype: torch.dtype | None = None,
         overwrite: bool = False,
     ) -> Layer:
         """See `merge_of`."""
         dtype = dtype or G.dtype
-        G, H0, rows = (in_order_of(w, t) for t in (G, H0, w))
-        options: dict[str, Any] = {"dtype": torch.float32, "device": w.device}
-        scratch, neurons = (torch.empty(n, w.shape[0], **options) for n in (2, 3))
+        G, H0, rows = in_order_of(w, G), in_order_of(w, H0), in_order_of(w, w)
         update = H0 if overwrite and H0.dtype == dtype else empty_rows(w, dtype)
-        layer = torch.empty(3, **options)
+        neurons, layer = scratch.new_empty(3, w.shape[0]), scratch.new_empty(3)
         return cls(G, H0, totals.contiguous(), rows, scratch, neurons, update, layer)
 
     def results(self, w: Tensor) -> Triple:
         return like_weight(self.update, w, self.update.dtype), self.neurons, self.layer
+
+
+def scratches(weights: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The scratch of each layer, in one allocation."""
+    sizes = [2 * w.shape[0] for w in weights]
+    return torch.empty(sum(sizes), dtype=torch.float32, device=weights[0].device).split(sizes)
 
 
 def merge_of(fill: Callable[[Layer, str, str, str], None]) -> Callable[..., Triple]:
@@ -74,7 +79,8 @@ def merge_of(fill: Callable[[Layer, str, str, str], None]) -> Callable[..., Trip
         dtypes = [t.dtype for t in (G, H0, totals, w)] + [dtype or G.dtype]
         if w.numel() == 0 or any(kind not in DTYPES for kind in dtypes):
             return composed.merge(G, H0, totals, w, decay, gate, normalize, dtype)
-        layer = Layer.of(G, H0, totals, w, dtype, overwrite)
+        (scratch,) = scratches([w])
+        layer = Layer.of(G, H0, totals, w, scratch, dtype, overwrite)
         fill(layer, decay, gate, normalize)
         return layer.results(w)
 
@@ -95,10 +101,10 @@ def foreach_merge_of(
         gate: str,
         normalize: str,
     ) -> Triples:
-        tensors = (*G, *H0, *totals, *w)
-        if any(t.dtype not in DTYPES for t in tensors) or any(t.numel() == 0 for t in w):
+        dtypes = {t.dtype for t in (*G, *H0, *totals, *w)}
+        if not dtypes.issubset(DTYPES) or any(t.numel() == 0 for t in w):
             return composed.foreach_merge(G, H0, totals, w, decay, gate, normalize)
-        layers = [Layer.of(*one) for one in zip(G, H0, totals, w, strict=True)]
+        layers = [Layer.of(*one) for one in zip(G, H0, totals, w, scratches(w), strict=True)]
         fill(layers, decay, gate, normalize)
         results = [layer.results(weight) for layer, weight in zip(layers, w, strict=True)]
         update, neurons, statistics = ([result[i] for result in results] for i in range(3))

@@ -7,7 +7,6 @@ what compiled libraries implement; they write into outputs that `native` and `cu
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from ghl_kernels import checks, dispatch
 from ghl_kernels.checks import sum_dtype
 from ghl_kernels.composed import Triple, Triples
 from ghl_kernels.problem import Problem
+from ghl_kernels.registration import autocast_activations, on_their_device, without_derivative
 from ghl_kernels.replay import replayed
 from ghl_kernels.rule import CHOICES, check_choice, check_tau
 
@@ -219,20 +219,6 @@ def fake_update(x: Tensor, y: Tensor, g: Tensor, w: Tensor, *rest: object) -> Tr
     )
 
 
-def autocast_activations(operator: Callable[..., Triple], device: str) -> Callable[..., Triple]:
-    """x, y and g in autocast's dtype, w as it is: sums and updates stay in float32."""
-
-    def cast(x: Tensor, y: Tensor, g: Tensor, *rest: object) -> Triple:
-        dtype = torch.get_autocast_dtype(device)
-        floats = (t.dtype in (torch.float32, torch.float16, torch.bfloat16) for t in (x, y, g))
-        with torch.autocast(device, enabled=False):
-            if all(floats):
-                x, y, g = x.to(dtype), y.to(dtype), g.to(dtype)
-            return operator(x, y, g, *rest)
-
-    return cast
-
-
 def logsumexp_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
     y, ctx.tau, ctx.dim = inputs
     ctx.save_for_backward(y, output)
@@ -243,15 +229,6 @@ def logsumexp_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
     tau, dim = ctx.tau, ctx.dim
     share = torch.exp(y.to(lse.dtype) / tau - lse.unsqueeze(dim))
     return (grad.unsqueeze(dim) * share / tau).to(y.dtype), None, None
-
-
-def not_differentiable(operator: str) -> Callable[..., None]:
-    def backward(ctx: Any, *grads: Tensor) -> None:
-        raise RuntimeError(
-            f"ghl_kernels::{operator} has no derivative; call it under torch.no_grad()"
-        )
-
-    return backward
 
 
 # The public operators: what runs, and what it returns for tensors without data.
@@ -267,40 +244,21 @@ OPERATORS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
 TAKES_ACTIVATIONS = ("linear_pair", "conv2d_pair", "linear_update", "conv2d_update")
 
 
-def current(device: torch.device) -> AbstractContextManager[Any]:
-    """Makes a GPU the current one: Triton launches kernels there."""
-    on_gpu = device.type == "cuda" and torch.cuda.is_available()
-    return torch.cuda.device(device) if on_gpu else nullcontext()
-
-
-def on_their_device(operator: Callable[..., Any]) -> Callable[..., Any]:
-    """Makes the device of the tensors the current one."""
-
-    def call(first: Tensor | Tensors, *rest: Any, **named: Any) -> Any:
-        tensors = [first] if isinstance(first, Tensor) else first
-        index = max((t.get_device() for t in tensors if t.is_cuda), default=-1)
-        if index < 0 or index == torch.cuda.current_device():
-            return operator(first, *rest, **named)
-        with torch.cuda.device(index):
-            return operator(first, *rest, **named)
-
-    return call
-
-
 def register(name: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
     qualified = f"ghl_kernels::{name}"
     if name in (*TAKES_ACTIVATIONS, "merge"):
         implementation = replayed(name, implementation)
-    _library.impl(name, on_their_device(implementation), "CompositeExplicitAutograd")
+    run = on_their_device(implementation)
+    operator = getattr(torch.ops.ghl_kernels, name).default
+    _library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(qualified, fake, lib=_library)
     if name == "logsumexp":
         torch.library.register_autograd(
             qualified, logsumexp_backward, setup_context=logsumexp_context, lib=_library
         )
     else:
-        torch.library.register_autograd(qualified, not_differentiable(name), lib=_library)
+        _library.impl(name, without_derivative(operator, run), "Autograd", with_keyset=True)
     if name in TAKES_ACTIVATIONS:
-        operator = getattr(torch.ops.ghl_kernels, name).default
         for key, device in (("AutocastCPU", "cpu"), ("AutocastCUDA", "cuda")):
             _library.impl(name, autocast_activations(operator, device), key)
 

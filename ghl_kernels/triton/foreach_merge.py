@@ -112,9 +112,10 @@ def merge_alike(layers: Sequence[Layer], decay: str, gate: str, normalize: str) 
         torch.int64,
         device,
     )
-    in_measure = tuple(triton.cdiv(k, BLOCK_K) for k, _ in sizes)
+    # no triton.cdiv, which takes as long as an allocation
+    in_measure = tuple(-(-k // BLOCK_K) for k, _ in sizes)
     in_combine = tuple(
-        min(programs * triton.cdiv(columns, BLOCK_P), MOST_PROGRAMS)
+        min(programs * -(-columns // BLOCK_P), MOST_PROGRAMS)
         for programs, (_, columns) in zip(in_measure, sizes, strict=True)
     )
     launch(

@@ -17,9 +17,11 @@ from torch.distributed.tensor import DTensor
 from ghl import ranks
 from ghl.guards import is_update, mark_update
 from ghl.held import HeldSums, local, note_versions
-from ghl.sums import from_rows, without_sums
+from ghl.sums import without_sums
+from ghl.updates import merged
+from ghl.updates import updates as whole_updates
 from ghl_kernels import Rule
-from ghl_kernels.composed import gated, sign
+from ghl_kernels.composed import gated
 
 
 @dataclasses.dataclass
@@ -122,31 +124,13 @@ def check_rows(layers: Sequence[Layer]) -> None:
 
 
 def updates(layers: Sequence[Layer]) -> Iterator[tuple[Layer, Tensor]]:
-    """Every layer that is due, with its update: one operation for all that share a rule."""
-    alike: dict[Any, list[Layer]] = {}
-    split = []
-    for layer in layers:
-        if layer.sharded and layer.has_sums and layer.rule.normalize == "absmax":
-            split.append(layer)
-        elif layer.is_due:
-            key = dataclasses.replace(layer.rule, tau=1.0, competition="linear")
-            alike.setdefault((key, layer.G.dtype, layer.G.device), []).append(layer)
-    for (rule, *_), same in alike.items():
-        yield from zip(same, merged(same, rule), strict=True)
-    yield from updates_of_shards(split)
+    """Every layer that is due, with its update."""
 
+    def is_split(layer: Layer) -> bool:
+        return layer.sharded and layer.has_sums and layer.rule.normalize == "absmax"
 
-def merged(layers: Sequence[Layer], rule: Rule, dtype: torch.dtype | None = None) -> list[Tensor]:
-    """What the merge gives for each layer under the decay, gate and normalisation of `rule`."""
-    if rule.gate == "sign_only":
-        return [sign(layer.G) for layer in layers]
-    return torch.ops.ghl_kernels.foreach_merge(
-        [layer.G.to(dtype or layer.G.dtype) for layer in layers],
-        [from_rows(layer.H0, layer.used) for layer in layers if layer.H0 is not None],
-        [layer.totals for layer in layers],
-        [layer.used for layer in layers],
-        rule.decay, rule.gate, rule.normalize,
-    )[0]  # fmt: skip
+    yield from whole_updates([x for x in layers if x.is_due and not is_split(x)])
+    yield from updates_of_shards([x for x in layers if is_split(x)])
 
 
 def updates_of_shards(layers: Sequence[Layer]) -> Iterator[tuple[Layer, Tensor]]:

@@ -17,28 +17,14 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 import ghl_kernels.ops  # noqa: F401  registers torch.ops.ghl_kernels
-from ghl.guards import check_alone, is_update, mark_update
+from ghl import pending
+from ghl.guards import check_alone, is_update
 from ghl_kernels import Rule
 from ghl_kernels.checks import sum_dtype
-from ghl_kernels.composed import sign
 from ghl_kernels.layout import is_channels_last
 
 _of_weight: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 _makers: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # where not ImmediateSums
-
-
-def as_rows(t: Tensor, channels_last: bool) -> Tensor:
-    """(out_channels, rest) in the memory order of a weight: a view of a t with its strides."""
-    rows = t.movedim(1, -1) if channels_last else t
-    return rows.reshape(t.shape[0], t.shape[1:].numel())
-
-
-def from_rows(rows: Tensor, weight: Tensor) -> Tensor:
-    """The inverse of `as_rows`: a view with the shape of `weight`."""
-    if not is_channels_last(weight):
-        return rows.view(weight.shape)
-    out_channels, channels, *kernel_size = weight.shape
-    return rows.view(out_channels, *kernel_size, channels).movedim(-1, 1)
 
 
 def register_first(weight: Tensor, hook: Any) -> Any:
@@ -182,7 +168,8 @@ def check_pair(hebbian: Tensor, used: Tensor) -> None:
 
 
 class ImmediateSums(RawSums):
-    """Turns `weight.grad` from G into the update in every backward, as soon as all has arrived."""
+    """Turns `weight.grad` from G into the update in every backward, once all has arrived: at its
+    end, or at once where another hook of the weight is to see the update."""
 
     def __init__(self, weight: nn.Parameter, rule: Rule) -> None:
         super().__init__(weight, rule)
@@ -190,7 +177,7 @@ class ImmediateSums(RawSums):
         self._arrived: dict[str, Tensor] = {}
         self._awaited = {"G"} if rule.gate == "sign_only" else {"G", "H0", "totals"}
         self._before: Tensor | None = None  # whether weight.grad was in the way of a backward
-        self._handed_out = False  # an update, which zero_grad has not taken away since
+        self._in_grad = False  # G or an update of a backward before, if zero_grad has not taken it
         owner = weakref.ref(self)
 
         def look(gradient: Tensor) -> None:
@@ -217,16 +204,15 @@ class ImmediateSums(RawSums):
 
         return take
 
-    @torch.no_grad()
     def _look(self) -> None:
         """Before a gradient is added: to what. None costs nothing."""
         weight = self._weight()
         grad = None if weight is None else weight.grad
         self._before = None
         if grad is None:
-            self._handed_out = False
-        elif self._handed_out and not is_update(grad):
-            self._before = grad.any()
+            self._in_grad = False
+        elif self._in_grad and not is_update(grad):
+            self._before = grad.detach().any()
 
     def _take_gradient(self, weight: Tensor) -> None:
         if weight.grad is None:  # frozen since the forward
@@ -236,18 +222,22 @@ class ImmediateSums(RawSums):
         if not self.layers:
             return
         if before is not None and before:
-            self._refuse("a copy of an update")
+            self._refuse("a copy of an update, or the gradient of a backward that raised")
         check_alone(weight)
         self._arrive("G", weight.grad)
         if not self._arrived:
             return
-        if len(weight._post_accumulate_grad_hooks) > 1:  # type: ignore[attr-defined]
+        if self._is_watched(weight):
             raise RuntimeError(
                 "weight has a post-accumulate-grad hook of its own, which would see the ordinary "
                 "gradient: under torch.compile sums may arrive after the gradient; run this layer "
                 "without torch.compile, or use the update after backward()"
             )
-        torch.autograd.Variable._execution_engine.queue_callback(self._check_complete)
+        pending.Pending.here().at_end(self._check_complete)
+
+    def _is_watched(self, weight: Tensor) -> bool:
+        """Whether somebody is to see its update within the backward."""
+        return len(weight._post_accumulate_grad_hooks) > 1  # type: ignore[attr-defined]
 
     def _check_no_update(self, weight: Tensor) -> None:
         if is_update(weight.grad):
@@ -292,19 +282,13 @@ class ImmediateSums(RawSums):
         weight = self._weight()
         if weight is not None and self._awaited <= self._arrived.keys():
             arrived, self._arrived = self._arrived, {}
-            weight.grad = self._merge(weight.detach(), arrived)
+            self._complete(weight, arrived)
 
-    @torch.no_grad()
-    def _merge(self, weight: Tensor, sums: dict[str, Tensor]) -> Tensor:
-        rule, G = self.rule, sums["G"]
-        if rule.gate == "sign_only":
-            update = sign(G)
+    def _complete(self, weight: nn.Parameter, sums: dict[str, Tensor]) -> None:
+        G, H0, totals = sums["G"], sums.get("H0"), sums.get("totals")
+        self._in_grad = True
+        complete = pending.Complete(weight, self.rule, self.compute_dtype, G, H0, totals)
+        if self._is_watched(weight):
+            pending.merge([complete])
         else:
-            H0 = from_rows(sums["H0"], weight)
-            used = weight.to(self.compute_dtype)
-            update = torch.ops.ghl_kernels.merge(
-                G, H0, sums["totals"], used, rule.decay, rule.gate, rule.normalize
-            )[0]
-        mark_update(update)
-        self._handed_out = True
-        return update
+            pending.Pending.here().merge(complete)
