@@ -9,11 +9,7 @@
 
 #include <cstdint>
 
-#define GHL_EXPORT extern "C" __attribute__((visibility("default")))
-
-// The version of what crosses the seam: the overloads for libraries in ghl_kernels/ops.py and the
-// exported functions. It grows with every change of them, in ghl_kernels/library.py too.
-#define GHL_ABI 4
+#include "abi.h"
 
 // `fill` registers the implementations for the dispatch key; called once.
 #define GHL_DESCRIBE_LIBRARY(key, fill)                                                            \

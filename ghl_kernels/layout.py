@@ -40,9 +40,11 @@ def empty_rows(w: Tensor, dtype: torch.dtype) -> Tensor:
 def in_order_of(w: Tensor, t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """t in `dtype` (its own by default) and the memory order of the sums of w; a copy only if it
     is not."""
-    as_it_is = dtype in (None, t.dtype) and t.stride() == w.stride()
-    if as_it_is and (w.is_contiguous() or is_channels_last(w)):
-        return t
+    if dtype is None or t.dtype == dtype:
+        if w.is_contiguous():
+            return t.contiguous()
+        if t.stride() == w.stride() and is_channels_last(w):
+            return t
     return t.to(dtype or t.dtype).contiguous(memory_format=memory_format(w))
 
 

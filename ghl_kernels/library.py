@@ -20,7 +20,7 @@ import torch
 from ghl_kernels.source_hash import source_hash
 
 DIRECTORY = Path(__file__).parent
-ABI = 4  # as in csrc/seam.h: what Python and a library have to agree on
+ABI = 4  # as in csrc/abi.h: what Python and a library have to agree on
 REBUILD = "run `make install`, or install ghl-kernels again"
 
 

@@ -6,7 +6,7 @@ Which kernel fills a layer's results is an implementation's.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,7 +48,8 @@ class Layer(NamedTuple):
         dtype = dtype or G.dtype
         G, H0, rows = in_order_of(w, G), in_order_of(w, H0), in_order_of(w, w)
         update = H0 if overwrite and H0.dtype == dtype else empty_rows(w, dtype)
-        neurons, layer = scratch.new_empty(3, w.shape[0]), scratch.new_empty(3)
+        options: dict[str, Any] = {"dtype": torch.float32, "device": w.device}
+        neurons, layer = torch.empty(3, w.shape[0], **options), torch.empty(3, **options)
         return cls(G, H0, totals.contiguous(), rows, scratch, neurons, update, layer)
 
     def results(self, w: Tensor) -> Triple:

@@ -16,7 +16,12 @@ from ghl_kernels import checks, dispatch
 from ghl_kernels.checks import sum_dtype
 from ghl_kernels.composed import Triple, Triples
 from ghl_kernels.problem import Problem
-from ghl_kernels.registration import autocast_activations, on_their_device, without_derivative
+from ghl_kernels.registration import (
+    autocast_activations,
+    on_their_device,
+    shortcut,
+    without_derivative,
+)
 from ghl_kernels.replay import replayed
 from ghl_kernels.rule import CHOICES, check_choice, check_tau
 
@@ -241,6 +246,8 @@ OPERATORS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "linear_update": (linear_update, fake_update),
     "conv2d_update": (conv2d_update, fake_update),
 }
+# The same, called where gradients are off: often without the dispatcher.
+direct: dict[str, Callable[..., Any]] = {}
 TAKES_ACTIVATIONS = ("linear_pair", "conv2d_pair", "linear_update", "conv2d_update")
 
 
@@ -258,6 +265,7 @@ def register(name: str, implementation: Callable[..., Any], fake: Callable[..., 
         )
     else:
         _library.impl(name, without_derivative(operator, run), "Autograd", with_keyset=True)
+        direct[name] = shortcut(operator, run)
     if name in TAKES_ACTIVATIONS:
         for key, device in (("AutocastCPU", "cpu"), ("AutocastCUDA", "cuda")):
             _library.impl(name, autocast_activations(operator, device), key)

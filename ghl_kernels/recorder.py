@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ghl_kernels.launches import Kernel
 from ghl_kernels.tape import Address, Descriptor, Slot, Step, Tape, flat
 
 PRIMITIVE = bool, int, float, complex
@@ -115,11 +116,16 @@ class Recorder(TorchDispatchMode):
         return result
 
     def launched(
-        self, again: Callable[..., Any], arguments: Sequence[Any], by_address: bool = True
+        self,
+        again: Callable[..., Any],
+        arguments: Sequence[Any],
+        by_address: bool = True,
+        kernel: Kernel | None = None,
     ) -> None:
         """A launch, and how to launch it again: with addresses of its tensors, or with them."""
         place: Callable[[Tensor], Any] = self.address if by_address else self.slot
-        self.steps.append(Step(again, [self.written(value, place) for value in arguments], {}))
+        written = [self.written(value, place) for value in arguments]
+        self.steps.append(Step(again, written, {}, kernel=kernel))
 
     def tape(self, inputs: int, outputs: Sequence[Tensor]) -> Tape | None:
         """What leads to the outputs, if that can be played again."""

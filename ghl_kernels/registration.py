@@ -55,6 +55,7 @@ def after_autograd(keyset: Any) -> Any:
 def is_next_a_backend(keyset: int) -> bool:
     """Whether nobody is to see a call with these dispatch keys but autograd and a backend."""
     left = after_autograd(torch._C.DispatchKeySet.from_raw_repr(keyset))
+    left = left.remove(torch._C.DispatchKey.BackendSelect)  # of operators without a tensor
     return left.highestPriorityTypeId() in BACKENDS
 
 
@@ -86,6 +87,23 @@ def without_derivative(operator: Any, run: Callable[..., Any]) -> Callable[..., 
         return tree_unflatten(list(results), structure)
 
     return kernel
+
+
+def shortcut(operator: Any, run: Callable[..., Any]) -> Callable[..., Any]:
+    """`operator` for callers who have gradients off, without a way through the dispatcher, which
+    takes as long as a launch or two, where nobody else is to see the call."""
+
+    def call(*arguments: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return operator(*arguments)
+        first = arguments[0] if isinstance(arguments[0], Tensor) else arguments[0][0]
+        keys = torch._C._dispatch_keys(first) | torch._C._dispatch_tls_local_include_set()
+        alone = is_next_a_backend(keys.raw_repr())
+        if not alone or torch.is_autocast_enabled(first.device.type):
+            return operator(*arguments)
+        return run(*arguments)
+
+    return call
 
 
 def current(device: torch.device) -> AbstractContextManager[Any]:

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ghl_kernels.launches import At, Described, Kernel, planned
+
 ALIGNMENT = 256  # bytes from one tensor to the next in common memory
 SMALL = 2**20  # bytes; larger tensors have memory of their own, which is given back on its own
 EMPTY = "aten::empty", "aten::empty_like"
@@ -73,7 +75,7 @@ class Step:
     """A call of an operator, or a launch.
 
     arguments, named: with Slots or Addresses for tensors, with Descriptors of them. results: the
-    slots that are filled; None for a result that is no tensor.
+    slots that are filled; None for a result that is no tensor. kernel: what a launch is made of.
     """
 
     call: Callable[..., Any]
@@ -82,6 +84,7 @@ class Step:
     results: tuple[int | None, ...] = ()
     several: bool = False
     pure: bool = False  # writes nothing but its results
+    kernel: Kernel | None = None
 
     @property
     def made(self) -> int:
@@ -243,7 +246,40 @@ def player(step: Step) -> Play:
         for i, number in made:
             tensors[number] = result[i] if several else result
 
+    return play if step.kernel is None else launcher(step.kernel, step, play)
+
+
+def launcher(kernel: Kernel, step: Step, otherwise: Play) -> Play:
+    """A launch by csrc/launches, if it can be made by it."""
+    slots = sorted(step.addressed())
+    arguments = [told(value, slots) for value in step.arguments]
+    launch = planned(kernel, arguments) if slots else None
+    if launch is None:
+        return otherwise
+    is_told = kernel.is_told
+
+    def play(tensors: list[Any]) -> None:
+        used = [tensors[slot] for slot in slots]
+        if is_told() or not launch(stream_of(used[0]), [t.data_ptr() for t in used]):
+            otherwise(tensors)
+
     return play
+
+
+def told(value: Any, slots: Sequence[int]) -> Any:
+    """An argument as `planned` takes it, for the addresses of the tensors in those slots."""
+    if isinstance(value, Address):
+        return At(slots.index(value.slot), value.offset)
+    if isinstance(value, Descriptor):
+        fields = value.fields
+        shape, strides = tuple(fields["shape"]), tuple(fields["strides"])
+        return Described(told(value.base, slots), shape, strides, fields["padding"] == "nan")
+    return value
+
+
+def stream_of(t: Tensor) -> int:
+    """The current one of its device, as the driver knows it."""
+    return torch._C._cuda_getCurrentRawStream(t.get_device())
 
 
 def placed(base: Slot | Address, tensors: list[Any]) -> Any:

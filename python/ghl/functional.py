@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ghl.sums import RawSums, check_pair
 from ghl.updates import as_rows
+from ghl_kernels import ops
 from ghl_kernels.layout import is_channels_last
 
 
@@ -77,14 +78,20 @@ def saved_output(ctx: Any, y: Tensor, recompute: Callable[[], Tensor]) -> Tensor
     return y
 
 
+def wanted(ctx: Any, totals: Tensor) -> Tensor | None:
+    """As the gradient of a leaf, if there is one."""
+    return totals if ctx.needs_input_grad[1] else None
+
+
 class LinearFunction(torch.autograd.Function):
-    """y = x wᵀ + b; hebbian and totals are leaves whose gradients are the sums of the rule."""
+    """y = x wᵀ + b; hebbian and totals are leaves whose gradients are the sums of the rule, totals
+    None where nobody is to have them."""
 
     @staticmethod
     def forward(
         ctx: Any,
         hebbian: Tensor,
-        totals: Tensor,
+        totals: Tensor | None,
         x: Tensor,
         w: Tensor,
         b: Tensor | None,
@@ -111,12 +118,12 @@ class LinearFunction(torch.autograd.Function):
         with torch.no_grad():
             bias = None if b is None else b.to(x.dtype)
             y = saved_output(ctx, y, lambda: F.linear(x, used, bias))
-            G, H0, totals = torch.ops.ghl_kernels.linear_pair(
+            G, H0, totals = ops.direct["linear_pair"](
                 x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1]), rows, w, *ctx.rule
             )
         if is_differentiated():
             G = rows.mT @ x.reshape(-1, x.shape[-1])
-        return as_rows(H0, ctx.channels_last), totals, grad_x, G, grad_b, None, None, None
+        return as_rows(H0, ctx.channels_last), wanted(ctx, totals), grad_x, G, grad_b, *[None] * 3
 
 
 class Conv2dFunction(torch.autograd.Function):
@@ -126,7 +133,7 @@ class Conv2dFunction(torch.autograd.Function):
     def forward(
         ctx: Any,
         hebbian: Tensor,
-        totals: Tensor,
+        totals: Tensor | None,
         x: Tensor,
         w: Tensor,
         b: Tensor | None,
@@ -160,12 +167,12 @@ class Conv2dFunction(torch.autograd.Function):
         with torch.no_grad():
             bias = None if b is None else b.to(x.dtype)
             y = saved_output(ctx, y, lambda: F.conv2d(x, used, bias, *ctx.geometry))
-            G, H0, totals = torch.ops.ghl_kernels.conv2d_pair(
+            G, H0, totals = ops.direct["conv2d_pair"](
                 x, y, g, w, stride, padding, dilation, groups, *ctx.rule
             )
         if differentiable_G is not None:
             G = differentiable_G
-        return as_rows(H0, ctx.channels_last), totals, grad_x, G, grad_b, *[None] * 7
+        return as_rows(H0, ctx.channels_last), wanted(ctx, totals), grad_x, G, grad_b, *[None] * 7
 
 
 def note_dtype(x: Tensor, w: Tensor, sums: RawSums) -> None:

@@ -32,7 +32,7 @@ class Layer:
     rule: Rule
     sharded: bool
     leaves: tuple[Tensor, Tensor]
-    used: Tensor  # the weight as the forward used it
+    compute_dtype: torch.dtype
     H0: Tensor | None
     totals: Tensor | None
     lacking: bool
@@ -42,8 +42,12 @@ class Layer:
         taken = sums.take()
         if weight.grad is None:  # zeroed after the last backward, and with it what was held
             taken = taken._replace(H0=None, totals=None)
-        used = local(weight.detach()).to(sums.compute_dtype)
-        return cls(weight, sums.rule, sums.sharded, (sums.hebbian, sums.totals), used, *taken)
+        leaves = sums.hebbian, sums.totals
+        return cls(weight, sums.rule, sums.sharded, leaves, sums.compute_dtype, *taken)
+
+    @property
+    def here(self) -> Tensor:
+        return local(self.weight.detach())
 
     @property
     def has_sums(self) -> bool:

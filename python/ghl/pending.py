@@ -32,9 +32,8 @@ class Complete(NamedTuple):
     totals: Tensor | None
 
     @property
-    def used(self) -> Tensor:
-        """The weight as the forward used it."""
-        return self.weight.detach().to(self.compute_dtype)
+    def here(self) -> Tensor:
+        return self.weight.detach()
 
 
 @torch.no_grad()

@@ -63,7 +63,8 @@ class RawSums:
     """The sums of one weight, shared by all layers that have it; a subclass says when they merge.
 
     hebbian (out_channels, rest) and totals (out_channels + 1) are leaves whose gradients are H0,
-    in the memory order of the weight, and the sums of u with the number of rows.
+    in the memory order of the weight, and the sums of u with the number of rows; totals is None
+    where these sums do without.
     compute_dtype: the dtype in which the latest forward used the weight.
     """
 
@@ -84,7 +85,7 @@ class RawSums:
         number = torch.zeros((), **options)
         out_channels, *rest = weight.shape
         self.hebbian = number.expand(out_channels, torch.Size(rest).numel()).requires_grad_()
-        self.totals = number.expand(out_channels + 1).requires_grad_()
+        self.totals: Any = number.expand(out_channels + 1).requires_grad_()
         self.hebbian._ghl_weight = weakref.ref(weight)  # type: ignore[attr-defined]
 
     @classmethod
@@ -175,7 +176,11 @@ class ImmediateSums(RawSums):
         super().__init__(weight, rule)
         self._task = -1
         self._arrived: dict[str, Tensor] = {}
-        self._awaited = {"G"} if rule.gate == "sign_only" else {"G", "H0", "totals"}
+        if rule.decay != "instar" and rule.normalize != "mean":  # no use for them
+            self._no_totals, self.totals = torch.zeros_like(self.totals), None
+        leaves = {"H0": self.hebbian, "totals": self.totals}
+        leaves = {name: leaf for name, leaf in leaves.items() if leaf is not None}
+        self._awaited = {"G"} if rule.gate == "sign_only" else {"G", *leaves}
         self._before: Tensor | None = None  # whether weight.grad was in the way of a backward
         self._in_grad = False  # G or an update of a backward before, if zero_grad has not taken it
         owner = weakref.ref(self)
@@ -187,9 +192,9 @@ class ImmediateSums(RawSums):
         self._hooks = [
             weight.register_hook(look),
             register_first(weight, self._take_gradient),
-            self.hebbian.register_post_accumulate_grad_hook(self._take("H0")),
-            self.totals.register_post_accumulate_grad_hook(self._take("totals")),
         ]
+        for name, leaf in leaves.items():
+            self._hooks.append(leaf.register_post_accumulate_grad_hook(self._take(name)))
 
     def _take(self, name: str) -> Any:
         owner = weakref.ref(self)  # a leaf and its owner in a cycle would never be collected
@@ -285,7 +290,8 @@ class ImmediateSums(RawSums):
             self._complete(weight, arrived)
 
     def _complete(self, weight: nn.Parameter, sums: dict[str, Tensor]) -> None:
-        G, H0, totals = sums["G"], sums.get("H0"), sums.get("totals")
+        G, H0 = sums["G"], sums.get("H0")
+        totals = sums.get("totals") if self.totals is not None else self._no_totals
         self._in_grad = True
         complete = pending.Complete(weight, self.rule, self.compute_dtype, G, H0, totals)
         if self._is_watched(weight):

@@ -11,14 +11,15 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from ghl_kernels import Rule
+from ghl_kernels import Rule, ops
 from ghl_kernels.composed import sign
 from ghl_kernels.layout import is_channels_last
 
 
 class Summed(Protocol):
-    """What a merge is of: H0 (out_channels, rest) in the memory order of the weight, and the weight
-    as the forward used it. H0 and totals are None only where the rule needs nothing but G."""
+    """What a merge is of: H0 (out_channels, rest) in the memory order of the weight, the weight or
+    this rank's part of it, without a graph, and the dtype in which the forward used it. H0 and
+    totals are None only where the rule needs nothing but G."""
 
     @property
     def rule(self) -> Rule: ...
@@ -29,7 +30,9 @@ class Summed(Protocol):
     @property
     def totals(self) -> Tensor | None: ...
     @property
-    def used(self) -> Tensor: ...
+    def here(self) -> Tensor: ...
+    @property
+    def compute_dtype(self) -> torch.dtype: ...
 
 
 Sums = TypeVar("Sums", bound=Summed)
@@ -49,14 +52,27 @@ def from_rows(rows: Tensor, weight: Tensor) -> Tensor:
     return rows.view(out_channels, *kernel_size, channels).movedim(-1, 1)
 
 
+def as_used(layers: Sequence[Summed]) -> list[Tensor]:
+    """The weights as the forward used them, rounded in one launch."""
+    weights = [layer.here for layer in layers]
+    used = [
+        w if w.dtype == layer.compute_dtype else torch.empty_like(w, dtype=layer.compute_dtype)
+        for w, layer in zip(weights, layers, strict=True)
+    ]
+    rounded = [i for i, (u, w) in enumerate(zip(used, weights, strict=True)) if u is not w]
+    if rounded:
+        torch._foreach_copy_([used[i] for i in rounded], [weights[i] for i in rounded])
+    return used
+
+
 def merged(layers: Sequence[Summed], rule: Rule, dtype: torch.dtype | None = None) -> list[Tensor]:
     """What the merge gives for each layer under the decay, gate and normalisation of `rule`."""
     if rule.gate == "sign_only":
         return [sign(layer.G) for layer in layers]
-    used = [layer.used for layer in layers]
+    used = as_used(layers)
     H0 = [layer.H0 for layer in layers if layer.H0 is not None]
-    return torch.ops.ghl_kernels.foreach_merge(
-        [layer.G.to(dtype or layer.G.dtype) for layer in layers],
+    return ops.direct["foreach_merge"](
+        [layer.G if dtype is None else layer.G.to(dtype) for layer in layers],
         [from_rows(rows, weight) for rows, weight in zip(H0, used, strict=True)],
         [layer.totals for layer in layers],
         used, rule.decay, rule.gate, rule.normalize,

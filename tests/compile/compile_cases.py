@@ -6,8 +6,10 @@ A case is a tile and a way to use it; its sizes follow from the tile, its tensor
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -154,23 +156,33 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(*shape, dtype=dtype, device="meta")
 
 
+def empty_like(t: Tensor) -> Tensor:
+    """Another with its strides."""
+    return torch.empty_like(t)
+
+
 def images(case: Case, channels: int, size: int) -> Tensor:
     t = empty(ROWS // 256, channels, size, size, dtype=case.dtype)
     return t if case.channels_first else t.contiguous(memory_format=torch.channels_last)
 
 
-def launch_layer(case: Case) -> None:
-    """The pair of a layer whose sizes follow from the tile."""
+Call = tuple[Callable[..., Any], tuple[Tensor, ...]]
+
+
+def entry_of(case: Case) -> Entry:
+    return Entry(case.kind, case.bits, ROWS, 1, 1, "triton", case.tile)
+
+
+def pair_of(case: Case) -> Call:
+    """The pair of a layer whose sizes follow from the tile, as a function of x, y, g and w."""
     pair = (stored if case.form == "stored" else fused).pair
     wanted = "softmax", case.sum_u
-    entry = Entry(case.kind, case.bits, ROWS, 1, 1, "triton", case.tile)
-    with tiles.use(entry):
-        if case.kind == "pointwise":
-            y = empty(ROWS, case.neurons, dtype=case.dtype)
-            x = empty(ROWS, case.channels, dtype=case.dtype)
-            w = empty(case.neurons, case.channels, dtype=case.dtype)
-            pair(Problem.of_linear(x, w, *wanted), x, y, y, w, 1.0)
-            return
+    if case.kind == "pointwise":
+        y = empty(ROWS, case.neurons, dtype=case.dtype)
+        x = empty(ROWS, case.channels, dtype=case.dtype)
+        w = empty(case.neurons, case.channels, dtype=case.dtype)
+        problem = Problem.of_linear(x, w, *wanted)
+    else:
         groups, channels = (case.neurons, 1) if case.kind == "depthwise" else (1, case.channels)
         x = images(case, groups * channels, 16 + case.kernel - 1)
         y = images(case, case.neurons, 16).contiguous(memory_format=torch.channels_last)
@@ -178,30 +190,64 @@ def launch_layer(case: Case) -> None:
         if not case.channels_first:
             w = w.contiguous(memory_format=torch.channels_last)
         problem = Problem.of_conv2d(x, y, y, w, (1, 1), (0, 0), (1, 1), groups, *wanted)
-        pair(problem, x, y, y, w, 1.0)
+    return lambda *tensors: pair(problem, *tensors, 1.0), (x, y, empty_like(y), w)
 
 
-def launch_rest(case: Case) -> None:
+def rest_of(case: Case) -> Iterator[Call]:
     """Rows in a tile and longer ones, a layer's merge and that of two layers, a folded x."""
     for neurons in (1000, 5000):
         y = empty(ROWS, neurons, dtype=case.dtype)
-        fused.logsumexp(y, 1.0, 1)
+        yield lambda y: [fused.logsumexp(y, 1.0, 1)], (y,)
         for competition in ("softmax", "softhebb"):
-            store_u.store_u(y, competition, 1.0)
-    w = empty(64, 576, dtype=case.dtype)
-    sums = empty(64, 576), empty(64, 576), empty(65)
-    for decay, gate, normalize in (("oja", "sign", "absmax"), ("instar", "hebb", "mean")):
-        merge.merge(*sums, w, decay, gate, normalize)
-        foreach_merge(*([t, t] for t in (*sums, w)), decay, gate, normalize)
+            yield functools.partial(stored_u, competition=competition), (y,)
+    sums = empty(64, 576), empty(64, 576), empty(65), empty(64, 576, dtype=case.dtype)
+    for rule in (("oja", "sign", "absmax"), ("instar", "hebb", "mean")):
+        yield functools.partial(merged, rule=rule), sums
     for stride in ((1, 1), (2, 2), (3, 3)):
         layer = Problem(ROWS, 64, 3, case.dtype, (7, 7), stride, padding=(3, 3))
-        x, shape = images(case, 3, 32), Fold.of(layer).shape(ROWS // 256, (10, 10))
-        fold_images(x, shape, layer.padding)
+        shape = Fold.of(layer).shape(ROWS // 256, (10, 10))
+        fold = functools.partial(folded, shape=shape, padding=layer.padding)
+        yield fold, (images(case, 3, 32),)
+
+
+def stored_u(y: Tensor, competition: str) -> list[Tensor]:
+    return [store_u.store_u(y, competition, 1.0)]
+
+
+def merged(*sums: Tensor, rule: tuple[str, str, str]) -> tuple[Tensor, ...]:
+    return merge.merge(*sums, *rule)
+
+
+def folded(x: Tensor, shape: Any, padding: Any) -> list[Tensor]:
+    return [fold_images(x, shape, padding)]
+
+
+def launch_foreach(case: Case) -> None:
+    """The merge of two layers, whose addresses are no parameters."""
+    sums = empty(64, 576), empty(64, 576), empty(65), empty(64, 576, dtype=case.dtype)
+    for rule in (("oja", "sign", "absmax"), ("instar", "hebb", "mean")):
+        foreach_merge(*([t, t] for t in sums), *rule)
+
+
+def calls_of(case: Case) -> Iterator[Call]:
+    """What a case calls, with precisions and tile to be set."""
+    if case.form == "rest":
+        yield from rest_of(case)
+    yield pair_of(case)
+
+
+@contextlib.contextmanager
+def used(case: Case) -> Iterator[None]:
+    """Inside, layers take the case's tile and its precision of products."""
+    torch.backends.cuda.matmul.fp32_precision = case.precision
+    torch.backends.cudnn.conv.fp32_precision = case.precision
+    with tiles.use(entry_of(case)):
+        yield
 
 
 def launch_case(case: Case) -> None:
-    torch.backends.cuda.matmul.fp32_precision = case.precision
-    torch.backends.cudnn.conv.fp32_precision = case.precision
-    if case.form == "rest":
-        launch_rest(case)
-    launch_layer(case)
+    with used(case):
+        for call, tensors in calls_of(case):
+            call(*tensors)
+        if case.form == "rest":
+            launch_foreach(case)

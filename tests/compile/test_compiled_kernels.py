@@ -25,14 +25,19 @@ REGISTERS = 65536
 TENSOR_CORE = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 
 
-def compile_kernels(cache: Path, *words: str) -> list[Report]:
-    """Reports of the cases whose names contain the words, compiled anew."""
+def environment_with(cache: Path) -> dict[str, str]:
+    """That of a process whose Triton compiles, into this cache."""
     environment = {name: value for name, value in os.environ.items() if "TRITON" not in name}
     environment["TRITON_CACHE_DIR"] = str(cache)
     path = [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(reversed(list(filter(None, path))))
+    return environment
+
+
+def compile_kernels(cache: Path, *words: str) -> list[Report]:
+    """Reports of the cases whose names contain the words, compiled anew."""
     command = [sys.executable, str(HERE / "compile_kernels.py"), *words]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    result = subprocess.run(command, env=environment_with(cache), capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return [json.loads(line) for line in result.stdout.splitlines()]
 

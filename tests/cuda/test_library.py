@@ -153,7 +153,7 @@ def test_a_damaged_package_imports_in_a_process_of_its_own(tmp_path: Path) -> No
 
 
 def test_python_and_csrc_agree_on_their_version() -> None:
-    header = (ROOT / "csrc" / "seam.h").read_text()
+    header = (ROOT / "csrc" / "abi.h").read_text()
     assert re.findall(r"#define GHL_ABI (\d+)", header) == [str(library.ABI)]
 
 

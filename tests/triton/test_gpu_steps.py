@@ -9,13 +9,15 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from cases import Conv, Layer, Linear, Tensors, largest, tolerance
+from cases import Conv, Layer, Linear, Tensors, largest, problem_of, tolerance
 from test_gpu import RULE, SIXTEEN_BITS, gpu
 from test_merge import sums
 from torch import Tensor
 
 import ghl
 import ghl_kernels
+from ghl_kernels import dispatch
+from ghl_kernels.tiles import BY_SM90
 from ghl_kernels.triton import foreach_merge as many
 
 STEPS: dict[str, Layer] = {
@@ -243,6 +245,27 @@ def test_the_workspace_is_never_more_than_the_composition_needs(
     if us:
         rows = y.numel() // y.shape[1]
         assert peak <= us * y.numel() * y.element_size() + 12 * rows + results
+
+
+@gpu
+@steps
+@pytest.mark.parametrize("strategy", BY_SM90)
+def test_the_workspace_of_hoppers_own_kernels(
+    layer: Layer, strategy: str, shipped: None, forced: Callable
+) -> None:
+    """No more than the composition needs either."""
+    tensors = layer.tensors(torch.float16)
+    if isinstance(layer, Conv):
+        tensors = [t.contiguous(memory_format=torch.channels_last) for t in tensors]
+    reason = dispatch.unavailable(strategy, tensors[0], problem_of(layer, torch.float16))
+    if reason:
+        pytest.skip(reason)
+    w = tensors[3]
+    with ghl_kernels.force("composed"):
+        composed = peak_of(lambda: layer.pair(tensors, RULE))
+    with forced(strategy):
+        peak = peak_of(lambda: layer.pair(tensors, RULE))
+    assert peak <= composed + 2 * 4 * w.numel() + 4 * len(w) + 2**12
 
 
 @gpu

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import small_tiles as forms
@@ -15,7 +15,7 @@ from test_gpu_steps import assert_same
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from ghl_kernels import Rule, dispatch, ops, tape
+from ghl_kernels import Rule, dispatch, launches, ops, tape
 from ghl_kernels.recorder import record, recorder
 from ghl_kernels.tiles import BY_CUDA, BY_TRITON
 
@@ -83,6 +83,38 @@ def test_other_tensors_are_given_what_the_call_would(
     _, taped = record(update, first, *rest)
     assert taped is not None
     assert_same(taped.play(others), wanted)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@layers
+def test_on_a_gpu_tapes_launch_without_triton(
+    layer: Layer, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a driver is given is compared without one: tests/compile."""
+    skip_what_it_cannot(told, layer)
+    if launches.compiled() is None:
+        pytest.skip("the library of launches is not built")
+    made: list[bool] = []
+
+    def watched(kernel: launches.Kernel, arguments: Sequence[object]) -> launches.Launch:
+        launch = launches.planned(kernel, arguments)
+        assert launch is not None
+
+        def watch(stream: int, addresses: Sequence[int]) -> bool:
+            made.append(launch(stream, addresses))
+            return made[-1]
+
+        return watch
+
+    monkeypatch.setattr(tape, "planned", watched)
+    update, geometry = update_of(layer)
+    rest = *geometry, *choices(Rule())
+    first, others = half(layer), half(layer)
+    wanted = update(*others, *rest)
+    _, taped = record(update, first, *rest)
+    assert_same(taped.play(others), wanted)
+    assert all(made)
+    assert made or told in BY_CUDA
 
 
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "contiguous"])

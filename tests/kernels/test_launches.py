@@ -1,0 +1,54 @@
+"""Where the library of launches is not for us, Triton launches. What it launches: tests/compile."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ghl_kernels import launches, library
+from ghl_kernels.launches import ADDRESS, At, Kernel
+
+NAME = "libghl_kernels_launches.so"
+KERNEL = Kernel(1, (1, 1, 1), 32, 0, (ADDRESS, "i"), None, lambda: False)
+
+
+@pytest.fixture(autouse=True)
+def anew() -> Iterator[None]:
+    launches.compiled.cache_clear()
+    yield
+    launches.compiled.cache_clear()
+
+
+def test_not_built(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(library, "DIRECTORY", tmp_path)
+    assert launches.planned(KERNEL, (At(0, 0), 3)) is None
+
+
+def test_cut_off(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = library.DIRECTORY / NAME
+    if not path.exists():
+        pytest.skip("the library of launches is not built")
+    (tmp_path / NAME).write_bytes(path.read_bytes()[:5000])
+    monkeypatch.setattr(library, "DIRECTORY", tmp_path)
+    assert launches.planned(KERNEL, (At(0, 0), 3)) is None
+
+
+def test_of_another_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "ABI", library.ABI + 1)
+    assert launches.planned(KERNEL, (At(0, 0), 3)) is None
+
+
+def test_too_many_parameters() -> None:
+    if launches.compiled() is None:
+        pytest.skip("the library of launches is not built")
+    kernel = Kernel(1, (1, 1, 1), 32, 0, ("q",) * 600, None, lambda: False)
+    assert launches.planned(kernel, range(600)) is None
+
+
+def test_a_parameter_is_laid_out_as_in_c() -> None:
+    """Sizes and alignments of GhlParameter and GhlLaunch in launches.cpp, by hand."""
+    assert ctypes.sizeof(launches.Parameter) == 8 + 8 + 4 + 8 + 16 + 4 + 40 + 40 + 20 + 4
+    assert ctypes.sizeof(launches.Plan) == 8 + 12 + 4 + 4 + 4
