@@ -18,7 +18,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 import ghl_kernels.ops  # noqa: F401  registers torch.ops.ghl_kernels
 from ghl import pending
-from ghl.guards import check_alone, is_update
+from ghl.guards import check_alone, in_compiled_autograd, is_update
 from ghl_kernels import Rule
 from ghl_kernels.checks import sum_dtype
 from ghl_kernels.layout import is_channels_last
@@ -238,7 +238,10 @@ class ImmediateSums(RawSums):
                 "gradient: under torch.compile sums may arrive after the gradient; run this layer "
                 "without torch.compile, or use the update after backward()"
             )
-        pending.Pending.here().at_end(self._check_complete)
+        if in_compiled_autograd():  # see _complete
+            torch.autograd.Variable._execution_engine.queue_callback(self._check_complete)
+        else:
+            pending.Pending.here().at_end(self._check_complete)
 
     def _is_watched(self, weight: Tensor) -> bool:
         """Whether somebody is to see its update within the backward."""
@@ -294,7 +297,7 @@ class ImmediateSums(RawSums):
         totals = sums.get("totals") if self.totals is not None else self._no_totals
         self._in_grad = True
         complete = pending.Complete(weight, self.rule, self.compute_dtype, G, H0, totals)
-        if self._is_watched(weight):
+        if self._is_watched(weight) or in_compiled_autograd():
             pending.merge([complete])
         else:
             pending.Pending.here().merge(complete)

@@ -162,3 +162,13 @@ def test_several_backwards_at_once() -> None:
     given = [outer[0].weight.grad, inner[0].weight.grad]
     assert seen[0] is inner[0].weight.grad
     assert all(torch.equal(a, b) for a, b in zip(given, expected, strict=True))
+
+
+def test_compiled_autograd() -> None:
+    """Which traces hooks before there are numbers: each weight is merged at once."""
+    model = network("ghl", "ghl")
+    expected = [u.clone() for u in backward(model)]
+    model.zero_grad()
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+        given = backward(model)
+    assert all(torch.equal(a, b) for a, b in zip(given, expected, strict=True))
