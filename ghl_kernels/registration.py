@@ -89,6 +89,17 @@ def without_derivative(operator: Any, run: Callable[..., Any]) -> Callable[..., 
     return kernel
 
 
+def tensors_of(arguments: Sequence[Any]) -> list[Tensor]:
+    """Those among them and in their lists."""
+    found: list[Tensor] = []
+    for value in arguments:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, list | tuple):
+            found += [one for one in value if isinstance(one, Tensor)]
+    return found
+
+
 def shortcut(operator: Any, run: Callable[..., Any]) -> Callable[..., Any]:
     """`operator` for callers who have gradients off, without a way through the dispatcher, which
     takes as long as a launch or two, where nobody else is to see the call."""
@@ -96,10 +107,12 @@ def shortcut(operator: Any, run: Callable[..., Any]) -> Callable[..., Any]:
     def call(*arguments: Any) -> Any:
         if torch.compiler.is_compiling():
             return operator(*arguments)
-        first = arguments[0] if isinstance(arguments[0], Tensor) else arguments[0][0]
-        keys = torch._C._dispatch_keys(first) | torch._C._dispatch_tls_local_include_set()
-        alone = is_next_a_backend(keys.raw_repr())
-        if not alone or torch.is_autocast_enabled(first.device.type):
+        tensors = tensors_of(arguments)
+        keys = torch._C._dispatch_tls_local_include_set()
+        for t in tensors:  # any may be negated lazily, or of a subclass
+            keys = keys | torch._C._dispatch_keys(t)
+        alone = bool(tensors) and is_next_a_backend(keys.raw_repr())
+        if not alone or torch.is_autocast_enabled(tensors[0].device.type):
             return operator(*arguments)
         return run(*arguments)
 

@@ -99,11 +99,11 @@ size_t size_of(const GhlParameter& p) {
                                             : p.bytes;
 }
 
-// Whether these are the kernel's own parameters, as far as the driver says: it would read others
-// from behind their end.
+// Whether these are the kernel's own parameters, as a driver from CUDA 12.4 on says: it would read
+// more from behind their end.
 bool fits(const Planned& plan) {
   const ParamInfo info = driver().param_info;
-  if (!info) return true;
+  if (!info) return false;
   size_t offset = 0, size = 0;
   for (size_t i = 0; i < plan.parameters.size(); ++i)
     if (info(plan.launch.function, i, &offset, &size) || size != size_of(plan.parameters[i]))

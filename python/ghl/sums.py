@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-import ghl_kernels.ops  # noqa: F401  registers torch.ops.ghl_kernels
-from ghl import pending
-from ghl.guards import check_alone, in_compiled_autograd, is_update
-from ghl_kernels import Rule
+from ghl.guards import check_alone, is_update, mark_update
+from ghl.updates import from_rows
+from ghl_kernels import Rule, ops
 from ghl_kernels.checks import sum_dtype
+from ghl_kernels.composed import sign
 from ghl_kernels.layout import is_channels_last
 
 _of_weight: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -169,8 +169,7 @@ def check_pair(hebbian: Tensor, used: Tensor) -> None:
 
 
 class ImmediateSums(RawSums):
-    """Turns `weight.grad` from G into the update in every backward, once all has arrived: at its
-    end, or at once where another hook of the weight is to see the update."""
+    """Turns `weight.grad` from G into the update in every backward, as soon as all has arrived."""
 
     def __init__(self, weight: nn.Parameter, rule: Rule) -> None:
         super().__init__(weight, rule)
@@ -182,7 +181,7 @@ class ImmediateSums(RawSums):
         leaves = {name: leaf for name, leaf in leaves.items() if leaf is not None}
         self._awaited = {"G"} if rule.gate == "sign_only" else {"G", *leaves}
         self._before: Tensor | None = None  # whether weight.grad was in the way of a backward
-        self._in_grad = False  # G or an update of a backward before, if zero_grad has not taken it
+        self._handed_out = False  # an update, which zero_grad has not taken away since
         owner = weakref.ref(self)
 
         def look(gradient: Tensor) -> None:
@@ -209,15 +208,16 @@ class ImmediateSums(RawSums):
 
         return take
 
+    @torch.no_grad()
     def _look(self) -> None:
         """Before a gradient is added: to what. None costs nothing."""
         weight = self._weight()
         grad = None if weight is None else weight.grad
         self._before = None
         if grad is None:
-            self._in_grad = False
-        elif self._in_grad and not is_update(grad):
-            self._before = grad.detach().any()
+            self._handed_out = False
+        elif self._handed_out and not is_update(grad):
+            self._before = grad.any()
 
     def _take_gradient(self, weight: Tensor) -> None:
         if weight.grad is None:  # frozen since the forward
@@ -227,25 +227,18 @@ class ImmediateSums(RawSums):
         if not self.layers:
             return
         if before is not None and before:
-            self._refuse("a copy of an update, or the gradient of a backward that raised")
+            self._refuse("a copy of an update")
         check_alone(weight)
         self._arrive("G", weight.grad)
         if not self._arrived:
             return
-        if self._is_watched(weight):
+        if len(weight._post_accumulate_grad_hooks) > 1:  # type: ignore[attr-defined]
             raise RuntimeError(
                 "weight has a post-accumulate-grad hook of its own, which would see the ordinary "
                 "gradient: under torch.compile sums may arrive after the gradient; run this layer "
                 "without torch.compile, or use the update after backward()"
             )
-        if in_compiled_autograd():  # see _complete
-            torch.autograd.Variable._execution_engine.queue_callback(self._check_complete)
-        else:
-            pending.Pending.here().at_end(self._check_complete)
-
-    def _is_watched(self, weight: Tensor) -> bool:
-        """Whether somebody is to see its update within the backward."""
-        return len(weight._post_accumulate_grad_hooks) > 1  # type: ignore[attr-defined]
+        torch.autograd.Variable._execution_engine.queue_callback(self._check_complete)
 
     def _check_no_update(self, weight: Tensor) -> None:
         if is_update(weight.grad):
@@ -290,14 +283,20 @@ class ImmediateSums(RawSums):
         weight = self._weight()
         if weight is not None and self._awaited <= self._arrived.keys():
             arrived, self._arrived = self._arrived, {}
-            self._complete(weight, arrived)
+            weight.grad = self._merge(weight.detach(), arrived)
 
-    def _complete(self, weight: nn.Parameter, sums: dict[str, Tensor]) -> None:
-        G, H0 = sums["G"], sums.get("H0")
-        totals = sums.get("totals") if self.totals is not None else self._no_totals
-        self._in_grad = True
-        complete = pending.Complete(weight, self.rule, self.compute_dtype, G, H0, totals)
-        if self._is_watched(weight) or in_compiled_autograd():
-            pending.merge([complete])
+    @torch.no_grad()
+    def _merge(self, weight: Tensor, sums: dict[str, Tensor]) -> Tensor:
+        rule, G = self.rule, sums["G"]
+        if rule.gate == "sign_only":
+            update = sign(G)
         else:
-            pending.Pending.here().merge(complete)
+            H0 = from_rows(sums["H0"], weight)
+            totals = self._no_totals if self.totals is None else sums["totals"]
+            used = weight.to(self.compute_dtype)
+            update = ops.direct["merge"](
+                G, H0, totals, used, rule.decay, rule.gate, rule.normalize
+            )[0]
+        mark_update(update)
+        self._handed_out = True
+        return update

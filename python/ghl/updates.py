@@ -73,7 +73,7 @@ def merged(layers: Sequence[Summed], rule: Rule, dtype: torch.dtype | None = Non
     H0 = [layer.H0 for layer in layers if layer.H0 is not None]
     return ops.direct["foreach_merge"](
         [layer.G if dtype is None else layer.G.to(dtype) for layer in layers],
-        [from_rows(rows, weight) for rows, weight in zip(H0, used, strict=True)],
+        [from_rows(rows, layer.here) for rows, layer in zip(H0, layers, strict=True)],
         [layer.totals for layer in layers],
         used, rule.decay, rule.gate, rule.normalize,
     )[0]  # fmt: skip

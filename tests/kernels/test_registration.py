@@ -101,3 +101,14 @@ def test_transforms(runs: list[str]) -> None:
 
     torch.func.grad(loss)(arguments[0])
     assert runs == ["by the operator"]
+
+
+@pytest.mark.parametrize("which", range(4))
+def test_a_lazily_negated_tensor(which: int, runs: list[str]) -> None:
+    """Its memory holds the opposite: the dispatcher resolves it, kernels would not."""
+    arguments = [*tensors()]
+    wanted = linear_pair(*arguments, *RULE)
+    arguments[which] = torch._neg_view(-arguments[which])
+    given = ops.direct["linear_pair"](*arguments, *RULE)
+    assert runs == ["by the operator"]
+    assert all(torch.equal(a, b) for a, b in zip(given, wanted, strict=True))

@@ -272,3 +272,68 @@ def test_weights_used_without_their_layers_are_named_together():
     model.zero_grad()
     sum(model[name](x).sum() for name in swapped).backward()
     assert all(layer.weight.grad.abs().max() == 1 for layer in model.values())
+
+
+def test_other_hooks_within_a_backward_see_updates():
+    """An optimizer that walks over all weights from a bias's hook, say: no ordinary gradient."""
+    model, x = model_and_input()
+    expected = fresh_updates(model, x)
+    seen = []
+
+    def look(bias):
+        if model[2].weight.grad is not None:
+            seen.append(model[2].weight.grad.clone())
+
+    model[0].bias.register_post_accumulate_grad_hook(look)
+    loss_of(model, x).backward()
+    assert len(seen) == 1
+    assert torch.equal(seen[0], expected[1])
+
+
+def test_an_optimizer_after_a_backward_that_raised_has_updates():
+    class Raises(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, g):
+            raise ValueError("on its way back")
+
+    model, x = model_and_input()
+    with pytest.raises(ValueError, match="on its way back"):
+        model[2](Raises.apply(model[1](model[0](x)))).square().sum().backward()
+    assert model[2].weight.grad.abs().max() == 1
+
+
+@pytest.mark.parametrize("options", [{}, {"static_graph": True}, {"gradient_as_bucket_view": True}])
+def test_ddp_of_one_rank(options, tmp_path):
+    """It writes buckets back into gradients at the end of a backward."""
+    model, x = model_and_input()
+    expected = fresh_updates(model, x)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/ranks", rank=0, world_size=1
+    )
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(model, **options)
+        for _ in range(3):
+            model.zero_grad()
+            loss_of(wrapped, x).backward()
+            assert_all_equal(updates(model), expected)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_compiled_autograd():
+    model, x = model_and_input()
+    expected = fresh_updates(model, x)
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+        loss_of(model, x).backward()
+    assert_all_equal(updates(model), expected)
+
+
+def test_totals_travel_only_where_a_rule_needs_them():
+    for rule in ("ghl", ghl.Rule(normalize="mean"), ghl.Rule(decay="instar")):
+        layer = ghl.Linear(3, 2, rule=rule)
+        needed = layer.rule.decay == "instar" or layer.rule.normalize == "mean"
+        assert (layer._sums.totals is not None) == needed
