@@ -5,7 +5,6 @@ Each guard raises one error that names the remedy, `ghl.synchronize(model, optim
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,13 +13,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 REMEDY = "call ghl.synchronize(model, optimizer) once before training"
-
-
-@torch.compiler.disable
-def in_compiled_autograd() -> bool:
-    """Whether a backward runs that was compiled as a whole, and does not look at leaves again."""
-    module = sys.modules.get("torch._dynamo.compiled_autograd")
-    return getattr(module, "in_compiled_autograd_region", False)
 
 
 def mark_update(update: Tensor) -> None:

@@ -6,6 +6,7 @@ sum is stale is decided here; ranks are added up and sums merged in `ghl.merging
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ghl.guards import in_compiled_autograd, is_update
+from ghl.guards import is_update
 from ghl.sums import RawSums
 from ghl_kernels import Rule
 from ghl_kernels.layout import is_channels_last
@@ -47,6 +48,13 @@ def local(t: Tensor) -> Tensor:
 def capturing() -> bool:
     """Whether a CUDA graph is being captured."""
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+@torch.compiler.disable
+def in_compiled_autograd() -> bool:
+    """Whether a backward runs that was compiled as a whole, and does not look at leaves again."""
+    module = sys.modules.get("torch._dynamo.compiled_autograd")
+    return getattr(module, "in_compiled_autograd_region", False)
 
 
 def is_owed(weight: Tensor) -> bool:
