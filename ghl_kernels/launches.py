@@ -57,10 +57,11 @@ class Kernel:
 
 
 @dataclasses.dataclass(frozen=True)
-class At:
-    """An address: so many bytes behind that of a call's tensor."""
+class Address:
+    """So many bytes behind the first number of a tensor, which has a slot of a tape or, for
+    `planned`, a number among those of a call."""
 
-    tensor: int
+    slot: int
     offset: int
 
 
@@ -68,7 +69,7 @@ class At:
 class Described:
     """What lies at an address; shape and strides in numbers, from the outermost dimension on."""
 
-    at: At
+    base: Address
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     nan_outside: bool
@@ -122,8 +123,8 @@ def number(code: str, value: Any) -> Parameter:
     return parameter
 
 
-def address(at: At) -> Parameter:
-    return Parameter(kind=ADDRESS, tensor=at.tensor, offset=at.offset)
+def address(at: Address) -> Parameter:
+    return Parameter(kind=ADDRESS, tensor=at.slot, offset=at.offset)
 
 
 def tensor_map(how: TensorMap, what: Described) -> list[Parameter]:
@@ -131,7 +132,7 @@ def tensor_map(how: TensorMap, what: Described) -> list[Parameter]:
     outermost, the driver's with the innermost, whose stride it is not told."""
     size, rank = how.element_bytes, len(what.shape)
     parameter = Parameter(
-        kind=TENSOR_MAP, tensor=what.at.tensor, offset=what.at.offset, data_type=how.data_type,
+        kind=TENSOR_MAP, tensor=what.base.slot, offset=what.base.offset, data_type=how.data_type,
         rank=rank, swizzle=how.swizzle, fill=int(what.nan_outside),
     )  # fmt: skip
     strides = [size * stride for stride in what.strides[-2::-1]]
@@ -146,7 +147,7 @@ def tensor_map(how: TensorMap, what: Described) -> list[Parameter]:
 
 
 def parameters(kernel: Kernel, arguments: Sequence[Any]) -> list[Parameter]:
-    """Of a launch with these arguments: At and Described for tensors, numbers for others."""
+    """Of a launch with these arguments: Address and Described for tensors, numbers for others."""
     found: list[Parameter] = []
     for kind, value in zip(kernel.kinds, arguments, strict=True):
         if isinstance(kind, TensorMap):
@@ -158,9 +159,7 @@ def parameters(kernel: Kernel, arguments: Sequence[Any]) -> list[Parameter]:
     return [*found, *(number("Q", 0) for _ in range(SCRATCH))]
 
 
-def planned(
-    kernel: Kernel, arguments: Sequence[Any]
-) -> Callable[[int, Sequence[int]], bool] | None:
+def planned(kernel: Kernel, arguments: Sequence[Any]) -> Launch | None:
     """The launch as a function of a stream and the addresses of a call's tensors, which tells
     whether it was made. None where it can only be made by Triton.
 
@@ -169,7 +168,10 @@ def planned(
     by = compiled()
     if by is None:
         return None
-    values = parameters(kernel, arguments)
+    try:
+        values = parameters(kernel, arguments)
+    except (struct.error, ValueError):  # beyond a parameter's dtype, or a tensor map's dimensions
+        return None
     plan = Plan(kernel.function, kernel.grid, kernel.threads, kernel.shared_bytes, len(values))
     handle = by.ghl_launch_plan(ctypes.byref(plan), (Parameter * len(values))(*values))
     if handle is None:
@@ -179,11 +181,13 @@ def planned(
         error = play(handle, stream, pointers(*addresses))
         if error > 0:
             text = by.ghl_launch_error(error).decode()
-            raise RuntimeError(f"launching a kernel again failed: {text}")
+            # which keeps the kernel, and what owns its function, as long as this can be called
+            raise RuntimeError(
+                f"launching a kernel again on a grid of {kernel.grid} failed: {text}"
+            )
         return error != UNAVAILABLE
 
     play, pointers = by.ghl_launch_play, ctypes.c_uint64 * tensors_of(values)
-    launch.owner = kernel.owner  # type: ignore[attr-defined]
     weakref.finalize(launch, by.ghl_launch_forget, handle).atexit = False
     return launch
 

@@ -21,7 +21,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 class Layer(NamedTuple):
     """One layer's tensors in the memory order of its weight, and the memory of its results.
 
-    scratch (2 K): each neuron's decay and max|H|.
+    scratch (2, K): each neuron's decay and max|H|.
     """
 
     G: Tensor
@@ -40,26 +40,20 @@ class Layer(NamedTuple):
         H0: Tensor,
         totals: Tensor,
         w: Tensor,
-        scratch: Tensor,
         dtype: torch.dtype | None = None,
         overwrite: bool = False,
     ) -> Layer:
         """See `merge_of`."""
         dtype = dtype or G.dtype
-        G, H0, rows = in_order_of(w, G), in_order_of(w, H0), in_order_of(w, w)
-        update = H0 if overwrite and H0.dtype == dtype else empty_rows(w, dtype)
+        G, H0, rows = (in_order_of(w, t) for t in (G, H0, w))
         options: dict[str, Any] = {"dtype": torch.float32, "device": w.device}
-        neurons, layer = torch.empty(3, w.shape[0], **options), torch.empty(3, **options)
+        scratch, neurons = (torch.empty(n, w.shape[0], **options) for n in (2, 3))
+        update = H0 if overwrite and H0.dtype == dtype else empty_rows(w, dtype)
+        layer = torch.empty(3, **options)
         return cls(G, H0, totals.contiguous(), rows, scratch, neurons, update, layer)
 
     def results(self, w: Tensor) -> Triple:
         return like_weight(self.update, w, self.update.dtype), self.neurons, self.layer
-
-
-def scratches(weights: Sequence[Tensor]) -> Sequence[Tensor]:
-    """The scratch of each layer, in one allocation."""
-    sizes = [2 * w.shape[0] for w in weights]
-    return torch.empty(sum(sizes), dtype=torch.float32, device=weights[0].device).split(sizes)
 
 
 def merge_of(fill: Callable[[Layer, str, str, str], None]) -> Callable[..., Triple]:
@@ -80,8 +74,7 @@ def merge_of(fill: Callable[[Layer, str, str, str], None]) -> Callable[..., Trip
         dtypes = [t.dtype for t in (G, H0, totals, w)] + [dtype or G.dtype]
         if w.numel() == 0 or any(kind not in DTYPES for kind in dtypes):
             return composed.merge(G, H0, totals, w, decay, gate, normalize, dtype)
-        (scratch,) = scratches([w])
-        layer = Layer.of(G, H0, totals, w, scratch, dtype, overwrite)
+        layer = Layer.of(G, H0, totals, w, dtype, overwrite)
         fill(layer, decay, gate, normalize)
         return layer.results(w)
 
@@ -102,10 +95,10 @@ def foreach_merge_of(
         gate: str,
         normalize: str,
     ) -> Triples:
-        dtypes = {t.dtype for t in (*G, *H0, *totals, *w)}
-        if not dtypes.issubset(DTYPES) or any(t.numel() == 0 for t in w):
+        tensors = (*G, *H0, *totals, *w)
+        if any(t.dtype not in DTYPES for t in tensors) or any(t.numel() == 0 for t in w):
             return composed.foreach_merge(G, H0, totals, w, decay, gate, normalize)
-        layers = [Layer.of(*one) for one in zip(G, H0, totals, w, scratches(w), strict=True)]
+        layers = [Layer.of(*one) for one in zip(G, H0, totals, w, strict=True)]
         fill(layers, decay, gate, normalize)
         results = [layer.results(weight) for layer, weight in zip(layers, w, strict=True)]
         update, neurons, statistics = ([result[i] for result in results] for i in range(3))

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 BACKENDS = (torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA)
@@ -59,6 +59,17 @@ def is_next_a_backend(keyset: int) -> bool:
     return left.highestPriorityTypeId() in BACKENDS
 
 
+def tensors_of(arguments: Sequence[Any]) -> list[Tensor]:
+    """Those among them and in their lists."""
+    found: list[Tensor] = []
+    for value in arguments:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, list | tuple):
+            found += [one for one in value if isinstance(one, Tensor)]
+    return found
+
+
 def without_derivative(operator: Any, run: Callable[..., Any]) -> Callable[..., Any]:
     """Autograd's kernel of an operator that has no derivative.
 
@@ -82,30 +93,19 @@ def without_derivative(operator: Any, run: Callable[..., Any]) -> Callable[..., 
             results, structure = tree_flatten(below(keyset, *arguments))
             return tuple(results)
 
-        tensors = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
-        results = WithoutDerivative.apply(operator._schema.name, flat, *tensors)
+        results = WithoutDerivative.apply(operator._schema.name, flat, *tensors_of(arguments))
         return tree_unflatten(list(results), structure)
 
     return kernel
 
 
-def tensors_of(arguments: Sequence[Any]) -> list[Tensor]:
-    """Those among them and in their lists."""
-    found: list[Tensor] = []
-    for value in arguments:
-        if isinstance(value, Tensor):
-            found.append(value)
-        elif isinstance(value, list | tuple):
-            found += [one for one in value if isinstance(one, Tensor)]
-    return found
-
-
 def shortcut(operator: Any, run: Callable[..., Any]) -> Callable[..., Any]:
     """`operator` for callers who have gradients off, without a way through the dispatcher, which
-    takes as long as a launch or two, where nobody else is to see the call."""
+    takes as long as a launch or two, where nobody else is to see the call: no mode, subclass,
+    transform or profiler."""
 
     def call(*arguments: Any) -> Any:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or torch.autograd._profiler_enabled():
             return operator(*arguments)
         tensors = tensors_of(arguments)
         keys = torch._C._dispatch_tls_local_include_set()

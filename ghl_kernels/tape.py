@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ghl_kernels.launches import At, Described, Kernel, planned
+from ghl_kernels.launches import Address, Described, Kernel, planned
 
 ALIGNMENT = 256  # bytes from one tensor to the next in common memory
 SMALL = 2**20  # bytes; larger tensors have memory of their own, which is given back on its own
@@ -28,14 +28,6 @@ class Slot:
     """The place of a tensor among those of a tape."""
 
     number: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Address:
-    """So many bytes behind the first number of the tensor in a slot."""
-
-    slot: int
-    offset: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,11 +248,10 @@ def launcher(kernel: Kernel, step: Step, otherwise: Play) -> Play:
     launch = planned(kernel, arguments) if slots else None
     if launch is None:
         return otherwise
-    is_told = kernel.is_told
 
     def play(tensors: list[Any]) -> None:
         used = [tensors[slot] for slot in slots]
-        if is_told() or not launch(stream_of(used[0]), [t.data_ptr() for t in used]):
+        if kernel.is_told() or not launch(stream_of(used[0]), [t.data_ptr() for t in used]):
             otherwise(tensors)
 
     return play
@@ -269,7 +260,7 @@ def launcher(kernel: Kernel, step: Step, otherwise: Play) -> Play:
 def told(value: Any, slots: Sequence[int]) -> Any:
     """An argument as `planned` takes it, for the addresses of the tensors in those slots."""
     if isinstance(value, Address):
-        return At(slots.index(value.slot), value.offset)
+        return Address(slots.index(value.slot), value.offset)
     if isinstance(value, Descriptor):
         fields = value.fields
         shape, strides = tuple(fields["shape"]), tuple(fields["strides"])

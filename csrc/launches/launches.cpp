@@ -2,8 +2,8 @@
 // out once, and of a call only the addresses of its tensors are new.
 //
 // Triton's own way looks at every argument in Python, which takes longer than the driver's part.
-// What a launch is made of is told by ghl_kernels/triton/launch.py; of libcuda two functions are
-// called, found when the first launch is made. Nothing here waits for the GPU.
+// What a launch is made of is told by ghl_kernels/triton/launch.py; libcuda is looked for when the
+// first is planned. Nothing here waits for the GPU.
 #include <dlfcn.h>
 
 #include <cstdint>
@@ -91,7 +91,7 @@ struct Planned {
   std::vector<size_t> offsets;  // of each in the memory that the driver reads them from
 };
 
-constexpr size_t kMapBytes = 128, kMapAlignment = 64;
+constexpr size_t kMapBytes = 128, kMapAlignment = 128;  // 64 until CUDA 12
 
 size_t size_of(const GhlParameter& p) {
   return p.kind == GhlParameter::kTensorMap ? kMapBytes

@@ -14,8 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ghl.sums import RawSums, check_pair
-from ghl.updates import as_rows
+from ghl.sums import RawSums, as_rows, check_pair
 from ghl_kernels import ops
 from ghl_kernels.layout import is_channels_last
 

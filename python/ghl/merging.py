@@ -17,11 +17,9 @@ from torch.distributed.tensor import DTensor
 from ghl import ranks
 from ghl.guards import is_update, mark_update
 from ghl.held import HeldSums, local, note_versions
-from ghl.sums import without_sums
-from ghl.updates import merged
-from ghl.updates import updates as whole_updates
-from ghl_kernels import Rule
-from ghl_kernels.composed import gated
+from ghl.sums import from_rows, without_sums
+from ghl_kernels import Rule, ops
+from ghl_kernels.composed import gated, sign
 
 
 @dataclasses.dataclass
@@ -32,7 +30,7 @@ class Layer:
     rule: Rule
     sharded: bool
     leaves: tuple[Tensor, Tensor]
-    compute_dtype: torch.dtype
+    compute_dtype: torch.dtype  # in which the forward used the weight
     H0: Tensor | None
     totals: Tensor | None
     lacking: bool
@@ -44,10 +42,6 @@ class Layer:
             taken = taken._replace(H0=None, totals=None)
         leaves = sums.hebbian, sums.totals
         return cls(weight, sums.rule, sums.sharded, leaves, sums.compute_dtype, *taken)
-
-    @property
-    def here(self) -> Tensor:
-        return local(self.weight.detach())
 
     @property
     def has_sums(self) -> bool:
@@ -128,13 +122,43 @@ def check_rows(layers: Sequence[Layer]) -> None:
 
 
 def updates(layers: Sequence[Layer]) -> Iterator[tuple[Layer, Tensor]]:
-    """Every layer that is due, with its update."""
+    """Every layer that is due, with its update: one operation for all that share a rule."""
+    alike: dict[Any, list[Layer]] = {}
+    split = []
+    for layer in layers:
+        if layer.sharded and layer.has_sums and layer.rule.normalize == "absmax":
+            split.append(layer)
+        elif layer.is_due:
+            key = dataclasses.replace(layer.rule, tau=1.0, competition="linear")
+            alike.setdefault((key, layer.G.dtype, layer.G.device), []).append(layer)
+    for (rule, *_), same in alike.items():
+        yield from zip(same, merged(same, rule), strict=True)
+    yield from updates_of_shards(split)
 
-    def is_split(layer: Layer) -> bool:
-        return layer.sharded and layer.has_sums and layer.rule.normalize == "absmax"
 
-    yield from whole_updates([x for x in layers if x.is_due and not is_split(x)])
-    yield from updates_of_shards([x for x in layers if is_split(x)])
+def merged(layers: Sequence[Layer], rule: Rule, dtype: torch.dtype | None = None) -> list[Tensor]:
+    """What the merge gives for each layer under the decay, gate and normalisation of `rule`."""
+    if rule.gate == "sign_only":
+        return [sign(layer.G) for layer in layers]
+    weights = [local(layer.weight.detach()) for layer in layers]
+    H0 = [layer.H0 for layer in layers if layer.H0 is not None]
+    return ops.direct["foreach_merge"](
+        [layer.G.to(dtype or layer.G.dtype) for layer in layers],
+        [from_rows(rows, weight) for rows, weight in zip(H0, weights, strict=True)],
+        [layer.totals for layer in layers],
+        as_used(weights, [layer.compute_dtype for layer in layers]),
+        rule.decay, rule.gate, rule.normalize,
+    )[0]  # fmt: skip
+
+
+def as_used(weights: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
+    """The weights as the forwards used them, rounded in one launch."""
+    pairs = list(zip(weights, dtypes, strict=True))
+    rounded = [(torch.empty_like(w, dtype=d), w) for w, d in pairs if w.dtype != d]
+    if rounded:
+        torch._foreach_copy_([r for r, _ in rounded], [w for _, w in rounded])
+    made = iter(rounded)
+    return [w if w.dtype == d else next(made)[0] for w, d in pairs]
 
 
 def updates_of_shards(layers: Sequence[Layer]) -> Iterator[tuple[Layer, Tensor]]:

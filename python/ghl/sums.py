@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ghl.guards import check_alone, is_update, mark_update
-from ghl.updates import from_rows
 from ghl_kernels import Rule, ops
 from ghl_kernels.checks import sum_dtype
 from ghl_kernels.composed import sign
@@ -25,6 +24,20 @@ from ghl_kernels.layout import is_channels_last
 
 _of_weight: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 _makers: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # where not ImmediateSums
+
+
+def as_rows(t: Tensor, channels_last: bool) -> Tensor:
+    """(out_channels, rest) in the memory order of a weight: a view of a t with its strides."""
+    rows = t.movedim(1, -1) if channels_last else t
+    return rows.reshape(t.shape[0], t.shape[1:].numel())
+
+
+def from_rows(rows: Tensor, weight: Tensor) -> Tensor:
+    """The inverse of `as_rows`: a view with the shape of `weight`."""
+    if not is_channels_last(weight):
+        return rows.view(weight.shape)
+    out_channels, channels, *kernel_size = weight.shape
+    return rows.view(out_channels, *kernel_size, channels).movedim(-1, 1)
 
 
 def register_first(weight: Tensor, hook: Any) -> Any:

@@ -26,7 +26,7 @@ from triton.backends.nvidia.driver import CudaDriver, CudaLauncher, CudaUtils
 from triton.runtime.driver import driver
 
 from ghl_kernels import launches, tape
-from ghl_kernels.launches import ADDRESS, At, Described, Kernel, TensorMap
+from ghl_kernels.launches import ADDRESS, Address, Described, Kernel, TensorMap
 from ghl_kernels.recorder import record
 from ghl_kernels.tiles import Tile
 
@@ -124,7 +124,7 @@ def compare() -> None:
 def refusals() -> dict[str, Any]:
     """What is said where a launch cannot be made, or must not."""
     kernel = Kernel(1, (2, 1, 1), 32, 0, (ADDRESS, "i"), None, lambda: False)
-    arguments, found = (At(0, 4), 5), {}
+    arguments, found = (Address(0, 4), 5), {}
     expect([8, 4, 8, 8])
     launch = launches.planned(kernel, arguments)
     found["made"] = launch(STREAM, [64])
@@ -137,7 +137,7 @@ def refusals() -> dict[str, Any]:
     line = Kernel(1, (2, 1, 1), 32, 0, (TensorMap(9, 2, 0, (64,)),), None, lambda: False)
     expect([128, 4, 8, 8, 8])
     try:
-        launches.planned(line, [Described(At(0, 0), (64,), (1,), False)])(STREAM, [64])
+        launches.planned(line, [Described(Address(0, 0), (64,), (1,), False)])(STREAM, [64])
     except RuntimeError as error:
         found["an error of the driver"] = str(error)
     return found

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ghl_kernels import launches, library
-from ghl_kernels.launches import ADDRESS, At, Kernel
+from ghl_kernels.launches import ADDRESS, Address, Described, Kernel, TensorMap
 
 NAME = "libghl_kernels_launches.so"
 KERNEL = Kernel(1, (1, 1, 1), 32, 0, (ADDRESS, "i"), None, lambda: False)
@@ -24,7 +24,7 @@ def anew() -> Iterator[None]:
 
 def test_not_built(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(library, "DIRECTORY", tmp_path)
-    assert launches.planned(KERNEL, (At(0, 0), 3)) is None
+    assert launches.planned(KERNEL, (Address(0, 0), 3)) is None
 
 
 def test_cut_off(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -33,12 +33,12 @@ def test_cut_off(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         pytest.skip("the library of launches is not built")
     (tmp_path / NAME).write_bytes(path.read_bytes()[:5000])
     monkeypatch.setattr(library, "DIRECTORY", tmp_path)
-    assert launches.planned(KERNEL, (At(0, 0), 3)) is None
+    assert launches.planned(KERNEL, (Address(0, 0), 3)) is None
 
 
 def test_of_another_version(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "ABI", library.ABI + 1)
-    assert launches.planned(KERNEL, (At(0, 0), 3)) is None
+    assert launches.planned(KERNEL, (Address(0, 0), 3)) is None
 
 
 def test_too_many_parameters() -> None:
@@ -52,3 +52,25 @@ def test_a_parameter_is_laid_out_as_in_c() -> None:
     """Sizes and alignments of GhlParameter and GhlLaunch in launches.cpp, by hand."""
     assert ctypes.sizeof(launches.Parameter) == 8 + 8 + 4 + 8 + 16 + 4 + 40 + 40 + 20 + 4
     assert ctypes.sizeof(launches.Plan) == 8 + 12 + 4 + 4 + 4
+
+
+def test_built_wherever_the_cpu_library_is() -> None:
+    """Or the tests of what it launches would skip, and nobody notice."""
+    cpu = library.serving("cpu")
+    if cpu is None or not cpu.loaded:
+        pytest.skip("nothing is compiled here")
+    assert launches.compiled() is not None
+
+
+@pytest.mark.parametrize("what", ["a number beyond its dtype", "six dimensions"])
+def test_what_cannot_be_laid_out_is_left_to_triton(what: str) -> None:
+    six = (1,) * 6
+    kinds, value = {
+        "a number beyond its dtype": (("i",), 2**31),
+        "six dimensions": (
+            (TensorMap(9, 2, 0, six),),
+            Described(Address(0, 0), six, six, nan_outside=False),
+        ),
+    }[what]
+    kernel = Kernel(1, (1, 1, 1), 32, 0, kinds, None, lambda: False)
+    assert launches.planned(kernel, (value,)) is None

@@ -112,3 +112,10 @@ def test_a_lazily_negated_tensor(which: int, runs: list[str]) -> None:
     given = ops.direct["linear_pair"](*arguments, *RULE)
     assert runs == ["by the operator"]
     assert all(torch.equal(a, b) for a, b in zip(given, wanted, strict=True))
+
+
+def test_a_profiler_lists_the_operator(runs: list[str]) -> None:
+    with torch.profiler.profile() as profile:
+        ops.direct["linear_pair"](*tensors(), *RULE)
+    assert runs == ["by the operator"]
+    assert "ghl_kernels::linear_pair" in {event.key for event in profile.key_averages()}

@@ -110,3 +110,23 @@ def test_models_of_one_dtype(dtype, preset):
 
     model = assert_like_reference(net(dtype), run, preset)
     assert model[0].weight.grad.dtype == dtype
+
+
+@pytest.mark.parametrize("synchronized", [False, True])
+def test_a_weight_with_gaps_in_the_order_of_channels_last(synchronized):
+    """Rounded it has none, and another memory order than its sums."""
+    updates = []
+    for gaps in (False, True):
+        torch.manual_seed(0)
+        layer, x = ghl.Conv2d(4, 5, 3), torch.randn(2, 4, 6, 6)
+        weight = torch.randn(5, 7, 3, 3).to(memory_format=torch.channels_last)[:, :4]
+        layer.weight = torch.nn.Parameter(weight if gaps else weight.contiguous())
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+        if synchronized:
+            ghl.synchronize(layer, optimizer)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = layer(x)
+        y.float().square().sum().backward()
+        optimizer.step()
+        updates.append(layer.weight.grad)
+    torch.testing.assert_close(*updates, check_stride=False)
