@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ghl_kernels import library as libraries
-from ghl_kernels import tiles, trial
+from ghl_kernels import player, tiles, trial
 from ghl_kernels.cuda import kernels
 from ghl_kernels.library import Library
 from ghl_kernels.problem import Problem, dot_precision
@@ -60,7 +60,8 @@ MOST_GROUPS = 65535  # blocks in the third dimension of a grid
 MOST_SETTLED = 4096  # calls alike whose implementation is remembered
 
 _forced: str | None = None
-_last: dict[str, Backend] = {}
+_last: dict[str, tuple[Backend, int]] = {}  # and how many calls had been played by then
+_noted: list[Backend] = []  # what tapes that are played without Python took
 _here = threading.local()  # the same of this thread: autograd has one for every device
 _warned: set[str] = set()
 _settled: dict[tuple[Any, ...], Backend] = {}
@@ -72,6 +73,7 @@ def unsettle() -> None:
     global _unsettled
     _unsettled += 1
     _settled.clear()
+    player.forget()
 
 
 def forget() -> None:
@@ -343,13 +345,24 @@ def state(first: Tensor) -> tuple[Any, ...]:
 
 def note(operator: str, backend: Backend) -> None:
     """That an implementation has run an operator."""
-    _last[operator] = backend
+    _last[operator] = backend, player.last(operator)[0]
     vars(_here)[operator] = backend
+
+
+def noted(backend: Backend) -> int:
+    """A number for a tape, by which `last` finds what it took."""
+    if backend not in _noted:
+        _noted.append(backend)
+    return _noted.index(backend)
 
 
 def last(operator: str) -> Backend | None:
     """The implementation that ran the most recent call of `operator`, None before the first."""
-    return _last.get(operator)
+    if operator not in _last:
+        return None
+    backend, before = _last[operator]
+    played, note = player.last(operator)
+    return _noted[note] if played > before else backend
 
 
 @contextlib.contextmanager
@@ -359,6 +372,7 @@ def force(name: str) -> Iterator[None]:
     check_choice("name", name, IMPLEMENTATIONS)
     before, _forced = _forced, name
     try:
-        yield
+        with player.paused():
+            yield
     finally:
         _forced = before

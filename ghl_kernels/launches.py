@@ -159,12 +159,9 @@ def parameters(kernel: Kernel, arguments: Sequence[Any]) -> list[Parameter]:
     return [*found, *(number("Q", 0) for _ in range(SCRATCH))]
 
 
-def planned(kernel: Kernel, arguments: Sequence[Any]) -> Launch | None:
-    """The launch as a function of a stream and the addresses of a call's tensors, which tells
-    whether it was made. None where it can only be made by Triton.
-
-    Raises RuntimeError with the driver's error.
-    """
+def plan(kernel: Kernel, arguments: Sequence[Any]) -> tuple[int, int] | None:
+    """A launch as the library has it, to be given back to ghl_launch_forget; and how many tensors
+    a call must have. None where it can only be made by Triton."""
     by = compiled()
     if by is None:
         return None
@@ -172,10 +169,21 @@ def planned(kernel: Kernel, arguments: Sequence[Any]) -> Launch | None:
         values = parameters(kernel, arguments)
     except (struct.error, ValueError):  # beyond a parameter's dtype, or a tensor map's dimensions
         return None
-    plan = Plan(kernel.function, kernel.grid, kernel.threads, kernel.shared_bytes, len(values))
-    handle = by.ghl_launch_plan(ctypes.byref(plan), (Parameter * len(values))(*values))
-    if handle is None:
+    one = Plan(kernel.function, kernel.grid, kernel.threads, kernel.shared_bytes, len(values))
+    handle = by.ghl_launch_plan(ctypes.byref(one), (Parameter * len(values))(*values))
+    return None if handle is None else (handle, tensors_of(values))
+
+
+def planned(kernel: Kernel, arguments: Sequence[Any]) -> Launch | None:
+    """The launch as a function of a stream and the addresses of a call's tensors, which tells
+    whether it was made. None where it can only be made by Triton.
+
+    Raises RuntimeError with the driver's error.
+    """
+    made = plan(kernel, arguments)
+    if made is None:
         return None
+    by, (handle, tensors) = compiled(), made
 
     def launch(stream: int, addresses: Sequence[int]) -> bool:
         error = play(handle, stream, pointers(*addresses))
@@ -187,7 +195,7 @@ def planned(kernel: Kernel, arguments: Sequence[Any]) -> Launch | None:
             )
         return error != UNAVAILABLE
 
-    play, pointers = by.ghl_launch_play, ctypes.c_uint64 * tensors_of(values)
+    play, pointers = by.ghl_launch_play, ctypes.c_uint64 * tensors
     weakref.finalize(launch, by.ghl_launch_forget, handle).atexit = False
     return launch
 

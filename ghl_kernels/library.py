@@ -146,10 +146,9 @@ def unfit(library: Library, capability: tuple[int, int]) -> str | None:
     )
 
 
-def introspection() -> ModuleType | None:
-    """The pybind11 module of build information, if one for this Python lies beside this file."""
-    name = "ghl_kernels._introspection"
-    spec = importlib.machinery.PathFinder.find_spec(name, [str(DIRECTORY)])
+def extension(name: str) -> ModuleType | None:
+    """A pybind11 module, if one for this Python lies beside this file and loads."""
+    spec = importlib.machinery.PathFinder.find_spec(f"ghl_kernels.{name}", [str(DIRECTORY)])
     if spec is None or spec.loader is None or (spec.origin and damage(Path(spec.origin))):
         return None
     try:
@@ -158,6 +157,11 @@ def introspection() -> ModuleType | None:
     except ImportError:
         return None
     return module
+
+
+def introspection() -> ModuleType | None:
+    """The module of build information."""
+    return extension("_introspection")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,14 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ghl_kernels import checks, dispatch
+from ghl_kernels import checks, dispatch, player
 from ghl_kernels.checks import sum_dtype
 from ghl_kernels.composed import Triple, Triples
 from ghl_kernels.problem import Problem
 from ghl_kernels.registration import (
     autocast_activations,
     on_their_device,
-    shortcut,
     without_derivative,
 )
 from ghl_kernels.replay import replayed
@@ -63,9 +62,16 @@ SCHEMAS = (
     "Tensor(b!) H0, Tensor(c!)? u_sums, int splits) -> ()",
 )
 
+# Those that tapes may play are also there for callers with gradients off, who pay for no look at
+# them: their results are no part of autograd's graph.
+NO_GRAD = {name: f"{name}_no_grad" for name in ("linear_pair", "conv2d_pair", "merge")}
+
 _library = torch.library.Library("ghl_kernels", "DEF")
 for _schema in SCHEMAS:
     _library.define(_schema)
+    _name, _, _rest = _schema.partition("(")
+    if _name in NO_GRAD:
+        _library.define(f"{NO_GRAD[_name]}({_rest}")
 
 
 def check_rule(**choices: object) -> None:
@@ -246,30 +252,40 @@ OPERATORS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "linear_update": (linear_update, fake_update),
     "conv2d_update": (conv2d_update, fake_update),
 }
-# The same, called where gradients are off: often without the dispatcher.
-direct: dict[str, Callable[..., Any]] = {}
+_served: list[Any] = []  # registrations, as long as this module
 TAKES_ACTIVATIONS = ("linear_pair", "conv2d_pair", "linear_update", "conv2d_update")
 
 
-def register(name: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    qualified = f"ghl_kernels::{name}"
-    if name in (*TAKES_ACTIVATIONS, "merge"):
-        implementation = replayed(name, implementation)
-    run = on_their_device(implementation)
-    operator = getattr(torch.ops.ghl_kernels, name).default
+def register(name: str, run: Callable[..., Any], fake: Callable[..., Any], casts: bool) -> Any:
+    """The operator of that name, without autograd."""
     _library.impl(name, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(qualified, fake, lib=_library)
-    if name == "logsumexp":
-        torch.library.register_autograd(
-            qualified, logsumexp_backward, setup_context=logsumexp_context, lib=_library
-        )
-    else:
-        _library.impl(name, without_derivative(operator, run), "Autograd", with_keyset=True)
-        direct[name] = shortcut(operator, run)
-    if name in TAKES_ACTIVATIONS:
+    torch.library.register_fake(f"ghl_kernels::{name}", fake, lib=_library)
+    operator = getattr(torch.ops.ghl_kernels, name).default
+    if casts:
         for key, device in (("AutocastCPU", "cpu"), ("AutocastCUDA", "cuda")):
             _library.impl(name, autocast_activations(operator, device), key)
+    return operator
+
+
+def register_operator(
+    name: str, implementation: Callable[..., Any], fake: Callable[..., Any]
+) -> None:
+    casts = name in TAKES_ACTIVATIONS
+    recorded = replayed(name, implementation) if casts or name == "merge" else implementation
+    run = on_their_device(recorded)
+    operator = register(name, run, fake, casts)
+    if name == "logsumexp":
+        torch.library.register_autograd(
+            f"ghl_kernels::{name}",
+            logsumexp_backward, setup_context=logsumexp_context, lib=_library,
+        )  # fmt: skip
+    else:
+        _library.impl(name, without_derivative(operator, run), "Autograd", with_keyset=True)
+    if name in NO_GRAD:
+        register(NO_GRAD[name], run, fake, casts)
+        _library.impl(NO_GRAD[name], torch.library.fallthrough_kernel, "Autograd")
+        _served.append(player.serve(NO_GRAD[name], name, "CUDA", multiplies=casts))
 
 
 for _name, (_implementation, _fake) in OPERATORS.items():
-    register(_name, _implementation, _fake)
+    register_operator(_name, _implementation, _fake)

@@ -6,6 +6,7 @@ which a dispatch mode sees, and launches of our own kernels, of which `triton/la
 
 from __future__ import annotations
 
+import operator
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -25,6 +26,9 @@ BY_NUMBERS = {
     torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape,
     torch.Tag.nondeterministic_seeded,
 }  # fmt: skip
+
+VIEW = torch.ops.inductor._reinterpret_tensor.default  # its offset is from that of the tensor
+READ = torch.Tensor.is_neg, torch.Tensor.is_conj, operator.attrgetter("dtype")
 
 _here = threading.local()
 
@@ -112,8 +116,19 @@ class Recorder(TorchDispatchMode):
         if not pure or any(id(one) not in self.numbers for one in made):  # not what it was given
             sources = [v for v in flat([*args, *kwargs.values()]) if isinstance(v, Tensor)]
             results = tuple(self.add(t, sources) if isinstance(t, Tensor) else None for t in made)
-            self.steps.append(Step(func, arguments, named, results, several, pure))
+            step = Step(func, arguments, named, results, several, pure)
+            is_view = pure and len(results) == 1 and results[0] in self.origins
+            self.steps.append(self.as_view(step) if is_view else step)
         return result
+
+    def as_view(self, step: Step) -> Step:
+        """A step that makes a view of a view as one that makes it of the memory itself."""
+        t, origin = self.tensors[step.made], self.origins[step.made]
+        memory = self.tensors[origin.slot]
+        if origin.offset % t.itemsize or any(read(memory) != read(t) for read in READ):
+            return step
+        lies = list(t.shape), list(t.stride()), origin.offset // t.itemsize
+        return Step(VIEW, [Slot(origin.slot), *lies], {}, step.results, pure=True)
 
     def launched(
         self,

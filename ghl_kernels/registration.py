@@ -99,26 +99,6 @@ def without_derivative(operator: Any, run: Callable[..., Any]) -> Callable[..., 
     return kernel
 
 
-def shortcut(operator: Any, run: Callable[..., Any]) -> Callable[..., Any]:
-    """`operator` for callers who have gradients off, without a way through the dispatcher, which
-    takes as long as a launch or two, where nobody else is to see the call: no mode, subclass,
-    transform or profiler."""
-
-    def call(*arguments: Any) -> Any:
-        if torch.compiler.is_compiling() or torch.autograd._profiler_enabled():
-            return operator(*arguments)
-        tensors = tensors_of(arguments)
-        keys = torch._C._dispatch_tls_local_include_set()
-        for t in tensors:  # any may be negated lazily, or of a subclass
-            keys = keys | torch._C._dispatch_keys(t)
-        alone = bool(tensors) and is_next_a_backend(keys.raw_repr())
-        if not alone or torch.is_autocast_enabled(tensors[0].device.type):
-            return operator(*arguments)
-        return run(*arguments)
-
-    return call
-
-
 def current(device: torch.device) -> AbstractContextManager[Any]:
     """Makes a GPU the current one: Triton launches kernels there."""
     on_gpu = device.type == "cuda" and torch.cuda.is_available()

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ghl_kernels import dispatch
+from ghl_kernels import dispatch, player
 from ghl_kernels.dispatch import Backend
 from ghl_kernels.recorder import record, recorder
 from ghl_kernels.tape import Tape
@@ -23,8 +23,17 @@ MOST_TAPES = 4096
 TENSORS = 4  # the first arguments: x, y, g and w, or G, H0, totals and w
 NEVER = "never played"
 
-# of a kind: what its first call took, then the tape
-Found = Backend | tuple[Tape, Backend] | str
+
+class Played(NamedTuple):
+    """A tape, what the call took that it was made of, and the same tape for csrc/replay."""
+
+    tape: Tape
+    backend: Backend
+    compiled: Any
+
+
+# of a kind: what its first call took, then how later ones are played
+Found = Backend | Played | str
 
 _tapes: dict[tuple[Any, ...], Found] = {}
 
@@ -50,17 +59,22 @@ def replayed(operator: str, run: Callable[..., Any]) -> Callable[..., Any]:
             return run(*arguments)
         key = kind(operator, tensors, rest)
         found = _tapes.get(key)
-        if isinstance(found, tuple):
-            dispatch.note(operator, found[1])
-            return found[0].play(tensors)
+        if isinstance(found, Played):
+            dispatch.note(operator, found.backend)
+            player.offer(found.compiled)
+            return found.tape.play(tensors)
         if isinstance(found, str) or (found is not None and not is_recordable(tensors)):
             return run(*arguments)
         result, taped = (run(*arguments), None) if found is None else record(run, tensors, *rest)
         backend = dispatch.settled_last(operator)
         if found is None or (taped is not None and backend != found):
             remember(key, backend)
+        elif taped is None:
+            remember(key, NEVER)
         else:
-            remember(key, NEVER if taped is None else (taped, found))
+            compiled = player.made_of(taped, dispatch.noted(found))
+            player.offer(compiled)
+            remember(key, Played(taped, found, compiled))
         return result
 
     return call

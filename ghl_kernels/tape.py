@@ -106,6 +106,31 @@ def flat(values: Iterable[Any]) -> list[Any]:
     return found
 
 
+@dataclasses.dataclass(frozen=True)
+class Allocation:
+    """Memory for a slot."""
+
+    slot: int
+    size: Sequence[int]
+    stride: Sequence[int]
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def like(cls, slot: int, t: Tensor) -> Allocation:
+        return cls(slot, t.shape, t.stride(), t.dtype, t.device)
+
+
+@dataclasses.dataclass(frozen=True)
+class Release:
+    """Slots that nobody uses any more."""
+
+    slots: list[int]
+
+
+Instruction = Allocation | Release | Step
+
+
 class Tape:
     """The steps of a call from its inputs to its outputs, in the order of their slots.
 
@@ -122,19 +147,19 @@ class Tape:
         steps = wanted(steps, outputs)
         offsets, size = pooled(steps, tensors, outputs)
         pool = self.slots - 1
-        self.plays: list[Play] = []
+        self.instructions: list[Instruction] = []
         if offsets:
-            device = tensors[0].device
-            self.plays.append(allocation(pool, (size,), (1,), torch.uint8, device))
+            common = Allocation(pool, (size,), (1,), torch.uint8, tensors[0].device)
+            self.instructions.append(common)
         last = last_uses(steps, tensors, {*range(inputs), *outputs})
         for step, done in zip(steps, last, strict=True):
             if not is_empty(step):
-                self.plays.append(player(moved(step, offsets, pool)))
+                self.instructions.append(moved(step, offsets, pool))
             elif (made := step.made) not in offsets:
-                t = tensors[made]
-                self.plays.append(allocation(made, t.shape, t.stride(), t.dtype, t.device))
+                self.instructions.append(Allocation.like(made, tensors[made]))
             if done:
-                self.plays.append(release(done))
+                self.instructions.append(Release(done))
+        self.plays = [play_of(one) for one in self.instructions]
 
     def play(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """What the call returns for other tensors that lie as those it was recorded with."""
@@ -200,7 +225,15 @@ def moved(step: Step, offsets: dict[int, int], pool: int) -> Step:
     return dataclasses.replace(step, arguments=[move(value) for value in step.arguments])
 
 
-def allocation(number: int, size: Any, stride: Any, dtype: torch.dtype, device: Any) -> Play:
+def play_of(one: Instruction) -> Play:
+    if isinstance(one, Allocation):
+        return allocation(one)
+    return release(one.slots) if isinstance(one, Release) else player(one)
+
+
+def allocation(one: Allocation) -> Play:
+    number, size, stride, dtype, device = vars(one).values()
+
     def play(tensors: list[Any]) -> None:
         tensors[number] = torch.empty_strided(size, stride, dtype=dtype, device=device)
 
@@ -243,8 +276,7 @@ def player(step: Step) -> Play:
 
 def launcher(kernel: Kernel, step: Step, otherwise: Play) -> Play:
     """A launch by csrc/launches, if it can be made by it."""
-    slots = sorted(step.addressed())
-    arguments = [told(value, slots) for value in step.arguments]
+    arguments, slots = laid_out(step)
     launch = planned(kernel, arguments) if slots else None
     if launch is None:
         return otherwise
@@ -255,6 +287,12 @@ def launcher(kernel: Kernel, step: Step, otherwise: Play) -> Play:
             otherwise(tensors)
 
     return play
+
+
+def laid_out(step: Step) -> tuple[list[Any], list[int]]:
+    """The arguments of a launch as `planned` takes them, and the slots of its call's tensors."""
+    slots = sorted(step.addressed())
+    return [told(value, slots) for value in step.arguments], slots
 
 
 def told(value: Any, slots: Sequence[int]) -> Any:

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from ghl_kernels import player
 from ghl_kernels.problem import Problem
 
 SHIPPED = Path(__file__).parent / "tables"
@@ -209,7 +210,8 @@ def use(entry: Entry) -> Iterator[None]:
     """Make every layer that this thread looks up inside take one entry: to try it or time it."""
     _used.entry, before = entry, getattr(_used, "entry", None)
     try:
-        yield
+        with player.paused():
+            yield
     finally:
         _used.entry = before
 

@@ -117,13 +117,11 @@ def forced(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], AbstractContextMa
 
     @contextlib.contextmanager
     def forced(name: str) -> Iterator[None]:
-        ran: dict[str, ghl_kernels.Backend] = {}
+        ran: dict[str, tuple[ghl_kernels.Backend, int]] = {}
         monkeypatch.setattr(dispatch, "_last", ran)
         with ghl_kernels.force(name):
             yield
-        assert {operator: backend.name for operator, backend in ran.items()} == dict.fromkeys(
-            ran, name
-        )
+        assert {backend.name for backend, _ in ran.values()} <= {name}
         assert ran, "the test reached no operator"
 
     return forced

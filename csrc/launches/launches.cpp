@@ -4,6 +4,8 @@
 // Triton's own way looks at every argument in Python, which takes longer than the driver's part.
 // What a launch is made of is told by ghl_kernels/triton/launch.py; libcuda is looked for when the
 // first is planned. Nothing here waits for the GPU.
+#include "launches.h"
+
 #include <dlfcn.h>
 
 #include <cstdint>
@@ -11,13 +13,10 @@
 #include <memory>
 #include <vector>
 
-#include "../abi.h"
-
 namespace {
 
 constexpr int kMostRank = 5;
 constexpr size_t kMostBytes = 4096;  // of a kernel's parameters
-constexpr int kUnavailable = -1;     // no libcuda, or no context on this thread
 
 using Launch = int (*)(void* function, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned,
                        unsigned shared_bytes, void* stream, void** parameters, void** extra);
@@ -148,10 +147,8 @@ GHL_EXPORT void ghl_launch_forget(void* planned) {
   delete static_cast<Planned*>(planned);
 }
 
-// The driver's error, 0 for none; kUnavailable where nothing was tried. addresses: of the tensors
-// of this call. Planned launches are not changed: several threads may play one at a time.
 GHL_EXPORT int ghl_launch_play(const void* planned, void* stream, const uint64_t* addresses) {
-  if (!driver().ready()) return kUnavailable;
+  if (!driver().ready()) return kGhlLaunchUnavailable;
   const Planned& plan = *static_cast<const Planned*>(planned);
   alignas(kMapAlignment) unsigned char memory[kMostBytes];
   void* places[kMostBytes / sizeof(uint64_t)];

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import ghl_kernels
-from ghl_kernels import launches, library
+from ghl_kernels import launches, library, player
 from ghl_kernels.library import Library
 
 PACKAGES = ("ghl-kernels", "torch", "torchvision", "triton", "numpy", "scikit-learn", "matplotlib")
@@ -67,7 +67,9 @@ def compiled() -> Iterator[str]:
         yield f"flags {module.flags}"
     for device in ("cpu", "cuda"):
         yield f"{device} library: {library_line(device, module)}"
-    by = "a library of ours" if launches.compiled() is not None else "Triton: not built, or damaged"
+    reason = player.unavailable()
+    yield f"calls like earlier ones on a GPU: by {f'Python: {reason}' if reason else 'csrc/replay'}"
+    by = "csrc/launches" if launches.compiled() is not None else "Triton: not built, or damaged"
     yield f"launches of Triton's kernels again: by {by}"
 
 

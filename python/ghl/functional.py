@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ghl.sums import RawSums, as_rows, check_pair
-from ghl_kernels import ops
 from ghl_kernels.layout import is_channels_last
 
 
@@ -117,7 +116,7 @@ class LinearFunction(torch.autograd.Function):
         with torch.no_grad():
             bias = None if b is None else b.to(x.dtype)
             y = saved_output(ctx, y, lambda: F.linear(x, used, bias))
-            G, H0, totals = ops.direct["linear_pair"](
+            G, H0, totals = torch.ops.ghl_kernels.linear_pair_no_grad(
                 x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1]), rows, w, *ctx.rule
             )
         if is_differentiated():
@@ -166,7 +165,7 @@ class Conv2dFunction(torch.autograd.Function):
         with torch.no_grad():
             bias = None if b is None else b.to(x.dtype)
             y = saved_output(ctx, y, lambda: F.conv2d(x, used, bias, *ctx.geometry))
-            G, H0, totals = ops.direct["conv2d_pair"](
+            G, H0, totals = torch.ops.ghl_kernels.conv2d_pair_no_grad(
                 x, y, g, w, stride, padding, dilation, groups, *ctx.rule
             )
         if differentiable_G is not None:

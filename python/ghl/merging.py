@@ -18,7 +18,7 @@ from ghl import ranks
 from ghl.guards import is_update, mark_update
 from ghl.held import HeldSums, local, note_versions
 from ghl.sums import from_rows, without_sums
-from ghl_kernels import Rule, ops
+from ghl_kernels import Rule
 from ghl_kernels.composed import gated, sign
 
 
@@ -142,7 +142,7 @@ def merged(layers: Sequence[Layer], rule: Rule, dtype: torch.dtype | None = None
         return [sign(layer.G) for layer in layers]
     weights = [local(layer.weight.detach()) for layer in layers]
     H0 = [layer.H0 for layer in layers if layer.H0 is not None]
-    return ops.direct["foreach_merge"](
+    return torch.ops.ghl_kernels.foreach_merge(
         [layer.G.to(dtype or layer.G.dtype) for layer in layers],
         [from_rows(rows, weight) for rows, weight in zip(H0, weights, strict=True)],
         [layer.totals for layer in layers],

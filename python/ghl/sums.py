@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ghl.guards import check_alone, is_update, mark_update
-from ghl_kernels import Rule, ops
+from ghl_kernels import Rule
 from ghl_kernels.checks import sum_dtype
 from ghl_kernels.composed import sign
 from ghl_kernels.layout import is_channels_last
@@ -307,7 +307,7 @@ class ImmediateSums(RawSums):
             H0 = from_rows(sums["H0"], weight)
             totals = self._no_totals if self.totals is None else sums["totals"]
             used = weight.to(self.compute_dtype)
-            update = ops.direct["merge"](
+            update = torch.ops.ghl_kernels.merge_no_grad(
                 G, H0, totals, used, rule.decay, rule.gate, rule.normalize
             )[0]
         mark_update(update)

@@ -1,5 +1,5 @@
-"""Launches recorded kernels twice, by Triton and by csrc/launches, and compares what a driver is
-given; run as a program, with the directory of a libcuda without a GPU (`libcuda.cpp`).
+"""Launches recorded kernels by Triton, by csrc/launches and by csrc/replay, and compares what a
+driver is given; run as a program, with the directory of a libcuda without a GPU (`libcuda.cpp`).
 
 Prints a line of JSON for each kernel launched. Needs a process without TRITON_INTERPRET.
 """
@@ -12,7 +12,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,14 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.driver import CudaDriver, CudaLauncher, CudaUtils
 from triton.runtime.driver import driver
 
-from ghl_kernels import launches, tape
+from ghl_kernels import dispatch, launches, player, replay, tape
 from ghl_kernels.launches import ADDRESS, Address, Described, Kernel, TensorMap
 from ghl_kernels.recorder import record
 from ghl_kernels.tiles import Tile
 
 DIRECTORY = Path(sys.argv[1])
-STREAM = 11
+plan_in_launches = launches.plan
+STREAM = 11  # of a GPU; csrc/replay is told that of a CPU
 CASES = [
     Case(90, "pointwise", 16, Tile(64, 64, 64, 4, 3, descriptors=True, programs=3), "in_tile"),
     Case(90, "pointwise", 16, Tile(64, 64, 64, 4, 3, descriptors=True, programs=3), "statistics"),
@@ -56,8 +57,10 @@ class Driver(CudaDriver):
     def get_current_device(self) -> int:
         return 0
 
+    stream = STREAM
+
     def get_current_stream(self, device: int) -> int:
-        return STREAM
+        return self.stream
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", 90, 32)
@@ -90,35 +93,55 @@ def launched() -> list[bytes]:
     ]
 
 
-def compare() -> None:
-    """Have every launch that a tape plays made by both."""
-    original = tape.launcher
+def plan(kernel: Kernel, arguments: Sequence[Any]) -> Any:
+    """`launches.plan` where the driver knows the parameters of that kernel, if it is one."""
+    if kernel.owner is None:
+        return plan_in_launches(kernel, arguments)
+    expect(parameter_bytes(kernel.owner.asm["cubin"]))
+    planned = plan_in_launches(kernel, arguments)
+    expect([])  # while others are launched
+    return planned
 
-    def both(kernel: Kernel, step: tape.Step, by_triton: tape.Play) -> tape.Play:
+
+def replayed(step: tape.Step) -> tape.Play:
+    """A launch as csrc/replay makes it."""
+    arguments, slots = tape.laid_out(step)
+    handle, _ = launches.plan(step.kernel, arguments)
+    made = player.module().Tape(len(slots), len(slots), [], 0)
+    made.launch(handle, [*range(len(slots))])
+    return lambda tensors: made.play([tensors[slot] for slot in slots])
+
+
+def compared(original: Callable[..., tape.Play]) -> Callable[..., tape.Play]:
+    """A launcher of tapes whose launches are made by all."""
+
+    def launcher(kernel: Kernel, step: tape.Step, by_triton: tape.Play) -> tape.Play:
         sizes = parameter_bytes(kernel.owner.asm["cubin"])
-        expect(sizes)
-        again = original(kernel, step, by_triton)
-        expect([])  # while others are launched
+        again, compiled = original(kernel, step, by_triton), replayed(step)
 
         def play(tensors: list[Any]) -> None:
             expect(sizes)
             before = len(launched())
             by_triton(tensors)
             again(tensors)
+            driver.active.stream = 0
+            by_triton(tensors)
+            compiled(tensors)
+            driver.active.stream = STREAM
             expect([])
             made = launched()[before:]
             line = {
                 "kernel": kernel.owner.metadata.name,
                 "planned": again is not by_triton,
                 "launches": len(made),
-                "same": len(set(made)) == 1,
+                "same": made[0] == made[1] and made[2] == made[3] and len(set(made)) == 2,
                 "maps": sum(isinstance(kind, TensorMap) for kind in kernel.kinds),
             }
             print(json.dumps(line), flush=True)
 
         return play
 
-    tape.launcher = both
+    return launcher
 
 
 def refusals() -> dict[str, Any]:
@@ -143,29 +166,47 @@ def refusals() -> dict[str, Any]:
     return found
 
 
+def merges() -> list[tuple[int, int]]:
+    """How many launches calls made, and how many of the calls csrc/replay played: the third, not
+    the fourth, which has no context, and the fifth."""
+    backend = dispatch.Backend("triton", "for a test")
+    dispatch.settled = lambda *arguments: backend
+    replay.on_gpu = lambda t: True
+    torch.cuda.is_current_stream_capturing = lambda: False
+    served = player.serve("merge_no_grad", "merge", "CPU", False)
+    tensors, found = [torch.ones(size) for size in ((8, 4), (8, 4), (9,), (8, 4))], []
+    for has_context in (True, True, True, False, True):
+        libcuda.test_set_context(has_context)
+        before = len(launched()), player.last("merge")[0]
+        torch.ops.ghl_kernels.merge_no_grad(*tensors, "oja", "sign", "absmax")
+        found.append((len(launched()) - before[0], player.last("merge")[0] - before[1]))
+    del served
+    return found
+
+
 def main() -> None:
     told: list[Any] = []
     driver.set_active(Driver())
+    launches.plan = plan
     compile_cases.empty = lambda *shape, dtype=torch.float32: torch.zeros(*shape, dtype=dtype)
     tape.stream_of = lambda t: STREAM
-    compare()
+    own, tape.launcher = tape.launcher, compared(tape.launcher)
     for case in CASES:
         with used(case):
             for call, tensors in calls_of(case):
                 _, taped = record(call, tensors)
                 assert taped is not None, case
                 taped.play(tensors)
+    tape.launcher = own
+    with used(case):
+        _, untold = record(call, tensors)
     before = len(launched())
-    hook = told.append
-    triton.knobs.runtime.launch_enter_hook.add(hook)
-    taped.play(tensors)
-    triton.knobs.runtime.launch_enter_hook.remove(hook)
-    kernels = (len(launched()) - before) // 2
-    libcuda.test_set_context(False)  # ours cannot then: by Triton again
-    taped.play(tensors)
-    libcuda.test_set_context(True)
+    triton.knobs.runtime.launch_enter_hook.add(told.append)
+    untold.play(tensors)
+    triton.knobs.runtime.launch_enter_hook.remove(told.append)
+    kernels = len(launched()) - before
     last = {"refusals": refusals(), "told": len(told), "kernels of that call": kernels}
-    print(json.dumps(last), flush=True)
+    print(json.dumps({**last, "merges": merges()}), flush=True)
 
 
 if __name__ == "__main__":

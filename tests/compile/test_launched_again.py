@@ -1,5 +1,5 @@
-"""Launches by csrc/launches give a driver what Triton's own give it, and are refused where they
-must be; with a libcuda that has no GPU (`libcuda.cpp`)."""
+"""What csrc/launches and csrc/replay launch gives a driver what Triton's own launches give it, and
+is refused where it must be; with a libcuda that has no GPU (`libcuda.cpp`)."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ import pytest
 from compile_cases import OTHERS, WGRAD
 from test_compiled_kernels import HERE, environment_with
 
-from ghl_kernels import launches
+from ghl_kernels import launches, player
 
 compiler = shutil.which("c++") or shutil.which("g++")
 pytestmark = [
     pytest.mark.skipif(not compiler, reason="no C++ compiler for a libcuda without a GPU"),
     pytest.mark.skipif(launches.compiled() is None, reason="the library of launches is not built"),
+    pytest.mark.skipif(player.module() is None, reason="csrc/replay is not built for this torch"),
 ]
 
 
@@ -45,7 +46,7 @@ def build(directory: Path) -> None:
 def test_every_kernel_is_launched_as_triton_launches_it(lines: list[dict[str, Any]]) -> None:
     """Grid, threads, shared memory, stream, and every parameter by its size in the machine code."""
     played = [line for line in lines if "kernel" in line]
-    assert all(line["planned"] and line["launches"] == 2 and line["same"] for line in played)
+    assert all(line["planned"] and line["launches"] == 4 and line["same"] for line in played)
     on_their_own = {name for name in OTHERS if not name.startswith("foreach")}
     assert {line["kernel"] for line in played} == {*WGRAD, *on_their_own}
     assert {line["maps"] for line in played} == {0, 3}
@@ -59,6 +60,10 @@ def test_what_is_refused(lines: list[dict[str, Any]]) -> None:
 
 
 def test_triton_launches_where_somebody_is_told(lines: list[dict[str, Any]]) -> None:
-    """Of the pairs of launches of one call: ours leaves its own to Triton."""
     last = lines[-1]
-    assert last["told"] == 2 * last["kernels of that call"] > 0
+    assert last["told"] == last["kernels of that call"] > 0
+
+
+def test_csrc_replay_leaves_to_triton_what_it_cannot_launch(lines: list[dict[str, Any]]) -> None:
+    """Of five merges, the fourth without a context: launches, and whether it played them."""
+    assert lines[-1]["merges"] == [[2, 0], [2, 0], [2, 1], [2, 0], [2, 1]]

@@ -20,7 +20,10 @@ from ghl_kernels import Rule, ops
 CONV = Conv(2, 4, (6, 5), 6, kernel=(3, 2), stride=(1, 2), padding=(1, 0), groups=2)
 LINEAR = Linear(7, 5, 4)
 MERGE = ("oja", "sign", "absmax")
-OPERATORS = {name: getattr(torch.ops.ghl_kernels, name).default for name in ops.OPERATORS}
+OPERATORS = {
+    name: getattr(torch.ops.ghl_kernels, name).default
+    for name in (*ops.OPERATORS, *ops.NO_GRAD.values())
+}
 operators = pytest.mark.parametrize("name", OPERATORS)
 layouts = pytest.mark.parametrize("layout", LAYOUTS)
 
@@ -41,7 +44,7 @@ def arguments(name: str, layout: str = "contiguous") -> tuple:
         "foreach_merge": ([G, H0], [H0, G], [torch.rand(7), torch.rand(7)], [w, w * 2], *MERGE),
         "linear_update": (*linear, "softmax", 0.5, *MERGE),
         "conv2d_update": (*conv, *CONV.geometry, "softmax", 0.5, *MERGE),
-    }[name]
+    }[name.removesuffix("_no_grad")]
 
 
 def tensors_of(values: Any) -> list[Tensor]:
@@ -90,7 +93,7 @@ def test_fake_has_the_real_shape_strides_and_dtype(
         assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
 
 
-@pytest.mark.parametrize("name", [n for n in OPERATORS if n != "logsumexp"])
+@pytest.mark.parametrize("name", [n for n in ops.OPERATORS if n != "logsumexp"])
 def test_no_derivative_is_an_error_not_a_zero(name: str, implementation: str) -> None:
     args = with_tensors(arguments(name), lambda t: t.requires_grad_())
     result = tensors_of(OPERATORS[name](*args))[0]
