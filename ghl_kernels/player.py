@@ -32,9 +32,14 @@ def unavailable() -> str | None:
     built = found()
     if built is None:
         return "not built, or damaged"
-    if built.abi != library.ABI or built.torch_version != torch.__version__:
+    if built.abi != library.ABI or release(built.torch_version) != release(torch.__version__):
         return f"built for torch {built.torch_version}, this is {torch.__version__}"
     return None
+
+
+def release(version: str) -> str:
+    """A version of torch without what it was built with, which no header tells."""
+    return version.partition("+")[0]
 
 
 @functools.cache

@@ -15,7 +15,7 @@ from test_tape import LAYERS, half, layers
 from torch import Tensor
 
 import ghl_kernels
-from ghl_kernels import Backend, Rule, dispatch, replay, trial
+from ghl_kernels import Backend, Rule, dispatch, player, replay, trial
 from ghl_kernels.recorder import recorder
 
 
@@ -169,20 +169,31 @@ def test_threads_play_one_tape_beside_each_other(played: dict) -> None:
 
 
 @gpu
-def test_calls_are_played_on_any_stream_and_in_a_graph(shipped: None) -> None:
+@pytest.mark.parametrize("compiled", [False, True], ids=["python", "csrc/replay"])
+def test_calls_are_played_on_any_stream_and_in_a_graph(shipped: None, compiled: bool) -> None:
     """Of a step of training: a pair and its merge, by the kernels that users get."""
+    if compiled and player.module() is None:
+        pytest.skip(f"csrc/replay: {player.unavailable()}")
     layer = Conv(16, 64, (28, 28), 64, padding=(1, 1))
     choice = "oja", "sign", "absmax"
+    suffix = "_no_grad" if compiled else ""
+    make, merge = (getattr(torch.ops.ghl_kernels, n + suffix) for n in ("conv2d_pair", "merge"))
 
     def step(tensors: Tensors) -> list[Tensor]:
-        pair = layer.pair(tensors, Rule())
-        return [*pair, *torch.ops.ghl_kernels.merge(*pair, tensors[3], *choice)]
+        pair = make(*tensors, *layer.geometry, "softmax", 1.0)
+        return [*pair, *merge(*pair, tensors[3], *choice)]
+
+    def played() -> int:
+        return player.last("conv2d_pair")[0] + player.last("merge")[0]
 
     tensors = half(layer)
     wanted = step(tensors)
     step(half(layer))
-    kinds = [found for found in replay._tapes.values() if isinstance(found, tuple)]
+    kinds = [found for found in replay._tapes.values() if isinstance(found, replay.Played)]
     assert len(kinds) >= 2
+    before = played()
+    assert_same(step(tensors), wanted)
+    assert played() == before + (2 if compiled else 0)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

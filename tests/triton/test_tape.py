@@ -15,7 +15,7 @@ from test_gpu_steps import assert_same
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from ghl_kernels import Rule, dispatch, launches, ops, tape
+from ghl_kernels import Rule, dispatch, launches, ops, player, tape
 from ghl_kernels.recorder import record, recorder
 from ghl_kernels.tiles import BY_CUDA, BY_TRITON
 
@@ -83,6 +83,11 @@ def test_other_tensors_are_given_what_the_call_would(
     _, taped = record(update, first, *rest)
     assert taped is not None
     assert_same(taped.play(others), wanted)
+    compiled = player.made_of(taped, 0)
+    if compiled is not None:
+        assert_same(compiled.play(others), wanted)
+    elif player.module() is not None:
+        assert told in BY_TRITON and not torch.cuda.is_available()  # launches of its interpreter
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
