@@ -69,11 +69,20 @@ def is_differentiated() -> bool:
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
-def saved_output(ctx: Any, y: Tensor, recompute: Callable[[], Tensor]) -> Tensor:
-    """The y that forward returned."""
-    if ctx.probe is not None and ctx.probe._version != ctx.version:
-        return recompute()
-    return y
+def saved_output(
+    ctx: Any,
+    y: Tensor,
+    operation: Callable[..., Tensor],
+    x: Tensor,
+    w: Tensor,
+    b: Tensor | None,
+    *geometry: Any,
+) -> Tensor:
+    """The y that forward returned; the operation again where it was overwritten since."""
+    if ctx.probe is None or ctx.probe._version == ctx.version:
+        return y
+    with torch.no_grad():
+        return operation(x, w, None if b is None else b.to(x.dtype), *geometry)
 
 
 def wanted(ctx: Any, totals: Tensor) -> Tensor | None:
@@ -113,12 +122,10 @@ class LinearFunction(torch.autograd.Function):
         rows = g.reshape(-1, g.shape[-1])
         grad_b = rows.sum(0) if needs_b else None
         note_pair(ctx, w)
-        with torch.no_grad():
-            bias = None if b is None else b.to(x.dtype)
-            y = saved_output(ctx, y, lambda: F.linear(x, used, bias))
-            G, H0, totals = torch.ops.ghl_kernels.linear_pair_no_grad(
-                x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1]), rows, w, *ctx.rule
-            )
+        y = saved_output(ctx, y, F.linear, x, used, b)
+        G, H0, totals = torch.ops.ghl_kernels.linear_pair_no_grad(
+            x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1]), rows, w, *ctx.rule
+        )
         if is_differentiated():
             G = rows.mT @ x.reshape(-1, x.shape[-1])
         return as_rows(H0, ctx.channels_last), wanted(ctx, totals), grad_x, G, grad_b, *[None] * 3
@@ -162,12 +169,10 @@ class Conv2dFunction(torch.autograd.Function):
             [needs_x, is_differentiated(), needs_b],
         )  # fmt: skip
         note_pair(ctx, w)
-        with torch.no_grad():
-            bias = None if b is None else b.to(x.dtype)
-            y = saved_output(ctx, y, lambda: F.conv2d(x, used, bias, *ctx.geometry))
-            G, H0, totals = torch.ops.ghl_kernels.conv2d_pair_no_grad(
-                x, y, g, w, stride, padding, dilation, groups, *ctx.rule
-            )
+        y = saved_output(ctx, y, F.conv2d, x, used, b, *ctx.geometry)
+        G, H0, totals = torch.ops.ghl_kernels.conv2d_pair_no_grad(
+            x, y, g, w, stride, padding, dilation, groups, *ctx.rule
+        )
         if differentiable_G is not None:
             G = differentiable_G
         return as_rows(H0, ctx.channels_last), wanted(ctx, totals), grad_x, G, grad_b, *[None] * 7

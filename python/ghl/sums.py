@@ -221,7 +221,6 @@ class ImmediateSums(RawSums):
 
         return take
 
-    @torch.no_grad()
     def _look(self) -> None:
         """Before a gradient is added: to what. None costs nothing."""
         weight = self._weight()
@@ -230,7 +229,7 @@ class ImmediateSums(RawSums):
         if grad is None:
             self._handed_out = False
         elif self._handed_out and not is_update(grad):
-            self._before = grad.any()
+            self._before = grad.detach().any()
 
     def _take_gradient(self, weight: Tensor) -> None:
         if weight.grad is None:  # frozen since the forward
@@ -298,11 +297,11 @@ class ImmediateSums(RawSums):
             arrived, self._arrived = self._arrived, {}
             weight.grad = self._merge(weight.detach(), arrived)
 
-    @torch.no_grad()
     def _merge(self, weight: Tensor, sums: dict[str, Tensor]) -> Tensor:
+        """The update, which no graph has part in. weight: detached."""
         rule, G = self.rule, sums["G"]
         if rule.gate == "sign_only":
-            update = sign(G)
+            update = sign(G.detach())
         else:
             H0 = from_rows(sums["H0"], weight)
             totals = self._no_totals if self.totals is None else sums["totals"]
