@@ -195,7 +195,7 @@ def stages(work: Path, out: Path, dry: bool) -> list[Stage]:
     many = ["-n", "10", "--dist", "worksteal"] if has("xdist") and not dry else []
     # those of tests/cuda that need no GPU build a library of their own, for minutes
     tests = ["tests/triton", "tests/cuda/test_gpu_cuda.py", "tests/cuda/test_choice.py"]
-    tests.append("tests/scale/test_on_gpu.py")
+    tests += ["tests/scale/test_on_gpu.py", "tests/kernels/test_player.py"]
     pytest = [python, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", *many]
     pip = [python, "-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps", "-e", "."]
     bench = [python, "-m", "ghl.cli", "bench"]

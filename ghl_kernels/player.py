@@ -37,6 +37,12 @@ def unavailable() -> str | None:
     return None
 
 
+def by_whom() -> str:
+    """Who plays tapes, and why if it is Python."""
+    reason = unavailable()
+    return f"Python: {reason}" if reason else "csrc/replay"
+
+
 def release(version: str) -> str:
     """A version of torch without what it was built with, which no header tells."""
     return version.partition("+")[0]

@@ -67,8 +67,7 @@ def compiled() -> Iterator[str]:
         yield f"flags {module.flags}"
     for device in ("cpu", "cuda"):
         yield f"{device} library: {library_line(device, module)}"
-    reason = player.unavailable()
-    yield f"calls like earlier ones on a GPU: by {f'Python: {reason}' if reason else 'csrc/replay'}"
+    yield f"calls like earlier ones on a GPU: by {player.by_whom()}"
     by = "csrc/launches" if launches.compiled() is not None else "Triton: not built, or damaged"
     yield f"launches of Triton's kernels again: by {by}"
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ghl.bench.measure import Row
+from ghl_kernels import player
 from ghl_kernels.source_hash import gpu_source_hash
 
 SCHEMA = 1
@@ -65,6 +66,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": triton,
         "cuda": torch.version.cuda,
+        "tapes_played_by": player.by_whom(),
         "commit": head,
         "dirty": dirty,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
