@@ -78,9 +78,9 @@ def unsettle() -> None:
 
 def forget() -> None:
     """That, and all that was looked up for it: a library or a table is another one now."""
-    unsettle()
     tiles.forget()
     kernels.forget()
+    unsettle()
 
 
 def native_unavailable(device: torch.device) -> str | None:

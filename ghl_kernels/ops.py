@@ -18,6 +18,7 @@ from ghl_kernels.composed import Triple, Triples
 from ghl_kernels.problem import Problem
 from ghl_kernels.registration import (
     autocast_activations,
+    below_autograd,
     on_their_device,
     without_derivative,
 )
@@ -64,7 +65,9 @@ SCHEMAS = (
 
 # Those that tapes may play are also there for callers with gradients off, who pay for no look at
 # them: their results are no part of autograd's graph.
-NO_GRAD = {name: f"{name}_no_grad" for name in ("linear_pair", "conv2d_pair", "merge")}
+NO_GRAD = {
+    name: f"{name}_no_grad" for name in ("linear_pair", "conv2d_pair", "merge", "foreach_merge")
+}
 
 _library = torch.library.Library("ghl_kernels", "DEF")
 for _schema in SCHEMAS:
@@ -271,7 +274,7 @@ def register_operator(
     name: str, implementation: Callable[..., Any], fake: Callable[..., Any]
 ) -> None:
     casts = name in TAKES_ACTIVATIONS
-    recorded = replayed(name, implementation) if casts or name == "merge" else implementation
+    recorded = implementation if name == "logsumexp" else replayed(name, implementation)
     run = on_their_device(recorded)
     operator = register(name, run, fake, casts)
     if name == "logsumexp":
@@ -282,7 +285,7 @@ def register_operator(
     else:
         _library.impl(name, without_derivative(operator, run), "Autograd", with_keyset=True)
     if name in NO_GRAD:
-        register(NO_GRAD[name], run, fake, casts)
+        register(NO_GRAD[name], below_autograd(run), fake, casts)
         _library.impl(NO_GRAD[name], torch.library.fallthrough_kernel, "Autograd")
         _served.append(player.serve(NO_GRAD[name], name, "CUDA", multiplies=casts))
 

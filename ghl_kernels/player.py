@@ -2,6 +2,7 @@
 
 Operators for callers with gradients off look there for a tape of calls like theirs, and call the
 operator of Python's where there is none, which records, and hands tapes over (`replay.py`).
+Whether products of float32 may be in TF32 only Python knows: those it plays itself.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from ghl_kernels.tape import Allocation, Instruction, Release, Slot, Step, Tape,
 REFUSED = RuntimeError, TypeError, ValueError  # of a value that is no argument of that operator
 
 _owners: dict[int, Any] = {}  # of kernels that tapes launch: as long as this process
+_served: set[str] = set()
 
 
 @functools.cache
@@ -60,13 +62,30 @@ def serve(name: str, operator: str, device: str, multiplies: bool) -> Any:
     multiplies: whether it has products, which may be TF32 where its tensors are float32.
     """
     by = module()
-    return None if by is None else by.serve(name, operator, device, multiplies)
+    if by is None:
+        return None
+    _served.add(operator)
+    return by.serve(name, operator, device, multiplies)
 
 
-def offer(made: Any) -> None:
-    """Have later calls like the one that this thread is in played from a tape of csrc/replay."""
-    if made is not None:
-        module().offer(made)  # type: ignore[union-attr]
+def forgotten() -> int:
+    """How often all was."""
+    by = module()
+    return 0 if by is None else by.forgotten()
+
+
+def keep(operator: str, arguments: tuple[Any, ...], tape: Tape, note: int, begun: int) -> bool:
+    """Have later calls of an operator like one with these arguments played from its tape, if they
+    can be; but not where all was forgotten since as much was as `begun` says.
+
+    note: what `last` is to tell. False where there were too many tapes, and now is none.
+    """
+    by = module()
+    if by is None or operator not in _served:
+        return True
+    kind = by.kind_of(operator, arguments)
+    made = None if kind is None else made_of(tape, note)
+    return made is None or by.keep(operator, kind, made, begun)
 
 
 @contextlib.contextmanager

@@ -68,7 +68,8 @@ class Recorder(TorchDispatchMode):
         number = self.numbers[id(t)] = len(self.tensors)
         self.tensors.append(t)
         for source in sources:
-            if t.untyped_storage().data_ptr() == source.untyped_storage().data_ptr() != 0:
+            memory = t.untyped_storage().data_ptr()
+            if t.numel() and memory == source.untyped_storage().data_ptr() != 0:
                 base = self.address(source)
                 offset = base.offset + t.data_ptr() - source.data_ptr()
                 self.origins[number] = Address(base.slot, offset)

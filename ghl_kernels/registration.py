@@ -99,6 +99,16 @@ def without_derivative(operator: Any, run: Callable[..., Any]) -> Callable[..., 
     return kernel
 
 
+def below_autograd(run: Callable[..., Any]) -> Callable[..., Any]:
+    """Has autograd see nothing of what is inside, whoever wants gradients."""
+
+    def call(*arguments: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return run(*arguments)
+
+    return call
+
+
 def current(device: torch.device) -> AbstractContextManager[Any]:
     """Makes a GPU the current one: Triton launches kernels there."""
     on_gpu = device.type == "cuda" and torch.cuda.is_available()

@@ -8,7 +8,8 @@ compiled; the second is recorded; the rest are played.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,16 +21,15 @@ from ghl_kernels.recorder import record, recorder
 from ghl_kernels.tape import Tape
 
 MOST_TAPES = 4096
-TENSORS = 4  # the first arguments: x, y, g and w, or G, H0, totals and w
+TENSORS = 4  # the first arguments: x, y, g and w, or G, H0, totals and w, or lists of these
 NEVER = "never played"
 
 
 class Played(NamedTuple):
-    """A tape, what the call took that it was made of, and the same tape for csrc/replay."""
+    """A tape, and what the call took that it was made of."""
 
     tape: Tape
     backend: Backend
-    compiled: Any
 
 
 # of a kind: what its first call took, then how later ones are played
@@ -38,8 +38,32 @@ Found = Backend | Played | str
 _tapes: dict[tuple[Any, ...], Found] = {}
 
 
+class Form(NamedTuple):
+    """How a call takes its tensors, and gives them: one by one, or lists of `each`."""
+
+    each: int | None
+
+    @classmethod
+    def of(cls, first: Sequence[Any]) -> Form | None:
+        """None for lists that do not go together."""
+        if isinstance(first[0], Tensor):
+            return cls(None)
+        each = {len(one) for one in first}
+        return cls(each.pop()) if len(each) == 1 and each != {0} else None
+
+    def flat(self, values: Sequence[Any]) -> tuple[Tensor, ...]:
+        return tuple(values if self.each is None else itertools.chain.from_iterable(values))
+
+    def formed(self, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
+        """The inverse of `flat`."""
+        if self.each is None:
+            return tuple(tensors)
+        starts = range(0, len(tensors), self.each)
+        return tuple([list(tensors[i : i + self.each]) for i in starts])
+
+
 def lie(t: Tensor) -> tuple[Any, ...]:
-    """All that a call depends on of a tensor that is strided."""
+    """All that a call depends on of a tensor that is strided; as `append_tensor` of csrc/replay."""
     return t.shape, t.stride(), t.dtype, t.get_device(), t.data_ptr() % 16
 
 
@@ -54,30 +78,49 @@ def replayed(operator: str, run: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(run)
     def call(*arguments: Any) -> Any:
-        tensors, rest = arguments[:TENSORS], arguments[TENSORS:]
-        if not on_gpu(tensors[0]) or dispatch.is_forced() or not all(map(is_strided, tensors)):
+        form, rest = Form.of(arguments[:TENSORS]), arguments[TENSORS:]
+        tensors = () if form is None else form.flat(arguments[:TENSORS])
+        if form is None or not is_playable(tensors) or dispatch.is_forced():
             return run(*arguments)
-        key = kind(operator, tensors, rest)
+        begun, key = player.forgotten(), kind(operator, tensors, rest)
         found = _tapes.get(key)
         if isinstance(found, Played):
             dispatch.note(operator, found.backend)
-            player.offer(found.compiled)
-            return found.tape.play(tensors)
+            return form.formed(found.tape.play(tensors))
         if isinstance(found, str) or (found is not None and not is_recordable(tensors)):
             return run(*arguments)
-        result, taped = (run(*arguments), None) if found is None else record(run, tensors, *rest)
+        taped = None
+        if found is None:
+            result = run(*arguments)
+        else:
+            results, taped = record(in_form(run, form), tensors, *rest)
+            result = form.formed(results)
         backend = dispatch.settled_last(operator)
         if found is None or (taped is not None and backend != found):
             remember(key, backend)
         elif taped is None:
             remember(key, NEVER)
         else:
-            compiled = player.made_of(taped, dispatch.noted(found))
-            player.offer(compiled)
-            remember(key, Played(taped, found, compiled))
+            remember(key, Played(taped, found))
+            if not player.keep(operator, arguments, taped, dispatch.noted(found), begun):
+                _tapes.clear()  # to have them recorded again
         return result
 
     return call
+
+
+def in_form(run: Callable[..., Any], form: Form) -> Callable[..., tuple[Tensor, ...]]:
+    """A call with its tensors one by one."""
+
+    def call(*values: Any) -> tuple[Tensor, ...]:
+        count = TENSORS * (form.each or 1)
+        return form.flat(run(*form.formed(values[:count]), *values[count:]))
+
+    return call
+
+
+def is_playable(tensors: Sequence[Tensor]) -> bool:
+    return on_gpu(tensors[0]) and all(map(is_strided, tensors))
 
 
 def is_recordable(tensors: tuple[Tensor, ...]) -> bool:

@@ -4,6 +4,7 @@
 // Knows PyTorch by more than its stable interface, whose calls lose what an error says: it is built
 // for one version, and Python asks for that before it asks for anything else.
 #include <ATen/ScalarOps.h>
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <torch/csrc/jit/python/pybind_utils.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
@@ -24,8 +25,8 @@ namespace {
 constexpr size_t kMostTapes = 4096;  // of an operator
 constexpr size_t kAlignment = 16;    // bytes; kernels are chosen by no more
 
-std::atomic<int> paused{0};     // how often Python wants every call
-std::atomic<int64_t> since{0};  // how often all was forgotten
+std::atomic<int> paused{0};         // how often Python wants every call
+std::atomic<int64_t> forgotten{0};  // how often all was
 
 template <class T>
 void append(std::string& kind, const T& value) {
@@ -37,7 +38,7 @@ void append_all(std::string& kind, c10::ArrayRef<int64_t> values) {
   kind.append(reinterpret_cast<const char*>(values.data()), values.size() * sizeof(int64_t));
 }
 
-// All that a call depends on of a tensor; false if that is more than how it lies.
+// All that a call depends on of a tensor, as `lie` of ghl_kernels/replay.py; false if that is more.
 bool append_tensor(std::string& kind, const at::Tensor& t) {
   if (!t.defined() || t.layout() != at::kStrided) return false;
   append_all(kind, t.sizes());
@@ -50,7 +51,11 @@ bool append_tensor(std::string& kind, const at::Tensor& t) {
 
 bool append_argument(std::string& kind, const c10::IValue& value) {
   if (value.isTensor()) return append_tensor(kind, value.toTensor());
-  if (value.isIntList()) {
+  if (value.isTensorList()) {
+    append(kind, value.toListRef().size());
+    for (const c10::IValue& t : value.toListRef())
+      if (!append_tensor(kind, t.toTensor())) return false;
+  } else if (value.isIntList()) {
     append_all(kind, value.toIntVector());
   } else if (value.isString()) {
     append(kind, value.toStringRef().size());
@@ -65,6 +70,35 @@ bool append_argument(std::string& kind, const c10::IValue& value) {
   return true;
 }
 
+// The tensors at the beginning of a call's arguments, those of lists among them.
+std::vector<at::Tensor> tensors_of(c10::ArrayRef<c10::IValue> arguments) {
+  std::vector<at::Tensor> found;
+  for (const c10::IValue& value : arguments) {
+    if (value.isTensor()) {
+      found.push_back(value.toTensor());
+    } else if (value.isTensorList()) {
+      for (const c10::IValue& t : value.toListRef()) found.push_back(t.toTensor());
+    } else {
+      break;
+    }
+  }
+  return found;
+}
+
+// What an operator of that schema returns: tensors, or lists of as many each.
+void push_results(torch::jit::Stack& stack, const c10::FunctionSchema& schema,
+                  std::vector<at::Tensor> results) {
+  const size_t count = schema.returns().size();
+  if (schema.returns()[0].type()->kind() != c10::TypeKind::ListType) {
+    for (at::Tensor& t : results) stack.emplace_back(std::move(t));
+    return;
+  }
+  const size_t each = results.size() / count;
+  for (size_t i = 0; i < count; ++i)
+    stack.emplace_back(
+        std::vector<at::Tensor>(results.begin() + i * each, results.begin() + (i + 1) * each));
+}
+
 // Tapes of one operator by what calls have in common that do the same to other numbers.
 class Replayed {
  public:
@@ -72,31 +106,44 @@ class Replayed {
       : multiplies_(multiplies),
         otherwise_(c10::Dispatcher::singleton().findSchemaOrThrow(name.c_str(), "")) {}
 
+  const c10::FunctionSchema& schema() const { return otherwise_.schema(); }
+
   void call(torch::jit::Stack& stack) {
-    const size_t arguments = otherwise_.schema().arguments().size();
-    const auto given = torch::jit::last(stack, arguments);
-    std::string kind;
-    const bool known = paused == 0 && is_described(given, kind);
-    if (const auto tape = known ? find(kind) : nullptr) {
+    const size_t count = schema().arguments().size();
+    const auto arguments = torch::jit::last(stack, count);
+    if (const auto tape = paused == 0 ? find(arguments) : nullptr) {
       try {
-        const std::vector<at::Tensor> results = tape->play(given);
-        torch::jit::drop(stack, arguments);
-        for (const at::Tensor& t : results) stack.emplace_back(t);
+        std::vector<at::Tensor> results = tape->play(tensors_of(arguments));
+        torch::jit::drop(stack, count);
+        push_results(stack, schema(), std::move(results));
         last_ = tape->note();
         ++played_;
         return;
       } catch (const Unavailable&) {
       }
     }
-    const Waiting waiting(known ? this : nullptr, kind);
     otherwise_.callBoxed(stack);
   }
 
-  // Of the call of this thread that Python is in: true if calls like it will be played from it.
-  static bool offer(std::shared_ptr<const Tape> tape) {
-    if (!waiting || !waiting->of || waiting->began != since) return false;
-    waiting->of->keep(waiting->kind, std::move(tape));
-    return true;
+  // What calls like one have in common; none for one that only Python plays.
+  std::optional<std::string> kind_of(c10::ArrayRef<c10::IValue> arguments) const {
+    // whether products of float32 may be in TF32 is asked in Python
+    if (multiplies_ && arguments[0].toTensor().scalar_type() == at::kFloat) return {};
+    std::string kind;
+    kind.reserve(512);
+    for (const c10::IValue& value : arguments)
+      if (!append_argument(kind, value)) return {};
+    return kind;
+  }
+
+  // Have calls of a kind played from a tape, unless all was forgotten since it was begun; false if
+  // there are too many, and none is left.
+  bool keep(const std::string& kind, std::shared_ptr<const Tape> tape, int64_t begun) {
+    const std::unique_lock lock(mutex_);
+    const bool room = tapes_.size() < kMostTapes;
+    if (!room) tapes_.clear();
+    if (room && begun == forgotten) tapes_[kind] = std::move(tape);
+    return room;
   }
 
   void forget() {
@@ -108,39 +155,11 @@ class Replayed {
   std::pair<int64_t, int64_t> last() const { return {played_, last_}; }
 
  private:
-  // A call that went on to Python.
-  struct Waiting {
-    Waiting(Replayed* whose, const std::string& what) : of(whose), kind(what), before(waiting) {
-      waiting = this;
-    }
-    ~Waiting() { waiting = before; }
-    Waiting(const Waiting&) = delete;
-    Replayed* of;
-    const std::string& kind;
-    const int64_t began = since;
-    Waiting* before;
-  };
-  static thread_local Waiting* waiting;
-
-  bool is_described(c10::ArrayRef<c10::IValue> given, std::string& kind) const {
-    // whether float32 may be TF32 is asked in Python
-    if (multiplies_ && given[0].toTensor().scalar_type() == at::kFloat) return false;
-    kind.reserve(512);
-    for (const c10::IValue& value : given)
-      if (!append_argument(kind, value)) return false;
-    return true;
-  }
-
-  std::shared_ptr<const Tape> find(const std::string& kind) const {
+  std::shared_ptr<const Tape> find(c10::ArrayRef<c10::IValue> arguments) const {
+    const auto kind = kind_of(arguments);
     const std::shared_lock lock(mutex_);
-    const auto found = tapes_.find(kind);
+    const auto found = kind ? tapes_.find(*kind) : tapes_.end();
     return found == tapes_.end() ? nullptr : found->second;
-  }
-
-  void keep(const std::string& kind, std::shared_ptr<const Tape> tape) {
-    const std::unique_lock lock(mutex_);
-    if (tapes_.size() >= kMostTapes) tapes_.clear();
-    tapes_[kind] = std::move(tape);
   }
 
   const bool multiplies_;
@@ -150,14 +169,13 @@ class Replayed {
   std::atomic<int64_t> played_{0}, last_{0};
 };
 
-thread_local Replayed::Waiting* Replayed::waiting = nullptr;
-
 // What a dispatch key calls.
 class Kernel : public c10::OperatorKernel {
  public:
   explicit Kernel(std::shared_ptr<Replayed> replayed) : replayed_(std::move(replayed)) {}
 
   void operator()(const c10::OperatorHandle&, c10::DispatchKeySet, torch::jit::Stack* stack) {
+    const at::AutoDispatchBelowADInplaceOrView below;
     replayed_->call(*stack);
   }
 
@@ -186,6 +204,17 @@ std::unique_ptr<Served> serve(const std::string& name, const std::string& op,
   served->library.impl(
       name.c_str(), torch::CppFunction::makeFromBoxedFunctor(std::make_unique<Kernel>(replayed)));
   return served;
+}
+
+// A call's arguments, all of them, as the operator is given them.
+std::vector<c10::IValue> values_of(const std::string& op, const py::tuple& arguments) {
+  std::vector<c10::IValue> values;
+  for (const c10::Argument& a : operators().at(op)->schema().arguments()) {
+    const size_t i = values.size();
+    values.push_back(i < arguments.size() ? torch::jit::toIValue(arguments[i], a.real_type())
+                                          : a.default_value().value());
+  }
+  return values;
 }
 
 // A number in the place of a tensor, which takes part in no promotion of dtypes.
@@ -248,16 +277,20 @@ PYBIND11_MODULE(_replay, module) {
            [](Tape& tape, uintptr_t planned, std::vector<int64_t> slots) {
              tape.launch(reinterpret_cast<void*>(planned), std::move(slots));
            })
-      .def("play", [](const Tape& tape, const std::vector<at::Tensor>& inputs) {
-        const py::gil_scoped_release released;
-        return tape.play(std::vector<c10::IValue>(inputs.begin(), inputs.end()));
-      });
+      .def("play", &Tape::play, py::call_guard<py::gil_scoped_release>());
   py::class_<Served>(module, "Served", py::module_local());
   module.def("serve", &serve);
-  module.def("offer", [](std::shared_ptr<Tape> tape) { return Replayed::offer(std::move(tape)); });
+  module.def("kind_of", [](const std::string& op, const py::tuple& arguments) -> py::object {
+    const auto kind = operators().at(op)->kind_of(values_of(op, arguments));
+    return kind ? py::object(py::bytes(*kind)) : py::none();
+  });
+  module.def("keep",
+             [](const std::string& op, const std::string& kind, std::shared_ptr<Tape> tape,
+                int64_t begun) { return operators().at(op)->keep(kind, std::move(tape), begun); });
+  module.def("forgotten", [] { return forgotten.load(); });
   module.def("pause", [](int more) { paused += more; });
   module.def("forget", [] {
-    ++since;
+    ++forgotten;
     for (auto& [name, replayed] : operators()) replayed->forget();
   });
   module.def("last", [](const std::string& name) {

@@ -83,15 +83,14 @@ void Tape::launch(void* planned, std::vector<int64_t> slots) {
   });
 }
 
-std::vector<at::Tensor> Tape::play(c10::ArrayRef<c10::IValue> arguments) const {
-  const at::Device device = arguments[0].toTensor().device();
+std::vector<at::Tensor> Tape::play(const std::vector<at::Tensor>& inputs) const {
+  TORCH_CHECK(int64_t(inputs.size()) == inputs_ && inputs_ > 0, "a tape was given ", inputs.size(),
+              " tensors, must be given ", inputs_);
+  const at::Device device = inputs[0].device();
   const c10::DeviceGuard guard(device);
   const at::AutoDispatchBelowADInplaceOrView below;
-  Call call;
-  call.tensors.reserve(slots_);
-  for (int64_t i = 0; i < inputs_; ++i) call.tensors.push_back(arguments[i].toTensor());
+  Call call{inputs, current_stream(device)};
   call.tensors.resize(slots_);
-  call.stream = current_stream(device);
   for (const auto& step : steps_) step(call);
   std::vector<at::Tensor> results;
   for (const int64_t slot : outputs_) results.push_back(call.tensors[slot]);

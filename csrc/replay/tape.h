@@ -13,7 +13,8 @@
 
 namespace ghl::replay {
 
-// A launch could not be made by csrc/launches: nothing that a call's caller sees has happened yet.
+// A launch could not be made by csrc/launches. A tape writes into what it makes alone, so that a
+// call can begin anew.
 struct Unavailable {};
 
 // The tensors of a call by their slots, and the stream that its launches go to.
@@ -22,8 +23,7 @@ struct Call {
   void* stream = nullptr;
 };
 
-// An argument of an operator: a value that is the same in every call, a tensor or a list of them;
-// slots: -1 for none in a list.
+// An argument of an operator: a value that is the same in every call, a tensor or a list of them.
 struct Argument {
   c10::IValue value;
   std::optional<int64_t> slot;
@@ -43,8 +43,8 @@ class Tape {
   // Takes a launch that ghl_launch_plan made, of the addresses of these tensors.
   void launch(void* planned, std::vector<int64_t> slots);
 
-  // What the call returns for the inputs at the beginning of its arguments. Throws Unavailable.
-  std::vector<at::Tensor> play(c10::ArrayRef<c10::IValue> arguments) const;
+  // What the call returns for other inputs. Throws Unavailable.
+  std::vector<at::Tensor> play(const std::vector<at::Tensor>& inputs) const;
 
   int64_t note() const { return note_; }
 

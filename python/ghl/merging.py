@@ -142,7 +142,7 @@ def merged(layers: Sequence[Layer], rule: Rule, dtype: torch.dtype | None = None
         return [sign(layer.G) for layer in layers]
     weights = [local(layer.weight.detach()) for layer in layers]
     H0 = [layer.H0 for layer in layers if layer.H0 is not None]
-    return torch.ops.ghl_kernels.foreach_merge(
+    return torch.ops.ghl_kernels.foreach_merge_no_grad(
         [layer.G.to(dtype or layer.G.dtype) for layer in layers],
         [from_rows(rows, weight) for rows, weight in zip(H0, weights, strict=True)],
         [layer.totals for layer in layers],

@@ -69,7 +69,7 @@ def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(replay, "on_gpu", lambda t: True)
     monkeypatch.setattr("torch.cuda.is_current_stream_capturing", lambda: False)
     registered = [
-        player.serve(other, name, "CPU", multiplies=name != "merge")
+        player.serve(other, name, "CPU", multiplies=name in ops.TAKES_ACTIVATIONS)
         for name, other in ops.NO_GRAD.items()
     ]
     yield
@@ -118,6 +118,32 @@ def test_merges(rule: Rule, layout: str, implementation: str) -> None:
             torch.ops.ghl_kernels.merge_no_grad(*sums, *choices), ops.merge(*sums, *choices)
         )
         assert played("merge") - before == max(0, number - 1)
+
+
+@pytest.mark.parametrize("rule", [Rule(), Rule(decay="instar", gate="hebb", normalize="mean")])
+def test_merges_of_many_layers(rule: Rule, implementation: str) -> None:
+    choices, before = (rule.decay, rule.gate, rule.normalize), played("foreach_merge")
+    shapes = (4, 3), (2, 5), (6, 3, 2, 2)
+    for number in range(4):
+        w = [torch.randn(shape) for shape in shapes]
+        G, H0 = ([torch.randn_like(one) for one in w] for _ in range(2))
+        totals = [torch.rand(one.shape[0] + 1) for one in w]
+        results = torch.ops.ghl_kernels.foreach_merge_no_grad(G, H0, totals, w, *choices)
+        for result, wanted in zip(
+            results, ops.foreach_merge(G, H0, totals, w, *choices), strict=True
+        ):
+            assert_same(result, wanted)
+        assert played("foreach_merge") - before == max(0, number - 1)
+
+
+def test_lists_that_are_no_layers(on_a_cpu: None) -> None:
+    w = [torch.randn(4, 3)]
+    merges = torch.ops.ghl_kernels.foreach_merge_no_grad
+    for _ in range(4):
+        with pytest.raises(ValueError, match="G is an empty list"):
+            merges([], [], [], [], "oja", "sign", "absmax")
+        with pytest.raises(ValueError, match="H0 has 0 tensors"):
+            merges(w, [], [torch.rand(5)], w, "oja", "sign", "absmax")
 
 
 def test_kinds(on_a_cpu: None) -> None:
@@ -192,12 +218,39 @@ def test_what_was_forgotten_meanwhile_is_not_kept(
     """A tape that was made of the table of before."""
     dispatch.unsettle()
     call()
-    own = player.offer
+    own = dispatch.settled_last
+
+    def meanwhile(operator: str) -> Any:
+        dispatch.unsettle()
+        return own(operator)
+
     with monkeypatch.context() as late:
-        late.setattr(player, "offer", lambda made: (dispatch.unsettle(), own(made)))
+        late.setattr(dispatch, "settled_last", meanwhile)
         call()
     call()
     assert recorded() == 0
+
+
+def test_calls_within_a_call_are_not_taken_for_it(
+    on_a_cpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a finalizer, say, or a hook of Triton's."""
+    layer, settled = LAYERS["conv"], dispatch.settled
+    tensors, others = layer.tensors(HALF), layer.tensors(HALF)
+    for _ in range(3):
+        pair(layer, others, Rule(tau=0.5))
+
+    def meanwhile(*arguments: Any) -> Any:
+        monkeypatch.setattr(dispatch, "settled", settled)
+        for operator in (torch.ops.ghl_kernels.conv2d_pair, ops.conv2d_pair):
+            called(operator, layer, others, Rule(tau=0.5))
+        pair(layer, others, Rule(tau=0.5))
+        return settled(*arguments)
+
+    for _ in range(3):
+        monkeypatch.setattr(dispatch, "settled", meanwhile)
+        assert_same(pair(layer, tensors), pair_in_python(layer, tensors))
+    assert_same(pair(layer, others, Rule(tau=0.5)), pair_in_python(layer, others, Rule(tau=0.5)))
 
 
 def test_errors_are_those_of_python(recorded: Callable[[], int]) -> None:
@@ -263,6 +316,16 @@ def test_a_lazily_negated_tensor(which: int, recorded: Callable[[], int]) -> Non
     tensors[which] = torch._neg_view(-tensors[which])
     assert_same(pair(layer, tensors), wanted)
     assert recorded() == 1
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_results_are_no_part_of_a_graph(number: int, implementation: str) -> None:
+    """Whether they are played, or would be an operator's of PyTorch."""
+    layer = LAYERS["conv"]
+    for _ in range(number + 1):
+        tensors = [t.requires_grad_() for t in layer.tensors(HALF)]
+        results = pair(layer, tensors)
+    assert not any(t.requires_grad for t in results)
 
 
 STEPS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, ...]]] = {

@@ -38,7 +38,7 @@ def test_they_do_what_the_operator_does() -> None:
     assert all(torch.equal(a, b) for a, b in zip(given, expected, strict=True))
 
 
-def test_results_are_no_part_of_a_graph() -> None:
+def test_results_are_no_part_of_a_graph(implementation: str) -> None:
     x, *rest = tensors()
     assert linear_pair(x.requires_grad_(), *rest, *RULE)[0].requires_grad
     assert not linear_pair_no_grad(x.requires_grad_(), *rest, *RULE)[0].requires_grad

@@ -118,7 +118,7 @@ def test_threads_do_not_take_each_others_choices(
     monkeypatch.setattr(dispatch, "settled_last", meanwhile)
     for _ in range(3):
         layer.update(half(layer), Rule())
-    ((_, backend, _),) = played.values()
+    ((_, backend),) = played.values()
     assert backend.reason != "there"
 
 

@@ -224,6 +224,14 @@ def test_what_depends_on_more_than_how_tensors_lie_is_not_played(
     assert torch.equal(result[0], call(a)[0])
 
 
+def test_an_empty_view_of_a_tensor_that_is_not() -> None:
+    """Its address is none."""
+    a = torch.rand(3, 4)
+    _, taped = record(lambda a: (a[1:1].T,), (a,))
+    (result,) = taped.play((a,))
+    assert result.shape == (4, 0) and 0 <= result.storage_offset() <= 12
+
+
 def test_two_inputs_that_are_one() -> None:
     a = torch.rand(3)
     result, taped = record(lambda a, b: (a + b,), (a, a))
