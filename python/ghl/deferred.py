@@ -306,8 +306,9 @@ class Synchronizer:
             task = torch._C._current_graph_task_id()
             if task != self._task:
                 self._attach_missing()
-                for weight, sums in self._held():
-                    sums.follow(weight)
+                with torch.no_grad():
+                    for weight, sums in self._held():
+                        sums.follow(weight)
                 after_all_callbacks(self._ended)
             self._task = task
 

@@ -161,7 +161,6 @@ class HeldSums(RawSums):
                 self._incomplete = REORDERED
             self._channels_last = channels_last
 
-    @torch.no_grad()
     def check(self, weight: Tensor) -> None:
         """Raise, and keep all, where the sums are not those of the gradient that is held."""
         reason = self._reason(weight)
@@ -188,7 +187,6 @@ class HeldSums(RawSums):
             return False
         return self._left(grad)
 
-    @torch.no_grad()
     def check_free(self) -> None:
         """Before gradients arrive: they must be added to no update, nor to half of the sums of a
         backward that raised. A reentrant checkpoint's are added to half of those around it."""
@@ -201,13 +199,13 @@ class HeldSums(RawSums):
         elif is_update(grad):
             self._free(grad)
 
+    @torch.no_grad()
     def _free(self, update: Tensor) -> None:
         """Let a gradient that was an update, and was zeroed in place, be one again."""
         check_zeroed(update)
         del update._ghl_update  # type: ignore[attr-defined]
         self.drop()
 
-    @torch.no_grad()
     def follow(self, weight: Tensor) -> None:
         """Before a backward: drop what `weight.grad` says is of an accumulation before, being None
         or all zeros. Within one, views of a bucket of DDP's change each other's versions."""
@@ -231,7 +229,6 @@ class HeldSums(RawSums):
         if grad is not None and not is_update(grad):
             self._versions, self._grad = versions(grad), weakref.ref(grad)
 
-    @torch.no_grad()
     def before_step(self, weight: Tensor) -> None:
         """Drop what zeroing in place says to, where no backward has come since to `follow` it.
 

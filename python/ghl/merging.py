@@ -129,10 +129,11 @@ def updates(layers: Sequence[Layer]) -> Iterator[tuple[Layer, Tensor]]:
         if layer.sharded and layer.has_sums and layer.rule.normalize == "absmax":
             split.append(layer)
         elif layer.is_due:
-            key = dataclasses.replace(layer.rule, tau=1.0, competition="linear")
-            alike.setdefault((key, layer.G.dtype, layer.G.device), []).append(layer)
-    for (rule, *_), same in alike.items():
-        yield from zip(same, merged(same, rule), strict=True)
+            rule, G = layer.rule, layer.G
+            key = rule.decay, rule.gate, rule.normalize, G.dtype, G.device
+            alike.setdefault(key, []).append(layer)
+    for same in alike.values():
+        yield from zip(same, merged(same, same[0].rule), strict=True)
     yield from updates_of_shards(split)
 
 
