@@ -38,7 +38,7 @@ def cast_for_autocast(
     return cast(x), cast(w), None if b is None else cast(b)
 
 
-def save(ctx: Any, x: Tensor, w: Tensor, b: Tensor | None, y: Tensor) -> None:
+def save(ctx: Any, x: Tensor, w: Tensor, w_used: Tensor, b: Tensor | None, y: Tensor) -> None:
     """Keep what backward needs, and what tells `saved_output` whether y was overwritten since.
 
     A traced graph has no in-place operations left, and there a copy that nothing needs is removed.
@@ -46,10 +46,11 @@ def save(ctx: Any, x: Tensor, w: Tensor, b: Tensor | None, y: Tensor) -> None:
     # asked for here: dynamo has a backward that asks how a tensor lies copy every gradient first
     ctx.channels_last = is_channels_last(w)
     if torch.compiler.is_compiling():
-        ctx.save_for_backward(x, w, b, y.clone())
+        ctx.save_for_backward(x, w, w_used, b, y.clone())
         ctx.probe = None
         return
-    ctx.save_for_backward(x, w, b, y.data)  # .data: no version check, or backward would refuse
+    # .data: no version check, or backward would refuse
+    ctx.save_for_backward(x, w, w_used, b, y.data)
     ctx.around = torch._C._current_graph_task_id()  # a backward that recomputes, or -1
     ctx.probe = y.detach()  # shares y's version counter...
     ctx.probe.data = y.new_empty(0)  # ...but not its memory
@@ -108,15 +109,16 @@ class LinearFunction(torch.autograd.Function):
     ) -> Tensor:
         x_used, w_used, b_used = cast_for_autocast(x, w, b)
         y = owned(F.linear(x_used, w_used, b_used))
-        save(ctx, x_used, w, b, y)
+        save(ctx, x_used, w, w_used, b, y)
         ctx.rule = competition, tau, sum_u
         ctx.hebbian = None if torch.compiler.is_compiling() else hebbian
         return y
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
-        x, w, b, y = ctx.saved_tensors
-        used = w.to(x.dtype)
+        x, w, used, b, y = ctx.saved_tensors
+        if is_differentiated():  # its gradient is to reach w
+            used = w.to(x.dtype)
         _, _, needs_x, _, needs_b, *_ = ctx.needs_input_grad
         grad_x = g @ used if needs_x else None
         rows = g.reshape(-1, g.shape[-1])
@@ -152,7 +154,7 @@ class Conv2dFunction(torch.autograd.Function):
     ) -> Tensor:
         x_used, w_used, b_used = cast_for_autocast(x, w, b)
         y = F.conv2d(x_used, w_used, b_used, stride, padding, dilation, groups)
-        save(ctx, x_used, w, b, y)
+        save(ctx, x_used, w, w_used, b, y)
         ctx.geometry = stride, padding, dilation, groups
         ctx.rule = competition, tau, sum_u
         ctx.hebbian = None if torch.compiler.is_compiling() else hebbian
@@ -160,8 +162,9 @@ class Conv2dFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
-        x, w, b, y = ctx.saved_tensors
-        used = w.to(x.dtype)
+        x, w, used, b, y = ctx.saved_tensors
+        if is_differentiated():  # its gradient is to reach w
+            used = w.to(x.dtype)
         stride, padding, dilation, groups = ctx.geometry
         _, _, needs_x, _, needs_b, *_ = ctx.needs_input_grad
         grad_x, differentiable_G, grad_b = torch.ops.aten.convolution_backward(
