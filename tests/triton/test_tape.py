@@ -15,7 +15,7 @@ from test_gpu_steps import assert_same
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from ghl_kernels import Rule, dispatch, launches, ops, player, tape
+from ghl_kernels import Rule, dispatch, force, launches, ops, player, tape
 from ghl_kernels.recorder import record, recorder
 from ghl_kernels.tiles import BY_CUDA, BY_TRITON
 
@@ -274,3 +274,19 @@ def test_a_recorder_inside_another_gives_it_back() -> None:
 
     record(outer, (torch.zeros(2),))
     assert recorder() is None
+
+
+def test_tables_of_addresses_are_not_played() -> None:
+    """Triton's merge of many layers copies them to the GPU: another call's are others."""
+    w = [torch.randn(4, 3), torch.randn(5, 2)]
+    totals = [torch.rand(5), torch.rand(6)]
+    with force("triton"):
+
+        def merge(*tensors: Tensor) -> tuple[Tensor, ...]:
+            lists = [list(tensors[i : i + 2]) for i in range(0, 8, 2)]
+            return tuple(t for one in ops.foreach_merge(*lists, *choices(Rule())[2:]) for t in one)
+
+        tensors = [*(torch.randn_like(t) for t in w), *(torch.randn_like(t) for t in w)]
+        results, taped = record(merge, [*tensors, *totals, *w])
+        assert taped is None
+        assert_same(results, merge(*tensors, *totals, *w))
