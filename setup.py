@@ -37,6 +37,10 @@ def compiler() -> str | None:
     return next((path for c in candidates if (path := shutil.which(c))), None)
 
 
+def run(*command: object) -> None:
+    subprocess.run([str(part) for part in command], check=True)
+
+
 class BuildNative(build_ext):
     """Builds and installs the CMake project into the ghl_kernels package."""
 
@@ -73,12 +77,13 @@ class BuildNative(build_ext):
         if architectures := os.environ.get("TORCH_CUDA_ARCH_LIST"):
             options["GHL_CUDA_ARCH_LIST"] = ";".join(architectures.replace(";", " ").split())
         definitions = [f"-D{name}={value}" for name, value in options.items()]
-        for command in (
-            ["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", *definitions],
-            ["cmake", "--build", build],
-            ["cmake", "--install", build, "--prefix", self.package_directory()],
-        ):
-            subprocess.run([str(part) for part in command], check=True)
+        run("cmake", "-S", ROOT, "-B", build, "-G", "Ninja", *definitions)
+        run("cmake", "--build", build)
+        try:
+            run("cmake", "--build", build, "--target", "_replay")
+        except subprocess.CalledProcessError:
+            self.warn("csrc/replay does not compile with this torch: Python plays tapes")
+        run("cmake", "--install", build, "--prefix", self.package_directory())
 
     def package_directory(self) -> Path:
         root = ROOT if self.inplace else Path(self.build_lib).resolve()
