@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
-from ghl_kernels import launches, library
+from ghl_kernels import launches, library, player
 from ghl_kernels.launches import ADDRESS, Address, Described, Kernel, TensorMap
 
 NAME = "libghl_kernels_launches.so"
@@ -60,6 +61,14 @@ def test_built_wherever_the_cpu_library_is() -> None:
     if cpu is None or not cpu.loaded:
         pytest.skip("nothing is compiled here")
     assert launches.compiled() is not None
+
+
+def test_csrc_replay_is_built_wherever_introspection_is() -> None:
+    """Each for one Python; and of this torch, or all its tests would skip."""
+    built = library.introspection()
+    if built is None or player.release(built.torch_headers) != player.release(torch.__version__):
+        pytest.skip("nothing is compiled here for this torch")
+    assert player.by_whom() == "csrc/replay"
 
 
 @pytest.mark.parametrize("what", ["a number beyond its dtype", "six dimensions"])
