@@ -189,13 +189,18 @@ def has(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
+# those of tests/cuda that need no GPU build a library of their own, for minutes
+TESTS = (
+    "triton", "cuda/test_gpu_cuda.py", "cuda/test_choice.py", "scale/test_on_gpu.py",
+    "kernels/test_player.py", "kernels/test_compiled_tapes.py",
+)  # fmt: skip
+
+
 def stages(work: Path, out: Path, dry: bool) -> list[Stage]:
     """All stages in their order; `dry` ones do on a CPU and in seconds what they can."""
     python = sys.executable
     many = ["-n", "10", "--dist", "worksteal"] if has("xdist") and not dry else []
-    # those of tests/cuda that need no GPU build a library of their own, for minutes
-    tests = ["tests/triton", "tests/cuda/test_gpu_cuda.py", "tests/cuda/test_choice.py"]
-    tests += ["tests/scale/test_on_gpu.py", "tests/kernels/test_player.py"]
+    tests = [f"tests/{name}" for name in TESTS]
     pytest = [python, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", *many]
     pip = [python, "-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps", "-e", "."]
     bench = [python, "-m", "ghl.cli", "bench"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -153,19 +154,14 @@ def test_threads_play_one_tape_beside_each_other(played: dict) -> None:
     layer = LAYERS["conv"]
     mine = [half(layer) for _ in range(4)]
     wanted = [layer.update(tensors, Rule()) for tensors in mine]
-    found: dict[int, list] = {}
 
-    def work(number: int) -> None:
-        found[number] = [layer.update(mine[number], Rule()) for _ in range(5)]
+    def work(number: int) -> list:
+        return [layer.update(mine[number], Rule()) for _ in range(5)]
 
-    threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for number, results in found.items():
-        for result in results:
-            assert_same(result, wanted[number])
+    with ThreadPoolExecutor(4) as pool:
+        for results, expected in zip(pool.map(work, range(4)), wanted, strict=True):
+            for result in results:
+                assert_same(result, expected)
 
 
 @gpu
