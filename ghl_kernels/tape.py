@@ -8,6 +8,7 @@ as the launches. `recorder.py` writes them down.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -159,7 +160,11 @@ class Tape:
                 self.instructions.append(Allocation.like(made, tensors[made]))
             if done:
                 self.instructions.append(Release(done))
-        self.plays = [play_of(one) for one in self.instructions]
+
+    @functools.cached_property
+    def plays(self) -> list[Play]:
+        """The instructions for Python, which plays few of the tapes that csrc/replay has."""
+        return [play_of(one) for one in self.instructions]
 
     def play(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """What the call returns for other tensors that lie as those it was recorded with."""
@@ -228,7 +233,7 @@ def moved(step: Step, offsets: dict[int, int], pool: int) -> Step:
 def play_of(one: Instruction) -> Play:
     if isinstance(one, Allocation):
         return allocation(one)
-    return release(one.slots) if isinstance(one, Release) else player(one)
+    return release(one.slots) if isinstance(one, Release) else caller(one)
 
 
 def allocation(one: Allocation) -> Play:
@@ -248,7 +253,7 @@ def release(numbers: Sequence[int]) -> Play:
     return play
 
 
-def player(step: Step) -> Play:
+def caller(step: Step) -> Play:
     """The step as a function that puts tensors and addresses in their places."""
     call, named, several, template = step.call, step.named, step.several, list(step.arguments)
     made = [(i, number) for i, number in enumerate(step.results) if number is not None]

@@ -10,7 +10,6 @@
 #include <torch/library.h>
 
 #include <atomic>
-#include <cstring>
 #include <mutex>
 #include <shared_mutex>
 #include <string>
@@ -189,12 +188,12 @@ std::unordered_map<std::string, std::shared_ptr<Replayed>>& operators() {
   return *all;
 }
 
-// Have `name` play the tapes of an operator for a dispatch key, and call that operator otherwise;
-// as long as what is returned lives.
 struct Served {
   torch::Library library;
 };
 
+// Have `name` play the tapes of an operator for a dispatch key, and call that operator otherwise;
+// as long as what is returned lives.
 std::unique_ptr<Served> serve(const std::string& name, const std::string& op,
                               const std::string& key, bool multiplies) {
   auto& replayed = operators()[op];

@@ -1,7 +1,6 @@
 #include "tape.h"
 
 #include <ATen/Functions.h>
-#include <ATen/core/LegacyTypeDispatch.h>
 #include <c10/core/DeviceGuard.h>
 
 #include <utility>
@@ -88,7 +87,6 @@ std::vector<at::Tensor> Tape::play(const std::vector<at::Tensor>& inputs) const 
               " tensors, must be given ", inputs_);
   const at::Device device = inputs[0].device();
   const c10::DeviceGuard guard(device);
-  const at::AutoDispatchBelowADInplaceOrView below;
   Call call{inputs, current_stream(device)};
   call.tensors.resize(slots_);
   for (const auto& step : steps_) step(call);
