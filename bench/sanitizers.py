@@ -15,9 +15,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 SANITIZERS = "memcheck", "racecheck", "synccheck", "initcheck"
 LINES_OF_A_LOG = 80  # that are worth keeping
-ACCESS = re.compile(
-    r"(Race reported between|and) (Write|Read) access at (.+?)(?: \[\d+ hazards\])?$"
-)
+MOST_PLACES = 6  # that a verdict names
+HAZARD = "Race reported between"
+ACCESS = re.compile(rf"(?:{HAZARD}|and) (Write|Read) access at (.+?)(?: \[\d+ hazards\])?$")
+PLACE = re.compile(r"\bat (.+?)\+0x[0-9a-f]+(?: in (\S+))?(?: \[\d+ hazards\])?$")
 
 
 def tool() -> str | None:
@@ -26,12 +27,13 @@ def tool() -> str | None:
     return shutil.which("compute-sanitizer", path=places)
 
 
+def sources() -> list[Path]:
+    cuda, triton = ROOT / "csrc" / "cuda", ROOT / "ghl_kernels" / "triton"
+    return [*triton.glob("*.py"), *cuda.glob("*.h"), *cuda.glob("*.cu")]
+
+
 def kernel_names() -> set[str]:
-    sources = [
-        *(ROOT / "ghl_kernels" / "triton").glob("*.py"),
-        *(ROOT / "csrc" / "cuda").glob("*.h"),
-    ]
-    return {n for path in sources for n in re.findall(r"\b(\w+_kernel)\(", path.read_text())}
+    return {n for path in sources() for n in re.findall(r"\b(\w+_kernel)\(", path.read_text())}
 
 
 def main() -> int:
@@ -69,37 +71,69 @@ def watched(work: Path, name: str) -> tuple[subprocess.Popen[bytes], Path]:
 
 def judge(status: int, log: str) -> tuple[str, bool]:
     """What a sanitizer's exit status and log mean, and whether kernels of ours are to blame."""
-    ours = sorted(name for name in kernel_names() if name in log)
     if "Device not supported" in log:
         return "the tool does not support this machine", False
     if status == 0:
         return "no errors", False
-    if status == 9 and explained(log):
-        return "hazards that the tool sees where none is, no others", False
+    lines = log.splitlines()
+    left = unexplained(lines)
+    ours, others = blamed(left)
     if ours:
-        return f"errors in {', '.join(ours)}", True
-    if status == 9:
-        return "errors, none in a kernel of ours", False
-    return f"the program ended with {status}", True
+        return f"errors in {', '.join(ours[:MOST_PLACES])}", True
+    if status != 9:
+        return f"the program ended with {status}", True
+    if len(left) < len(lines) and not others:
+        return "hazards that the tool sees where none is, no others", False
+    return ", ".join(["errors, none in a kernel of ours", *others[:MOST_PLACES]]), False
 
 
-def explained(log: str) -> bool:
-    """Whether racecheck's hazards are all of the kind that it sees where none is: a store of a
-    Triton kernel with itself. Where a tile has fewer numbers than a program has threads, several
-    warps hold the same ones, and each stores them for a reduction.
+def unexplained(lines: list[str]) -> list[str]:
+    """A log without the accesses of hazards that are explained."""
+    hazards: list[list[str]] = [[]]
+    for line in lines:
+        if HAZARD in line:
+            hazards.append([])
+        hazards[-1].append(line)
+    return [
+        line
+        for hazard in hazards
+        for line in hazard
+        if not (ACCESS.search(line) and explained(hazard))
+    ]
+
+
+def explained(hazard: list[str]) -> bool:
+    """Whether racecheck sees it where none is: a store of a Triton kernel with itself. Where a
+    tile has fewer numbers than a program has threads, several warps hold the same ones, and each
+    stores them for a reduction.
     """
-    first, found = ("", ""), []
-    for line in log.splitlines():
-        if access := ACCESS.search(line.strip()):
-            begins, kind, place = access.groups()
-            if begins != "and":
-                first = kind, place
-            else:
-                found.append((*first, kind, place))
-    return bool(found) and all(
-        one == other == "Write" and at == also_at and ".py:" in at
-        for one, at, other, also_at in found
-    )
+    accesses = [found.groups() for line in hazard if (found := ACCESS.search(line))]
+    place = accesses[0][1]
+    return len(accesses) > 1 and {*accesses} == {("Write", place)} and ".py:" in place
+
+
+def blamed(lines: list[str]) -> tuple[list[str], list[str]]:
+    """Where the errors are, each place once: in kernels of ours, and elsewhere."""
+    files, kernels = {path.name for path in sources()}, sorted(kernel_names())
+    ours: dict[str, None] = {}
+    others: dict[str, None] = {}
+    for line in lines:
+        named = [name for name in kernels if name in line]
+        if found := PLACE.search(line):
+            function, file = short(found[1]), found[2] or ""
+            is_ours = named or file.split(":")[0] in files
+            (ours if is_ours else others)[f"{function} in {file}" if file else function] = None
+        else:
+            ours.update(dict.fromkeys(named))
+    return [*ours], [*others]
+
+
+def short(function: str) -> str:
+    """Without its type, our namespace, and arguments, its templates' as well."""
+    while (bare := re.sub(r"<[^<>]*>", "", function)) != function:
+        function = bare
+    words = function.split("(")[0].split()
+    return words[-1].removeprefix("ghl::cuda::") if words else function
 
 
 if __name__ == "__main__":

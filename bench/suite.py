@@ -29,8 +29,9 @@ SECONDS = 570  # of the ten minutes that one command may take
 SCHEMA = 1
 LEAVING = 15  # seconds in which a stage that minds its time starts and ends
 PAUSE = 0.05  # seconds between looks at what runs
+PATIENCE = 15  # seconds in which an interrupted stage ends: xdist kills workers that hang after 10
 DONE = "done.json"  # how the stages went, and on which sources
-TAIL = 6  # lines of a failed stage that are worth the screen
+TAIL = 12  # lines of a failed stage that are worth the screen
 STEPS = {
     "train_step": "resnet50_b256_eager",
     "train_step_compiled": "resnet50_b256",
@@ -49,7 +50,8 @@ class Stage:
 
     `{seconds}` in the command is replaced by what it has, less what starting and ending take.
     checks: if it fails, all has failed. beside: stages in a row with the same run together, those
-    `after` another from its end on.
+    `after` another from its end on. gate: a file that it waits for once it has made itself ready;
+    the suite makes it when all others beside it are over, of several stages one after the other.
     """
 
     name: str
@@ -61,6 +63,12 @@ class Stage:
     skipped: str | None = None
     beside: str | None = None
     after: str | None = None
+    gate: Path | None = None
+
+
+def heed_interrupts() -> None:
+    """Which a shell's background jobs ignore, and what they start."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 class Running:
@@ -70,30 +78,39 @@ class Running:
         self.stage, self.seconds, self.began = stage, seconds, time.monotonic()
         self.output = (work / f"output-{stage.name}").open("w+", errors="replace")
         self.process: subprocess.Popen[bytes] | None = None
+        self.interrupted = False
         within = str(max(1, int(seconds) - LEAVING))
         words = [word.replace("{seconds}", within) for word in stage.command]
         try:
             self.process = subprocess.Popen(
                 words, cwd=ROOT, env={**os.environ, **stage.environment}, stdout=self.output,
                 stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
+                preexec_fn=heed_interrupts,
             )  # fmt: skip
         except OSError as error:
             self.output.write(str(error))
 
-    @property
-    def is_over(self) -> bool:
-        """Whether it has ended, or its time has."""
-        ended = self.process is None or self.process.poll() is not None
-        return ended or time.monotonic() >= self.began + self.seconds
+    def has_ended(self) -> bool:
+        """Whether it has, or is given up. When its time is over, it is interrupted.
+
+        Its leader alone: pytest then ends its workers and says what has failed, but may hang if
+        they are interrupted too.
+        """
+        if self.process is None or self.process.poll() is not None:
+            return True
+        late = time.monotonic() - self.began - self.seconds
+        if late >= 0 and not self.interrupted:
+            self.interrupted = True
+            self.process.send_signal(signal.SIGINT)
+        return late >= PATIENCE
 
     def outcome(self) -> tuple[int | None, str]:
         """The exit status, None if the time was over, and the output, once it has ended."""
+        while not self.has_ended():
+            time.sleep(PAUSE)
         status: int | None = 127
         if self.process is not None:
-            try:
-                status = self.process.wait(max(0.0, self.began + self.seconds - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                status = None
+            status = None if self.interrupted else self.process.poll()
             self.stop()
         with self.output as output:
             output.seek(0)
@@ -127,10 +144,14 @@ class Suite:
     def run_together(self, stages: Sequence[Stage], left: float) -> None:
         """Run stages beside each other, each within its time, and note how they went."""
         until = time.monotonic() + left
+        for stage in stages:
+            if stage.gate:  # an earlier run's
+                stage.gate.unlink(missing_ok=True)
         running = self.started(stages, None, until)
         try:
             while running:
-                over = next((one for one in running if one.is_over), None)
+                open_gate(running)
+                over = next((one for one in running if one.has_ended()), None)
                 if over is None:
                     time.sleep(PAUSE)
                     continue
@@ -148,7 +169,8 @@ class Suite:
         for stage in stages:
             if (stage.after if stage.after in names else None) != ended:
                 continue
-            seconds = min(stage.seconds, until - time.monotonic())
+            kept = sum(later.reserve for later in timed_after(stage, stages))
+            seconds = min(stage.seconds, until - time.monotonic() - self.scale * kept)
             if stage.skipped or seconds < 1:
                 reason = stage.skipped or "no time left"
                 self.note(stage, None if stage.skipped else False, 0.0, f"skipped: {reason}")
@@ -175,6 +197,19 @@ class Suite:
         print(f"{stage.name:<14} {seconds:6.1f} s  {how}", flush=True)
 
 
+def timed_after(stage: Stage, stages: Sequence[Stage]) -> list[Stage]:
+    """Those whose gates open when this one beside them is over."""
+    gated = [one for one in stages if one.gate and not one.skipped]
+    return gated[gated.index(stage) + 1 :] if stage in gated else gated
+
+
+def open_gate(running: Sequence[Running]) -> None:
+    """That of the first, if all that run wait for theirs."""
+    gates = [one.stage.gate for one in running if one.stage.gate]
+    if len(gates) == len(running):
+        gates[0].touch()
+
+
 def stop(process: subprocess.Popen[bytes] | subprocess.Popen[str]) -> None:
     """End a stage and what it started; a process that is done has perhaps left others."""
     for number, patience in ((signal.SIGTERM, 5), (signal.SIGKILL, 5)):
@@ -199,7 +234,7 @@ TESTS = (
 def stages(work: Path, out: Path, dry: bool) -> list[Stage]:
     """All stages in their order; `dry` ones do on a CPU and in seconds what they can."""
     python = sys.executable
-    many = ["-n", "10", "--dist", "worksteal"] if has("xdist") and not dry else []
+    many = ["-n", "12", "--dist", "worksteal"] if has("xdist") and not dry else []
     tests = [f"tests/{name}" for name in TESTS]
     pytest = [python, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", *many]
     pip = [python, "-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps", "-e", "."]
@@ -210,8 +245,10 @@ def stages(work: Path, out: Path, dry: bool) -> list[Stage]:
     tune = [*bench, "tune", "--log", f"{out}/tune.json", "--budget", "{seconds}"]
     first = [python, "-m", "bench.first_update", "--device", device, "--out", f"{work}/first.json"]
     train = [python, "-m", "bench.train_step", "--amp", "bf16", "--channels-last"]
-    compiled = ["--compile", "--contestants", "bp", "ghl", "synchronized"]
-    reduced = ["--compile", "--mode", "reduce-overhead", "--contestants", "bp", "synchronized"]
+    compiled = {
+        "train_step_compiled": ["--contestants", "bp", "ghl", "synchronized"],
+        "train_step_reduced": ["--mode", "reduce-overhead", "--contestants", "bp", "synchronized"],
+    }
     monitor = [python, "-m", "bench.alignment_overhead", "--device", "cuda"]
     monitor += ["--out", f"{work}/monitor.json"]
     if dry:
@@ -226,36 +263,30 @@ def stages(work: Path, out: Path, dry: bool) -> list[Stage]:
     kernels = (python, "-W", "ignore", "-m", "bench.sanitize", "--device", device)
     sanitize = (python, "-m", "bench.sanitizers", str(work))
     eager = (*train, "--out", f"{work}/train_step.json")
-    compiled_step = (*train, *compiled, "--out", f"{work}/train_step_compiled.json")
-    reduced_step = (*train, *reduced, "--out", f"{work}/train_step_reduced.json")
     captured = (*train, "--graph", "--out", f"{work}/train_step_captured.json")
-    once = [*train, "--compile", "--warmup", "1", "--steps", "1"]
     ahead = (python, "-m", "bench.compile_ahead")
-    # choices between kernels are not made beside other work
+    # choices between kernels that are made beside other work are not kept
     no_choice = {"TORCHINDUCTOR_AUTOTUNE_LOCAL_CACHE": "0", "TORCHINDUCTOR_COMPILE_THREADS": "4"}
     return [
         Stage("install", tuple(pip), 150, 30),
-        Stage("tests", (*pytest, *tests), 150, 60, beside="checks"),
+        Stage("tests", (*pytest, *tests), 165, 120, beside="checks"),
         Stage("kernels", kernels, 75, environment=interpret, beside="checks"),
         Stage("sanitize", sanitize, 150, skipped=no_gpu or missing, beside="checks"),
-        # the tests of more than 2^31 numbers want the memory
-        *(
-            Stage(f"compile_{name}", (*once, "--contestants", name, "--out", f"{work}/{name}.json"),
-                  110, checks=False, environment=no_choice, skipped=no_gpu, beside="checks",
-                  after="tests")
-            for name in ("bp", "ghl")
-        ),
+        # when there are cores for it; short of memory, it leaves a layer to the measurement
         Stage("compile_layers", ahead, 110, checks=False, environment=no_choice, skipped=no_gpu,
-              beside="checks", after="tests"),
+              beside="checks", after="sanitize"),
+        # a minute or more of compiling, by one core mostly, for seconds of steps
+        *(
+            Stage(name, (*train, "--compile", *options, "--when", f"{work}/{name}.gate",
+                         "--out", f"{work}/{name}.json"),
+                  195, 10, checks=False, environment=tables | no_choice, skipped=no_gpu,
+                  beside="checks", gate=work / f"{name}.gate")
+            for name, options in compiled.items()
+        ),
         Stage("tune", tuple(tune), 110, 60, skipped=no_gpu, environment=tables),
         Stage("first_update", tuple(first), 60, 20, checks=False, environment=tables),
         Stage("train_step", eager, 60, 25, checks=False, environment=tables, skipped=no_gpu),
-        Stage("train_step_compiled", compiled_step, 120, 90, checks=False, environment=tables,
-              skipped=no_gpu),
         Stage("train_step_captured", captured, 60, 25, checks=False, environment=tables,
-              skipped=no_gpu),
-        # in graphs both compile anew
-        Stage("train_step_reduced", reduced_step, 150, 60, checks=False, environment=tables,
               skipped=no_gpu),
         Stage("monitor", tuple(monitor), 60, 30, checks=False, skipped=no_gpu),
         # last, because it ends at any time with what it has

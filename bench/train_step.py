@@ -149,8 +149,18 @@ def peak_bytes(call: Callable[[], None], device: str) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
+def wait(gate: Path, device: str) -> None:
+    """Until the file is there; what memory only steps need is for others until then."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+    while not gate.exists():
+        time.sleep(0.05)
+
+
 def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     """A row per contestant; their steps take turns, so that a busy machine slows all alike."""
+    began = time.perf_counter()
     data = batch(options)
     names = options.contestants
     contestants = {name: Contestant(name, options, compiled=options.compile) for name in names}
@@ -165,6 +175,9 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     for step in steps.values():
         for _ in range(options.warmup):
             step()
+    if options.when:
+        print(f"ready after {time.perf_counter() - began:.0f} s", flush=True)
+        wait(options.when, options.device)
     # a graph's memory is there before its replay
     peaks = {
         name: None if options.graph else peak_bytes(step, options.device)
@@ -240,6 +253,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         choices=tuple(CONTESTANTS))  # fmt: skip
     add("--warmup", type=int, default=3, help="steps before the timed ones")
     add("--steps", type=int, default=20, help="timed steps of each")
+    add("--when", type=Path, metavar="FILE",
+        help="networks are built, compiled and warmed at once, timed when it is there")  # fmt: skip
     add("--out", type=Path, help="by default bench/results/train-step-MACHINE.json")
     options = parser.parse_args(arguments)
     if options.graph and options.device != "cuda":
@@ -253,7 +268,7 @@ def main(arguments: list[str] | None = None) -> None:
     rows = measure(options)
     print_table(rows)
     name = machine(options.device)
-    settings = {key: value for key, value in vars(options).items() if key != "out"}
+    settings = {key: value for key, value in vars(options).items() if key not in ("out", "when")}
     result = {**where, "machine": name, "settings": settings, "ratios": ratios(rows)}
     result["rows"] = rows
     path = options.out or RESULTS / f"train-step-{name}.json"

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from bench import natural, train_step
+from bench.train_step import Contestant
 
 SMALL = ["--arch", "resnet20", "--width", "0.25", "--size", "16", "--batch-size", "4"]
 SMALL += ["--device", "cpu", "--warmup", "1", "--steps", "3"]
@@ -41,6 +45,25 @@ def test_what_is_left_out_is_not_reported(tmp_path: Path) -> None:
     result = json.loads(path.read_text())
     assert [row["implementation"] for row in result["rows"]] == ["ghl"]
     assert result["ratios"] == {}
+
+
+def test_waits_warm_until_it_may_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, gate, done = tmp_path / "result.json", tmp_path / "gate", []
+
+    def telling(what: str, call: Callable) -> Callable:
+        return lambda *words: (done.append(what), call(*words))[1]
+
+    step, peak, seconds = Contestant.step, train_step.peak_bytes, train_step.seconds_of
+    monkeypatch.setattr(Contestant, "step", telling("step", step))
+    monkeypatch.setattr(train_step, "peak_bytes", telling("peak", peak))
+    monkeypatch.setattr(train_step, "seconds_of", telling("time", seconds))
+    clock = {"perf_counter": time.perf_counter, "sleep": telling("wait", lambda _: gate.touch())}
+    monkeypatch.setattr(train_step, "time", SimpleNamespace(**clock))
+    words = ["--contestants", "bp", "synchronized", "--when", str(gate), "--out", str(path)]
+    train_step.main([*SMALL, *words])
+    assert done[:5] == ["step", "step", "wait", "peak", "step"]
+    assert (done.count("wait"), done.count("time")) == (1, 2 * 3)
+    assert "when" not in json.loads(path.read_text())["settings"]
 
 
 def test_reports_nothing_where_updates_differ(

@@ -214,6 +214,104 @@ def test_a_stage_may_begin_when_another_beside_it_ends(
     assert 2 <= took["once"] < 3
 
 
+def timed(times: Path, gate: Path, ready: str = "") -> tuple[str, ...]:
+    """Waits for its gate, then writes when it went on and when it ended."""
+    return python(
+        f"import os, time; {ready}\n"
+        f"while not os.path.exists({str(gate)!r}): time.sleep(0.01)\n"
+        "begin = time.monotonic(); time.sleep(0.2)\n"
+        f"open({str(times)!r}, 'a').write(f'{{begin}} {{time.monotonic()}}\\n')"
+    )
+
+
+@pytest.mark.parametrize("beside", [True, False], ids=["beside_others", "alone"])
+def test_stages_with_gates_are_ready_early_and_timed_last(
+    beside: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One after the other, whatever an earlier run has left."""
+    times, gates = tmp_path / "times", [tmp_path / "a.gate", tmp_path / "b.gate"]
+    ready = [tmp_path / "a.ready", tmp_path / "b.ready"]
+    for gate in gates:
+        gate.touch()
+    waits = f"""import os, time
+while not all(map(os.path.exists, {[*map(str, ready)]})): time.sleep(0.01)
+time.sleep(0.3); now = time.monotonic(); open({str(times)!r}, 'a').write(f'{{now}} {{now}}\\n')"""
+    stages = [
+        Stage(name, timed(times, gate, f"open({str(there)!r}, 'w')"), 20, beside="checks",
+              gate=gate)
+        for name, gate, there in zip("ab", gates, ready, strict=True)
+    ]  # fmt: skip
+    if beside:
+        stages.append(Stage("tests", python(waits), 20, beside="checks"))
+    status, result = run(tmp_path, stages, monkeypatch)
+    assert status == 0
+    assert [s["name"] for s in result["stages"]] == (["tests"] if beside else []) + ["a", "b"]
+    moments = [float(word) for word in times.read_text().split()]
+    assert len(moments) == 2 * len(stages)
+    assert moments == sorted(moments)
+
+
+def test_the_limit_of_a_stage_holds_while_it_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, times = tmp_path / "gate", tmp_path / "times"
+    stages = [Stage("tests", python("import time; time.sleep(2)"), 9, beside="checks"),
+              Stage("late", timed(times, gate), 1, beside="checks", gate=gate)]  # fmt: skip
+    _, result = run(tmp_path, stages, monkeypatch)
+    assert {s["name"]: s["how"] for s in result["stages"]} == {
+        "tests": "ok", "late": "stopped after 1 s",
+    }  # fmt: skip
+    assert not times.exists()
+
+
+def test_stages_leave_time_to_those_that_are_timed_after_them(tmp_path: Path) -> None:
+    gates = {"gate": tmp_path / "gate", "beside": "checks"}
+    group = [Stage("tests", python(""), 90, 7, beside="checks"),
+             Stage("a", python(""), 90, 10, **gates),
+             Stage("skipped", (), 90, 40, skipped="no", **gates),
+             Stage("b", python(""), 25, 30, **gates)]  # fmt: skip
+    with (tmp_path / "log").open("w") as log:
+        here = Suite(tmp_path, tmp_path, time.monotonic() + 100, log, scale=0.5)
+        running = here.started(group, None, time.monotonic() + 60)
+    given = {one.stage.name: round(one.seconds) for one in running}
+    for one in running:
+        one.stop()
+    assert given == {"tests": 40, "a": 45, "b": 25}
+
+
+# a worker's half of the tests, of which the first is told before the second is in its midst
+SLOW = """import pathlib, time
+def test_fails(): assert "what" == "failed"
+def test_slow(): time.sleep(0.5); pathlib.Path("begun").touch(); time.sleep(0.5)
+def test_slow_too(): time.sleep(1.5)
+def test_nothing(): pass
+"""
+
+
+def test_pytest_says_what_failed_when_its_time_is_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With workers, of which one is in the midst of a test."""
+    monkeypatch.setattr(suite, "ROOT", tmp_path)
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+    (tmp_path / "test_slow.py").write_text(SLOW)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "xdist", "-n", "2", "test_slow.py"]
+    alone = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    stage = Stage("tests", (*command, "--dist", "worksteal"), 60, environment=alone)
+    one = Running(stage, tmp_path, 60)
+    while not (tmp_path / "begun").exists() and not one.has_ended():
+        time.sleep(0.01)
+    one.seconds = 0
+    with (tmp_path / "log").open("w") as log:
+        here = Suite(tmp_path, tmp_path, time.monotonic() + 60, log)
+        here.tell(one, *one.outcome())
+    told = capsys.readouterr().out
+    assert here.results[0]["how"] == "stopped after 0 s"
+    for text in (told, (tmp_path / "log").read_text()):
+        assert "FAILED test_slow.py::test_fails" in text
+    assert "1 failed" in told.splitlines()[-1]
+
+
 def test_processes_that_compile_ahead_share_the_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[str, int, str]] = []
     monkeypatch.setattr(compile_ahead, "compile_layer", lambda *layer: seen.append(layer))
@@ -232,37 +330,50 @@ def test_processes_that_compile_ahead_share_the_layers(monkeypatch: pytest.Monke
     assert sorted(seen) == [(f"deephebb_b{b}", n, "cpu") for b in (1, 2) for n in range(3)]
 
 
-HAZARD = """Race reported between Write access at measure_kernel+0x32 in merge.py:62
+HAZARD = """========= Error: Race reported between Write access at measure_kernel+0x32 in merge.py:62
 =========     and {} access at measure_kernel+0x{} in merge.py:62 [9 hazards]
+"""  # noqa: E501
+FALSE = HAZARD.format("Write", 32)
+IN_CUDA = """========= Error: Race reported between Read access at ghl::cuda::sm90::Row::load(char *, int)+0x5180 in sm90_competition.h:28
+=========     and Write access at void ghl::cuda::sm90::Row::store<S<(int)4, T<int>>>(char *, int) const+0x71e0 in sm90_competition.h:36 [2016 hazards]
+=========     and Write access at void ghl::cuda::sm90::Row::store<S<(int)4, T<int>>>(char *, int) const+0x7210 in sm90_competition.h:36 [2016 hazards]
+"""  # noqa: E501
+IN_ROW = "sm90::Row::load in sm90_competition.h:28, sm90::Row::store in sm90_competition.h:36"
+MEMCHECK = """========= Invalid __global__ read of size 4 bytes
+=========     at {}+0x160{}
 """
-IN_CUDA = """Error: Race reported between Write access at D<T>::compete(int)+0xf in sm90.h:8
-=========     and Read access at D<T>::store_u(int)+0xf40 in sm90.h:56 [128 hazards]
-=========     in dual_wgrad_kernel(
-"""
+OTHERS = "errors, none in a kernel of ours"
 
 
 @pytest.mark.parametrize(
     ("status", "log", "verdict", "bad"),
     [
         (0, "", "no errors", False),
-        (9, 2 * HAZARD.format("Write", 32), "hazards that the tool sees where none is", False),
-        (9, IN_CUDA, "errors in dual_wgrad_kernel", True),
-        (9, IN_CUDA + HAZARD.format("Write", 32), "errors in dual_wgrad_kernel, measure", True),
-        (9, HAZARD.format("Write", 48), "errors in measure_kernel", True),
-        (9, HAZARD.format("Read", 32), "errors in measure_kernel", True),
-        (9, HAZARD.format("Write", 32).replace(".py", ".h"), "errors in measure_kernel", True),
-        (9, "Invalid read at linear_wgrad_kernel", "errors in linear_wgrad_kernel", True),
-        (9, "Invalid read at cutlass_kernel", "errors, none in a kernel of ours", False),
+        (9, 2 * FALSE, "hazards that the tool sees where none is, no others", False),
+        (9, IN_CUDA, f"errors in {IN_ROW}", True),
+        (9, FALSE + IN_CUDA + FALSE, f"errors in {IN_ROW}", True),
+        (9, FALSE + IN_CUDA.replace("sm90_comp", "cutlass_comp"),
+         f"{OTHERS}, {IN_ROW.replace('sm90_comp', 'cutlass_comp')}", False),
+        (9, FALSE + HAZARD.format("Write", 48), "errors in measure_kernel in merge.py:62", True),
+        (9, HAZARD.format("Read", 32), "errors in measure_kernel in merge.py:62", True),
+        (9, FALSE.replace(".py", ".h"), "errors in measure_kernel in merge.h:62", True),
+        (9, MEMCHECK.format("linear_wgrad_kernel", ""), "errors in linear_wgrad_kernel", True),
+        (9, MEMCHECK.format("f(int)", " in any_dtype.h:7"), "errors in f in any_dtype.h:7", True),
+        (9, MEMCHECK.format("f(int)", " in any.h:7"), f"{OTHERS}, f in any.h:7", False),
+        (9, "".join(MEMCHECK.format(f"f{i}", " in params.h:7") for i in range(9)),
+         f"errors in {', '.join(f'f{i} in params.h:7' for i in range(6))}", True),
+        (9, "Invalid read at cutlass_kernel", OTHERS, False),
         (1, "", "the program ended with 1", True),
+        (1, FALSE, "the program ended with 1", True),
         (1, "Device not supported", "the tool does not support this machine", False),
-        (9, "Race at dual_wgrad_kernel<...>", "errors in dual_wgrad_kernel", True),
+        (9, FALSE + "Race at dual_wgrad_kernel<...>", "errors in dual_wgrad_kernel", True),
     ],
-)
+)  # fmt: skip
 def test_a_sanitizer_is_judged_by_whom_it_blames(
     status: int, log: str, verdict: str, bad: bool
 ) -> None:
     said, blamed = sanitizers.judge(status, log)
-    assert said.startswith(verdict) and blamed is bad
+    assert (said, blamed) == (verdict, bad)
 
 
 def test_every_sanitizer_is_run_and_told(
@@ -286,12 +397,15 @@ def test_every_sanitizer_is_run_and_told(
 def test_the_stages_are_those_of_the_issue(tmp_path: Path) -> None:
     stages = suite.stages(tmp_path, tmp_path, dry=False)
     assert [s.name for s in stages] == [
-        "install", "tests", "kernels", "sanitize", "compile_bp", "compile_ghl",
-        "compile_layers", "tune",
-        "first_update", "train_step", "train_step_compiled", "train_step_captured",
-        "train_step_reduced", "monitor", "measure",
+        "install", "tests", "kernels", "sanitize", "compile_layers", "train_step_compiled",
+        "train_step_reduced", "tune", "first_update", "train_step", "train_step_captured",
+        "monitor", "measure",
     ]  # fmt: skip
     assert sum(s.reserve for s in stages) < suite.SECONDS < 600
+    assert max(s.seconds for s in stages if s.beside) < 200
+    gated = {s.gate: s.command for s in stages if s.gate}
+    assert len(gated) == 2
+    assert all(command[command.index("--when") + 1] == str(g) for g, command in gated.items())
 
 
 @pytest.mark.parametrize("words", [["bench", "tune"], ["bench", "layers"]])
