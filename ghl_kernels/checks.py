@@ -124,7 +124,8 @@ def check_merge(G: Tensor, H0: Tensor, totals: Tensor, w: Tensor) -> None:
     if w.dim() < 2 or w.shape[0] == 0:
         raise ValueError(f"w has shape {tuple(w.shape)}, must be (out_channels >= 1, ...)")
     check_shape("G", G, w.shape, "the shape of w")
-    check_shape("H0", H0, w.shape, "the shape of w")
+    if H0.shape != (w.shape[0], w.shape[1:].numel()):
+        check_shape("H0", H0, w.shape, "the shape of w, or its rows")
     check_shape("totals", totals, (w.shape[0] + 1,), "sum of u for each neuron, number of rows")
 
 

@@ -43,19 +43,20 @@ def softmax(y: Tensor, tau: float) -> Tensor:
     return torch.softmax(scaled, dim, dtype=dtype).to(y.dtype).movedim(dim, 1)
 
 
-def totals(u: Tensor, rows: int, sum_u: bool) -> Tensor:
-    """The sum of u for each neuron, if it is asked for, and last the number of rows."""
+def totals(u: Tensor, rows: int, sum_u: bool, counted: bool = True) -> Tensor:
+    """The sum of u for each neuron, if it is asked for, and last the number of rows; empty if that
+    is not asked for either."""
     dtype = sum_dtype(u.dtype)
     if not sum_u:
-        return u.new_full((u.shape[1] + 1,), rows, dtype=dtype)
+        return u.new_full((u.shape[1] + 1 if counted else 0,), rows, dtype=dtype)
     neurons = u.to(dtype).movedim(1, 0).flatten(1).sum(1)
     return torch.cat([neurons, neurons.new_full((1,), rows)])
 
 
-def no_rows(w: Tensor, dtype: torch.dtype = torch.float32) -> Triple:
+def no_rows(problem: Problem, w: Tensor, dtype: torch.dtype = torch.float32) -> Triple:
     """The pair of an empty batch."""
     G = torch.zeros_like(w, dtype=dtype)
-    return G, G.clone(), w.new_zeros(w.shape[0] + 1, dtype=dtype)
+    return G, G.clone(), w.new_zeros(w.shape[0] + 1 if problem.counted else 0, dtype=dtype)
 
 
 def weight_gradient(problem: Problem, signal: Tensor, x: Tensor, w: Tensor) -> Tensor:
@@ -101,11 +102,11 @@ def products_of(compete: Callable[[Tensor, str, float], Tensor]) -> Callable[...
         problem: Problem, x: Tensor, y: Tensor, g: Tensor, w: Tensor, tau: float
     ) -> Triple:
         if problem.rows == 0:
-            return no_rows(w, sum_dtype(x.dtype))
+            return no_rows(problem, w, sum_dtype(x.dtype))
         u = compete(y, problem.competition, tau)
         G = weight_gradient(problem, g, x, w)
         H0 = hebbian(lambda signal: weight_gradient(problem, signal, x, w), u, x)
-        return G, H0, totals(u, problem.rows, problem.sum_u)
+        return G, H0, totals(u, problem.rows, problem.sum_u, problem.counted)
 
     return products
 

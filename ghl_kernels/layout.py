@@ -37,6 +37,17 @@ def empty_rows(w: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty(w.shape, dtype=dtype, device=w.device)
 
 
+def from_rows(rows: Tensor, w: Tensor) -> Tensor:
+    """(out_channels, rest) in the order of w's memory as a view with the shape of w; or what has
+    that shape, as it is."""
+    if rows.shape == w.shape:
+        return rows
+    if not is_channels_last(w):
+        return rows.view(w.shape)
+    out_channels, channels, *kernel_size = w.shape
+    return rows.view(out_channels, *kernel_size, channels).movedim(-1, 1)
+
+
 def in_order_of(w: Tensor, t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """t in `dtype` (its own by default) and the memory order of the sums of w; a copy only if it
     is not."""

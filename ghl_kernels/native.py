@@ -33,7 +33,8 @@ def pair(problem: Problem, x: Tensor, y: Tensor, g: Tensor, w: Tensor, tau: floa
         problem.stride, problem.padding, problem.dilation, problem.groups,
         code("competition", problem.competition), tau, problem.channels_last,
     )  # fmt: skip
-    return like_weight(G, w, dtype), like_weight(H0, w, dtype), totals
+    wanted = totals if problem.counted else totals.new_empty(0)
+    return like_weight(G, w, dtype), like_weight(H0, w, dtype), wanted
 
 
 def merge(

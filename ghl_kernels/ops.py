@@ -15,7 +15,8 @@ from torch import Tensor
 from ghl_kernels import checks, dispatch, player
 from ghl_kernels.checks import sum_dtype
 from ghl_kernels.composed import Triple, Triples
-from ghl_kernels.problem import Problem
+from ghl_kernels.layout import from_rows
+from ghl_kernels.problem import TOTALS_OF, Problem
 from ghl_kernels.registration import (
     autocast_activations,
     below_autograd,
@@ -32,15 +33,17 @@ ACTIVATIONS = "Tensor x, Tensor y, Tensor g, Tensor w"
 GEOMETRY = "int[2] stride, int[2] padding, int[2] dilation, int groups"
 COMPETITION = "str competition, float tau"
 MERGE = "str decay, str gate, str normalize"
+TOTALS = "str totals='sums'"  # sums of u and the number of rows; only that; or an empty tensor
+USED_AS = "ScalarType? used_as=None"  # the dtype to which w is rounded first
 
 SCHEMAS = (
     "logsumexp(Tensor y, float tau, int dim) -> Tensor",
-    f"linear_pair({ACTIVATIONS}, {COMPETITION}, bool sum_u=True) -> (Tensor, Tensor, Tensor)",
-    f"conv2d_pair({ACTIVATIONS}, {GEOMETRY}, {COMPETITION}, bool sum_u=True) "
+    f"linear_pair({ACTIVATIONS}, {COMPETITION}, {TOTALS}) -> (Tensor, Tensor, Tensor)",
+    f"conv2d_pair({ACTIVATIONS}, {GEOMETRY}, {COMPETITION}, {TOTALS}) -> (Tensor, Tensor, Tensor)",
+    f"merge(Tensor G, Tensor H0, Tensor totals, Tensor w, {MERGE}, {USED_AS}) "
     "-> (Tensor, Tensor, Tensor)",
-    f"merge(Tensor G, Tensor H0, Tensor totals, Tensor w, {MERGE}) -> (Tensor, Tensor, Tensor)",
-    "foreach_merge(Tensor[] G, Tensor[] H0, Tensor[] totals, Tensor[] w, "
-    f"{MERGE}) -> (Tensor[], Tensor[], Tensor[])",
+    f"foreach_merge(Tensor[] G, Tensor[] H0, Tensor[] totals, Tensor[] w, {MERGE}, {USED_AS}) "
+    "-> (Tensor[], Tensor[], Tensor[])",
     f"linear_update({ACTIVATIONS}, {COMPETITION}, {MERGE}) -> (Tensor, Tensor, Tensor)",
     f"conv2d_update({ACTIVATIONS}, {GEOMETRY}, {COMPETITION}, {MERGE}) -> (Tensor, Tensor, Tensor)",
     "logsumexp.native(Tensor y, Tensor(a!) lse, float tau) -> ()",
@@ -85,6 +88,16 @@ def check_rule(**choices: object) -> None:
             check_choice(argument, value, CHOICES[argument])
 
 
+def check_pair_rule(competition: str, tau: float, totals: str) -> None:
+    check_rule(competition=competition, tau=tau)
+    check_choice("totals", totals, TOTALS_OF)
+
+
+def totals_for(decay: str) -> str:
+    """What of a layer's totals its update needs."""
+    return "sums" if decay == "instar" else "rows"
+
+
 def logsumexp(y: Tensor, tau: float, dim: int) -> Tensor:
     checks.check_logsumexp(y, dim)
     check_rule(tau=tau)
@@ -92,12 +105,12 @@ def logsumexp(y: Tensor, tau: float, dim: int) -> Tensor:
 
 
 def problem_of_linear(
-    x: Tensor, y: Tensor, g: Tensor, w: Tensor, competition: str, tau: float, sum_u: bool
+    x: Tensor, y: Tensor, g: Tensor, w: Tensor, competition: str, tau: float, totals: str
 ) -> Problem:
     """What implementations are told of a linear layer, once its arguments are checked."""
     checks.check_linear(x, y, g, w)
-    check_rule(competition=competition, tau=tau)
-    return Problem.of_linear(x, w, competition, sum_u)
+    check_pair_rule(competition, tau, totals)
+    return Problem.of_linear(x, w, competition, totals)
 
 
 def problem_of_conv2d(
@@ -105,18 +118,18 @@ def problem_of_conv2d(
     geometry: Geometry,
     competition: str,
     tau: float,
-    sum_u: bool,
+    totals: str,
 ) -> Problem:
     """The same of a convolution."""
     checks.check_conv2d(*tensors, *geometry)
-    check_rule(competition=competition, tau=tau)
-    return Problem.of_conv2d(*tensors, *geometry, competition, sum_u)
+    check_pair_rule(competition, tau, totals)
+    return Problem.of_conv2d(*tensors, *geometry, competition, totals)
 
 
 def linear_pair(
-    x: Tensor, y: Tensor, g: Tensor, w: Tensor, competition: str, tau: float, sum_u: bool = True
+    x: Tensor, y: Tensor, g: Tensor, w: Tensor, competition: str, tau: float, totals: str = "sums"
 ) -> Triple:
-    problem = problem_of_linear(x, y, g, w, competition, tau, sum_u)
+    problem = problem_of_linear(x, y, g, w, competition, tau, totals)
     return dispatch.implementation("linear_pair", x, problem).pair(problem, x, y, g, w, tau)
 
 
@@ -131,29 +144,56 @@ def conv2d_pair(
     groups: int,
     competition: str,
     tau: float,
-    sum_u: bool = True,
+    totals: str = "sums",
 ) -> Triple:
     geometry = stride, padding, dilation, groups
-    problem = problem_of_conv2d((x, y, g, w), geometry, competition, tau, sum_u)
+    problem = problem_of_conv2d((x, y, g, w), geometry, competition, tau, totals)
     return dispatch.implementation("conv2d_pair", x, problem).pair(problem, x, y, g, w, tau)
 
 
 def merge(
-    G: Tensor, H0: Tensor, totals: Tensor, w: Tensor, decay: str, gate: str, normalize: str
+    G: Tensor,
+    H0: Tensor,
+    totals: Tensor,
+    w: Tensor,
+    decay: str,
+    gate: str,
+    normalize: str,
+    used_as: torch.dtype | None = None,
 ) -> Triple:
     checks.check_merge(G, H0, totals, w)
     check_rule(decay=decay, gate=gate, normalize=normalize)
     implementation = dispatch.implementation("merge", G)
-    return implementation.merge(G, H0, totals, w, decay, gate, normalize)
+    used = w if used_as is None else w.to(used_as)
+    return implementation.merge(G, from_rows(H0, w), totals, used, decay, gate, normalize)
 
 
 def foreach_merge(
-    G: Tensors, H0: Tensors, totals: Tensors, w: Tensors, decay: str, gate: str, normalize: str
+    G: Tensors,
+    H0: Tensors,
+    totals: Tensors,
+    w: Tensors,
+    decay: str,
+    gate: str,
+    normalize: str,
+    used_as: torch.dtype | None = None,
 ) -> Triples:
     checks.check_foreach_merge(G, H0, totals, w)
     check_rule(decay=decay, gate=gate, normalize=normalize)
     implementation = dispatch.implementation("foreach_merge", G[0])
-    return implementation.foreach_merge(G, H0, totals, w, decay, gate, normalize)
+    H0 = [from_rows(*one) for one in zip(H0, w, strict=True)]
+    return implementation.foreach_merge(G, H0, totals, rounded(w, used_as), decay, gate, normalize)
+
+
+def rounded(weights: Tensors, dtype: torch.dtype | None) -> Tensors:
+    """The weights in a dtype, all that are not by one launch."""
+    others = [w for w in weights if dtype is not None and w.dtype != dtype]
+    if not others:
+        return weights
+    copies = [torch.empty_like(w, dtype=dtype) for w in others]
+    torch._foreach_copy_(copies, others)
+    made = iter(copies)
+    return [w if w.dtype == dtype else next(made) for w in weights]
 
 
 def linear_update(
@@ -167,7 +207,7 @@ def linear_update(
     gate: str,
     normalize: str,
 ) -> Triple:
-    problem = problem_of_linear(x, y, g, w, competition, tau, decay == "instar")
+    problem = problem_of_linear(x, y, g, w, competition, tau, totals_for(decay))
     check_rule(decay=decay, gate=gate, normalize=normalize)
     implementation = dispatch.implementation("linear_update", x, problem)
     return implementation.update(problem, x, y, g, w, tau, decay, gate, normalize)
@@ -189,7 +229,7 @@ def conv2d_update(
     normalize: str,
 ) -> Triple:
     geometry = stride, padding, dilation, groups
-    problem = problem_of_conv2d((x, y, g, w), geometry, competition, tau, decay == "instar")
+    problem = problem_of_conv2d((x, y, g, w), geometry, competition, tau, totals_for(decay))
     check_rule(decay=decay, gate=gate, normalize=normalize)
     implementation = dispatch.implementation("conv2d_update", x, problem)
     return implementation.update(problem, x, y, g, w, tau, decay, gate, normalize)
@@ -205,7 +245,7 @@ def fake_pair(x: Tensor, y: Tensor, g: Tensor, w: Tensor, *rest: object) -> Trip
     checks.check_device(x, y=y, g=g, w=w)
     dtype = sum_dtype(x.dtype)
     G, H0 = torch.empty_like(w, dtype=dtype), torch.empty_like(w, dtype=dtype)
-    return G, H0, w.new_empty(w.shape[0] + 1, dtype=dtype)
+    return G, H0, w.new_empty(0 if rest[-1] == "none" else w.shape[0] + 1, dtype=dtype)
 
 
 def fake_merge(G: Tensor, H0: Tensor, totals: Tensor, w: Tensor, *rest: object) -> Triple:

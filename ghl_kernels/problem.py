@@ -11,17 +11,22 @@ from torch import Tensor
 
 from ghl_kernels import layout
 
+# What is asked for of a layer's totals: the sums of u, which only `instar` needs, and the number
+# of rows; only that, beside numbers that mean nothing; or an empty tensor.
+TOTALS_OF: dict[str, dict[str, Any]] = {
+    "sums": {"sum_u": True}, "rows": {}, "none": {"counted": False},
+}  # fmt: skip
+
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
     """A linear layer or a convolution, the batch it meets, and which sums are wanted.
 
-    rows: batch, or batch × output positions. neurons, channels: of one group. sum_u: whether sums
-    of u are, which only `instar` needs; else only the last of the totals, the number of rows,
-    means anything. channels_last: the memory order of the weight. overlapping: patches of x share
-    memory although a kernel has one tap. image: numbers in one image of x. copied_bytes: what is
-    read and written first because the activations are not in channels_last order. held: bytes of a
-    copy of x that the sums are made from.
+    rows: batch, or batch × output positions. neurons, channels: of one group. sum_u, counted:
+    whether sums of u and the number of rows are among the totals. channels_last: the memory order
+    of the weight. overlapping: patches of x share memory although a kernel has one tap. image:
+    numbers in one image of x. copied_bytes: what is read and written first because the activations
+    are not in channels_last order. held: bytes of a copy of x that the sums are made from.
     """
 
     rows: int
@@ -36,6 +41,7 @@ class Problem:
     dilation: tuple[int, int] = (1, 1)
     competition: str = "softmax"
     sum_u: bool = False
+    counted: bool = dataclasses.field(default=True, compare=False)
     channels_last: bool = False
     overlapping: bool = False
     image: int = dataclasses.field(default=0, compare=False)
@@ -44,11 +50,11 @@ class Problem:
 
     @classmethod
     def of_linear(
-        cls, x: Tensor, w: Tensor, competition: str = "softmax", sum_u: bool = False
+        cls, x: Tensor, w: Tensor, competition: str = "softmax", totals: str = "rows"
     ) -> Problem:
         return cls(
             x.shape[0], w.shape[0], w.shape[1], x.dtype,
-            linear=True, competition=competition, sum_u=sum_u,
+            linear=True, competition=competition, **TOTALS_OF[totals],
         )  # fmt: skip
 
     @classmethod
@@ -63,7 +69,7 @@ class Problem:
         dilation: Sequence[int],
         groups: int,
         competition: str = "softmax",
-        sum_u: bool = False,
+        totals: str = "rows",
     ) -> Problem:
         return cls(
             rows=y.shape[0] * y.shape[2] * y.shape[3],
@@ -76,11 +82,16 @@ class Problem:
             groups=groups,
             dilation=(dilation[0], dilation[1]),
             competition=competition,
-            sum_u=sum_u,
+            **TOTALS_OF[totals],
             channels_last=layout.is_channels_last(w),
             image=x.shape[1] * x.shape[2] * x.shape[3],
             copied_bytes=layout.copied_bytes(x, y, g) if x.is_cuda else 0,
         )
+
+    @property
+    def totals(self) -> str:
+        """What is asked for of them."""
+        return "sums" if self.sum_u else "rows" if self.counted else "none"
 
     @property
     def taps(self) -> int:

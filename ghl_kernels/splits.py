@@ -94,8 +94,10 @@ class Partials:
         """Workspace for a weight like w; with one split the results are filled directly."""
         splits, rows = split_rows(problem, tile, w.device)
         G, H0 = empty_rows(w, torch.float32), empty_rows(w, torch.float32)
-        totals = torch.empty(w.shape[0] + 1, dtype=torch.float32, device=w.device)
-        (totals[-1:] if problem.sum_u else totals).fill_(problem.rows)
+        count = w.shape[0] + 1 if problem.counted else 0
+        totals = torch.empty(count, dtype=torch.float32, device=w.device)
+        if problem.counted:
+            (totals[-1:] if problem.sum_u else totals).fill_(problem.rows)
         results = sums = Sums(G, H0, totals)
         if splits > 1:
             sizes = G.numel(), H0.numel(), w.shape[0]

@@ -40,7 +40,7 @@ def small_batch(problem: Problem, device: torch.device) -> tuple[Problem, tuple[
         options: dict[str, Any] = {"device": device, "dtype": torch.float32}
         return torch.randn(*shape, generator=generator, **options).to(problem.dtype)
 
-    neurons, wanted = problem.all_neurons, (problem.competition, problem.sum_u)
+    neurons, wanted = problem.all_neurons, (problem.competition, problem.totals)
     if problem.linear:
         rows = BATCH * SIZE * SIZE
         x, w = random(rows, problem.channels), random(neurons, problem.channels)

@@ -14,16 +14,17 @@
 // copies run ahead into the next piece while sums of the last are stored.
 //
 // No wait is in vain. Of each stage's barriers, `full` takes 1 arrival (the copying lane's, with
-// its bytes), `known` 3 (warps that make u, whether or not of this block), `empty` 8 (multiplying
-// warps). Block b of all pieces lies in stage b % STAGES and ends phase b / STAGES of its barriers.
-// The copying lane waits for `empty` of b - STAGES, which multiplying warps release once they have
-// begun the products of the block after it, or have ended its piece: for that they need no later
-// block than b - STAGES + 1. Makers of u wait for `full`, multiplying warps for `full` and, those
-// of H0, `known` of the same block; all wait for every block, in their order. Nobody falls two
-// phases behind, since `full` of b + STAGES needs `empty` of b, and that all multiplying warps
-// passed `full` and `known` of b, and that all makers of u passed `full` of b. All roles count the
-// same blocks. Each copy is waited for before the block of threads ends. Registers, too, are waited
-// for: the first warpgroup gives away what the others take.
+// its bytes), `known` 96 (all lanes that make u, whether or not of this block: racecheck follows
+// the stores of lanes that arrive), `empty` 8 (multiplying warps). Block b of all pieces lies in
+// stage b % STAGES and ends phase b / STAGES of its barriers. The copying lane waits for `empty` of
+// b - STAGES, which multiplying warps release once they have begun the products of the block after
+// it, or have ended its piece: for that they need no later block than b - STAGES + 1. Makers of u
+// wait for `full`, multiplying warps for `full` and, those of H0, `known` of the same block; all
+// wait for every block, in their order. Nobody falls two phases behind, since `full` of b + STAGES
+// needs `empty` of b, and that all multiplying warps passed `full` and `known` of b, and that all
+// makers of u passed `full` of b. All roles count the same blocks. Each copy is waited for before
+// the block of threads ends. Registers, too, are waited for: the first warpgroup gives away what
+// the others take.
 //
 // Registers under a product: sums are touched by nothing else before the last wait of a piece.
 //
@@ -69,7 +70,7 @@ struct DualWgrad {
     if (threadIdx.x == 0) {
       for (int stage = 0; stage < Shape::STAGES; ++stage) {
         barrier_init(&shared.full[stage], 1);
-        barrier_init(&shared.known[stage], kCompetingWarps);
+        barrier_init(&shared.known[stage], 32 * kCompetingWarps);
         barrier_init(&shared.empty[stage], 2 * kWarps);
       }
       barrier_init(&shared.summed, 32 * kCompetingWarps);
@@ -157,7 +158,7 @@ struct DualWgrad {
           of = next, next = given(piece, unit + 2 * kCompetingWarps);
           unit += kCompetingWarps;
         }
-        arrive(&shared.known[ring.stage]);
+        barrier_arrive(&shared.known[ring.stage]);
         ring.advance();
       }
       unit -= 2 * piece.blocks;

@@ -63,6 +63,8 @@ bool append_argument(std::string& kind, const c10::IValue& value) {
     append(kind, value.toDouble());
   } else if (value.isInt() || value.isBool()) {
     append(kind, value.isInt() ? value.toInt() : int64_t(value.toBool()));
+  } else if (value.isNone()) {
+    append(kind, 'N');
   } else {
     return false;
   }

@@ -2,17 +2,28 @@
 its products.
 
 For layers with so many columns that `cuda_sm90` would make u again many times: it then does nothing
-but multiply. Neurons that are no multiple of 8 cost a copy of u, as of y: rows at 16 bytes.
+but multiply. u's rows are written at multiples of 16 bytes, as its copies want them.
 """
 
 from __future__ import annotations
 
+from torch import Tensor
+
+from ghl_kernels import layout
 from ghl_kernels.composed import update_of
 from ghl_kernels.cuda.kernels import foreach_merge, kernels, logsumexp, merge
 from ghl_kernels.pairs import pair_by
-from ghl_kernels.triton.stored import stored_u
+from ghl_kernels.triton.store_u import store_u
 
 __all__ = ["foreach_merge", "logsumexp", "merge", "pair", "update"]
+
+CHUNK = 8  # numbers of 16 bits
+
+
+def stored_u(y: Tensor, competition: str, tau: float) -> tuple[Tensor, str]:
+    """u takes the place of y, under a competition that is linear."""
+    return store_u(layout.as_matrix(y), competition, tau, CHUNK), "linear"
+
 
 pair = pair_by(kernels("cuda_sm90_stored", stored_u))
 update = update_of(pair, merge)

@@ -58,7 +58,7 @@ def without_spills(tile: Tile, problem: Problem, *tensors: Tensor) -> Tile:
 
 def sum_splits(partials: Partials) -> None:
     """Fill the results with the parts, added in a fixed order."""
-    G, neurons = partials.results.G, partials.results.totals.numel() - 1
+    G, neurons = partials.results.G, partials.results.G.shape[0]
     at_once = min(triton.next_power_of_2(partials.splits), MOST_SPLITS_AT_ONCE)
     launch(
         sum_splits_kernel, (triton.cdiv(G.numel(), BLOCK_NUMBERS), 3 if partials.sum_u else 2),

@@ -21,7 +21,7 @@ BLOCK_NUMBERS = 4096
 
 @triton.jit
 def store_u_kernel(
-    y, u, largest, inverse, winner, M, K, y_row, y_column, scale,
+    y, u, largest, inverse, winner, M, K, y_row, y_column, u_row, scale,
     COMPETITION: tl.constexpr, IN_TILE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -33,22 +33,26 @@ def store_u_kernel(
     result = u_of_tile(
         numbers, largest, inverse, winner, rows, inside, k, K, scale, COMPETITION, IN_TILE
     )
-    tl.store(u + rows[:, None] * K + k[None, :], result, live)
+    tl.store(u + rows[:, None] * u_row + k[None, :], result, live)
 
 
-def store_u(y: Tensor, competition: str, tau: float) -> Tensor:
-    """u of y (rows, neurons), contiguous; y itself where the competition is linear."""
+def store_u(y: Tensor, competition: str, tau: float, apart: int = 1) -> Tensor:
+    """u of y (rows, neurons), its rows at the next multiples of `apart` numbers; y itself where the
+    competition is linear."""
     if competition == "linear" or y.shape[0] == 0:
         return y
     rows, neurons = y.shape
-    u = torch.empty(rows, neurons, dtype=y.dtype, device=y.device)
+    width = -(-neurons // apart) * apart
+    u = torch.empty(rows, width, dtype=y.dtype, device=y.device)
+    if width > neurons:
+        u = u[:, :neurons]
     in_tile = neurons <= LONGEST_ROW
     row_statistics = Statistics(u, u, u) if in_tile else statistics(y, competition, tau)
     block_k = min(triton.next_power_of_2(neurons), LONGEST_ROW)
     block_m = max(1, min(64, BLOCK_NUMBERS // block_k))
     launch(
         store_u_kernel, (triton.cdiv(rows, block_m), triton.cdiv(neurons, block_k)),
-        y, u, *row_statistics, rows, neurons, *y.stride(), exponent_scale(tau),
+        y, u, *row_statistics, rows, neurons, *y.stride(), width, exponent_scale(tau),
         competition, in_tile, block_m, block_k,
     )  # fmt: skip
     return u

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ghl.sums import RawSums, as_rows, check_pair
 from ghl_kernels.layout import is_channels_last
+from ghl_kernels.ops import totals_for
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -105,12 +106,12 @@ class LinearFunction(torch.autograd.Function):
         b: Tensor | None,
         competition: str,
         tau: float,
-        sum_u: bool,
+        totals_of: str,
     ) -> Tensor:
         x_used, w_used, b_used = cast_for_autocast(x, w, b)
         y = owned(F.linear(x_used, w_used, b_used))
         save(ctx, x_used, w, w_used, b, y)
-        ctx.rule = competition, tau, sum_u
+        ctx.rule = competition, tau, totals_of
         ctx.hebbian = None if torch.compiler.is_compiling() else hebbian
         return y
 
@@ -150,13 +151,13 @@ class Conv2dFunction(torch.autograd.Function):
         groups: int,
         competition: str,
         tau: float,
-        sum_u: bool,
+        totals_of: str,
     ) -> Tensor:
         x_used, w_used, b_used = cast_for_autocast(x, w, b)
         y = F.conv2d(x_used, w_used, b_used, stride, padding, dilation, groups)
         save(ctx, x_used, w, w_used, b, y)
         ctx.geometry = stride, padding, dilation, groups
-        ctx.rule = competition, tau, sum_u
+        ctx.rule = competition, tau, totals_of
         ctx.hebbian = None if torch.compiler.is_compiling() else hebbian
         return y
 
@@ -207,9 +208,11 @@ def note_pair(ctx: Any, w: Tensor) -> None:
         ctx.hebbian._ghl_paired = torch._C._current_graph_task_id()
 
 
-def signals(sums: RawSums) -> tuple[str, float, bool]:
-    """What the pair must know of a rule; the sums of u are no by-product of a GPU's kernels."""
-    return sums.rule.competition, float(sums.tau), sums.rule.decay == "instar"
+def signals(sums: RawSums) -> tuple[str, float, str]:
+    """What the pair must know of a rule; the sums of u are no by-product of a GPU's kernels, and
+    the number of rows is a launch of its own."""
+    totals = "none" if sums.totals is None else totals_for(sums.rule.decay)
+    return sums.rule.competition, float(sums.tau), totals
 
 
 def linear(x: Tensor, w: Tensor, b: Tensor | None, sums: RawSums) -> Tensor:

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from ghl import ranks
 from ghl.guards import is_update, mark_update
 from ghl.held import HeldSums, local, note_versions
-from ghl.sums import from_rows, without_sums
+from ghl.sums import without_sums
 from ghl_kernels import Rule
 from ghl_kernels.composed import gated, sign
 
@@ -130,7 +130,7 @@ def updates(layers: Sequence[Layer]) -> Iterator[tuple[Layer, Tensor]]:
             split.append(layer)
         elif layer.is_due:
             rule, G = layer.rule, layer.G
-            key = rule.decay, rule.gate, rule.normalize, G.dtype, G.device
+            key = rule.decay, rule.gate, rule.normalize, G.dtype, G.device, layer.compute_dtype
             alike.setdefault(key, []).append(layer)
     for same in alike.values():
         yield from zip(same, merged(same, same[0].rule), strict=True)
@@ -138,28 +138,17 @@ def updates(layers: Sequence[Layer]) -> Iterator[tuple[Layer, Tensor]]:
 
 
 def merged(layers: Sequence[Layer], rule: Rule, dtype: torch.dtype | None = None) -> list[Tensor]:
-    """What the merge gives for each layer under the decay, gate and normalisation of `rule`."""
+    """What the merge gives for each layer under the decay, gate and normalisation of `rule`;
+    forwards have used all of them in one dtype."""
     if rule.gate == "sign_only":
         return [sign(layer.G) for layer in layers]
-    weights = [local(layer.weight.detach()) for layer in layers]
-    H0 = [layer.H0 for layer in layers if layer.H0 is not None]
     return torch.ops.ghl_kernels.foreach_merge_no_grad(
         [layer.G.to(dtype or layer.G.dtype) for layer in layers],
-        [from_rows(rows, weight) for rows, weight in zip(H0, weights, strict=True)],
+        [layer.H0 for layer in layers],
         [layer.totals for layer in layers],
-        as_used(weights, [layer.compute_dtype for layer in layers]),
-        rule.decay, rule.gate, rule.normalize,
+        [local(layer.weight.detach()) for layer in layers],
+        rule.decay, rule.gate, rule.normalize, layers[0].compute_dtype,
     )[0]  # fmt: skip
-
-
-def as_used(weights: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
-    """The weights as the forwards used them, rounded in one launch."""
-    pairs = list(zip(weights, dtypes, strict=True))
-    rounded = [(torch.empty_like(w, dtype=d), w) for w, d in pairs if w.dtype != d]
-    if rounded:
-        torch._foreach_copy_([r for r, _ in rounded], [w for _, w in rounded])
-    made = iter(rounded)
-    return [w if w.dtype == d else next(made)[0] for w, d in pairs]
 
 
 def updates_of_shards(layers: Sequence[Layer]) -> Iterator[tuple[Layer, Tensor]]:

@@ -27,17 +27,10 @@ _makers: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # where not Immedi
 
 
 def as_rows(t: Tensor, channels_last: bool) -> Tensor:
-    """(out_channels, rest) in the memory order of a weight: a view of a t with its strides."""
+    """(out_channels, rest) in the memory order of a weight: a view of a t with its strides, of
+    which merges make one of the weight's shape again."""
     rows = t.movedim(1, -1) if channels_last else t
     return rows.reshape(t.shape[0], t.shape[1:].numel())
-
-
-def from_rows(rows: Tensor, weight: Tensor) -> Tensor:
-    """The inverse of `as_rows`: a view with the shape of `weight`."""
-    if not is_channels_last(weight):
-        return rows.view(weight.shape)
-    out_channels, channels, *kernel_size = weight.shape
-    return rows.view(out_channels, *kernel_size, channels).movedim(-1, 1)
 
 
 def register_first(weight: Tensor, hook: Any) -> Any:
@@ -303,12 +296,11 @@ class ImmediateSums(RawSums):
         if rule.gate == "sign_only":
             update = sign(G.detach())
         else:
-            H0 = from_rows(sums["H0"], weight)
             totals = self._no_totals if self.totals is None else sums["totals"]
-            used = weight.to(self.compute_dtype)
             update = torch.ops.ghl_kernels.merge_no_grad(
-                G, H0, totals, used, rule.decay, rule.gate, rule.normalize
-            )[0]
+                G, sums["H0"], totals, weight, rule.decay, rule.gate, rule.normalize,
+                self.compute_dtype,
+            )[0]  # fmt: skip
         mark_update(update)
         self._handed_out = True
         return update

@@ -176,7 +176,7 @@ def entry_of(case: Case) -> Entry:
 def pair_of(case: Case) -> Call:
     """The pair of a layer whose sizes follow from the tile, as a function of x, y, g and w."""
     pair = (stored if case.form == "stored" else fused).pair
-    wanted = "softmax", case.sum_u
+    wanted = "softmax", "sums" if case.sum_u else "rows"
     if case.kind == "pointwise":
         y = empty(ROWS, case.neurons, dtype=case.dtype)
         x = empty(ROWS, case.channels, dtype=case.dtype)

@@ -108,7 +108,7 @@ def test_expanded_gradients_and_sums_nobody_asked_for() -> None:
     layer = Linear(20, 9, 11)
     x, y, _, w = layer.tensors(HALF)
     g = torch.ones((), dtype=HALF).expand(y.shape)
-    G, H0, totals = torch.ops.ghl_kernels.linear_pair(x, y, g, w, "softmax", 1.0, False)
+    G, H0, totals = torch.ops.ghl_kernels.linear_pair(x, y, g, w, "softmax", 1.0, "rows")
     torch.testing.assert_close(G, x.float().sum(0).expand(11, 9), rtol=1e-3, atol=1e-3)
     assert totals.shape == (12,) and totals[-1] == 20
     assert torch.isfinite(H0).all()
@@ -119,7 +119,7 @@ def test_an_empty_layer(shape: tuple[int, int, int]) -> None:
     layer = Linear(*shape)
     tensors, rule = layer.tensors(), ("softmax", 1.0)
     results = torch.ops.ghl_kernels.linear_pair(*tensors, *rule)
-    problem = Problem.of_linear(tensors[0], tensors[3], sum_u=True)
+    problem = Problem.of_linear(tensors[0], tensors[3], totals="sums")
     for actual, wanted in zip(results, composed.pair(problem, *tensors, 1.0), strict=True):
         torch.testing.assert_close(actual, wanted)
     update = layer.update(tensors, Rule())[0]

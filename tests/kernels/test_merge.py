@@ -23,7 +23,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from ghl.sums import as_rows
 from ghl_kernels import Rule, reference
+from ghl_kernels.layout import is_channels_last
 from ghl_kernels.rule import CHOICES
 
 ROWS = 21
@@ -112,6 +114,30 @@ def test_every_layout(
         tensors = [of_rest(t) if t.dim() > 1 else t for t in tensors]
         tensors[argument] = of_one(tensors[argument])
         assert_merge(tensors, Rule())
+
+
+@pytest.mark.parametrize("used_as", [None, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(6, 5), (6, 3, 3, 2), (6, 5, 1, 1), (4, 3, 5)], ids=str)
+def test_sums_as_layers_hold_them(
+    shape: tuple[int, ...], layout: str, used_as: torch.dtype | None
+) -> None:
+    """H0 as rows in the order of the weight's memory, and the weight rounded as it was used."""
+    order = LAYOUTS[layout if len(shape) == 4 or layout != "channels_last" else "contiguous"]
+    layers = []
+    for _ in range(2):
+        G, H0, totals, w = sums(shape)
+        layers.append([G, H0, totals, order(w)])
+    choices = Rule().decay, Rule().gate, Rule().normalize
+    held = [[G, as_rows(H0, is_channels_last(w)), t, w] for G, H0, t, w in layers]
+    wanted = [merge([*one, w.to(used_as or w.dtype)], Rule()) for *one, w in layers]
+    alone = [torch.ops.ghl_kernels.merge(*one, *choices, used_as) for one in held]
+    lists = [list(one) for one in zip(*held, strict=True)]
+    together = torch.ops.ghl_kernels.foreach_merge(*lists, *choices, used_as)
+    for found in (alone, zip(*together, strict=True)):
+        for results, expected in zip(found, wanted, strict=True):
+            assert all(map(torch.equal, results, expected))
+            assert results[0].stride() == torch.empty_like(expected[0]).stride()
 
 
 def test_expanded_sums() -> None:

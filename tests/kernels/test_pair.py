@@ -196,6 +196,25 @@ def test_an_empty_batch_sums_to_zero(layer: Layer) -> None:
         assert [torch.count_nonzero(t).item() for t in sums] == [0, 0, 0]
 
 
+@pytest.mark.parametrize("rows", [None, 0], ids=["a batch", "an empty batch"])
+@pytest.mark.parametrize("name", ["conv_plain", "conv_grouped", "linear_plain"])
+def test_totals_that_are_asked_for(name: str, rows: int | None) -> None:
+    layer = LAYERS[name]
+    *activations, w = layer.tensors()
+    tensors = *(t[:rows] for t in activations), w
+    operator, geometry = torch.ops.ghl_kernels.linear_pair, ()
+    if isinstance(layer, Conv):
+        operator, geometry = torch.ops.ghl_kernels.conv2d_pair, layer.geometry
+    wanted = operator(*tensors, *geometry, "softmax", 1.0)
+    for of, count in (("sums", len(w) + 1), ("rows", len(w) + 1), ("none", 0)):
+        *pair, totals = operator(*tensors, *geometry, "softmax", 1.0, of)
+        assert all(map(torch.equal, pair, wanted))
+        assert totals.shape == (count,) and totals.isfinite().all()
+        assert torch.equal(totals[-1:], wanted[2][-1:][:count])
+    with pytest.raises(ValueError, match="totals is 'row', must be one of sums, rows, none"):
+        operator(*tensors, *geometry, "softmax", 1.0, "row")
+
+
 def test_no_inputs_at_all_gives_empty_sums() -> None:
     x, y, g, w = Linear(3, 1, 4).tensors()
     G, H0, totals = Linear(3, 0, 4).pair((x[:, :0], y, g, w[:, :0]), Rule())

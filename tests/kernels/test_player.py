@@ -106,13 +106,17 @@ def test_the_third_call_of_a_kind_is_played(
         assert last is not None and last.name == implementation
 
 
+used = pytest.mark.parametrize("used_as", [None, torch.float32, HALF], ids=str)
+
+
 @pytest.mark.parametrize("rule", [Rule(), Rule(decay="instar", gate="hebb", normalize="mean")])
-@pytest.mark.parametrize("layout", ["contiguous", "reversed"])
-def test_merges(rule: Rule, layout: str, implementation: str) -> None:
-    choices, before = (rule.decay, rule.gate, rule.normalize), played("merge")
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "reversed"])
+@used
+def test_merges(rule: Rule, layout: str, used_as: torch.dtype | None, implementation: str) -> None:
+    choices, before = (rule.decay, rule.gate, rule.normalize, used_as), played("merge")
     for number in range(4):
-        w = LAYOUTS[layout](torch.randn(4, 3))
-        sums = [torch.randn_like(w), torch.randn_like(w), torch.rand(5), w]
+        w = LAYOUTS[layout](torch.randn(4, 3, 2, 2))
+        sums = [torch.randn_like(w), torch.randn(4, 12), torch.rand(5), w]
         assert_same(
             torch.ops.ghl_kernels.merge_no_grad(*sums, *choices), ops.merge(*sums, *choices)
         )
@@ -120,12 +124,16 @@ def test_merges(rule: Rule, layout: str, implementation: str) -> None:
 
 
 @pytest.mark.parametrize("rule", [Rule(), Rule(decay="instar", gate="hebb", normalize="mean")])
-def test_merges_of_many_layers(rule: Rule, implementation: str) -> None:
-    choices, before = (rule.decay, rule.gate, rule.normalize), played("foreach_merge")
+@used
+def test_merges_of_many_layers(
+    rule: Rule, used_as: torch.dtype | None, implementation: str
+) -> None:
+    choices, before = (rule.decay, rule.gate, rule.normalize, used_as), played("foreach_merge")
     shapes = (4, 3), (2, 5), (6, 3, 2, 2)
     for number in range(4):
         w = [torch.randn(shape) for shape in shapes]
         G, H0 = ([torch.randn_like(one) for one in w] for _ in range(2))
+        H0[-1] = H0[-1].flatten(1)
         totals = [torch.rand(one.shape[0] + 1) for one in w]
         results = torch.ops.ghl_kernels.foreach_merge_no_grad(G, H0, totals, w, *choices)
         for result, wanted in zip(

@@ -16,6 +16,7 @@ from test_pair import convolutions
 
 from ghl_kernels import Rule
 from ghl_kernels.rule import CHOICES
+from ghl_kernels.triton.store_u import store_u
 
 ON_GPU = torch.cuda.is_available()
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * ON_GPU  # triton issue 11584
@@ -121,6 +122,16 @@ def test_u_may_be_stored(
         assert_pair(layer, layer.tensors(dtype), Rule(competition=competition, tau=0.7))
 
 
+@pytest.mark.parametrize("longest", [8, 4096])
+def test_rows_of_u_at_multiples_of_eight(longest: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ghl_kernels.triton.store_u.LONGEST_ROW", longest)
+    y = torch.randn(70, 21)
+    u, dense = store_u(y, "softmax", 0.7, apart=8), store_u(y, "softmax", 0.7)
+    assert u.stride() == (24, 1) and dense.is_contiguous()
+    assert torch.equal(u, dense)
+    torch.testing.assert_close(u, torch.softmax(y / 0.7, 1))
+
+
 @pytest.mark.parametrize("form", ["WHOLE_ROWS", "MANY_SPLITS"])
 @pytest.mark.parametrize("name", ["conv_whole_image", "conv_depthwise", "linear_tails"])
 def test_totals_hold_rows_where_nobody_asks_for_sums_of_u(
@@ -132,12 +143,13 @@ def test_totals_hold_rows_where_nobody_asks_for_sums_of_u(
     operator, geometry = torch.ops.ghl_kernels.linear_pair, ()
     if isinstance(layer, Conv):
         operator, geometry = torch.ops.ghl_kernels.conv2d_pair, layer.geometry
-    G, H0, totals = operator(*tensors, *geometry, "softmax", 1.0, sum_u=True)
-    without = operator(*tensors, *geometry, "softmax", 1.0, sum_u=False)
+    G, H0, totals = operator(*tensors, *geometry, "softmax", 1.0, totals="sums")
+    without = operator(*tensors, *geometry, "softmax", 1.0, totals="rows")
     assert torch.equal(without[0], G)
     assert torch.equal(without[1], H0)
     assert without[2].shape == totals.shape and without[2][-1] == totals[-1]
     assert without[2].isfinite().all()  # they are added up with others
+    assert operator(*tensors, *geometry, "softmax", 1.0, totals="none")[2].shape == (0,)
 
 
 @pytest.mark.parametrize(
