@@ -89,11 +89,6 @@ class Problem:
         )
 
     @property
-    def totals(self) -> str:
-        """What is asked for of them."""
-        return "sums" if self.sum_u else "rows" if self.counted else "none"
-
-    @property
     def taps(self) -> int:
         return self.kernel_size[0] * self.kernel_size[1]
 

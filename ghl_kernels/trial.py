@@ -33,14 +33,19 @@ TOLERANCE = {torch.float32: 5e-3, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 
 
 def small_batch(problem: Problem, device: torch.device) -> tuple[Problem, tuple[Tensor, ...]]:
-    """A layer of these sizes for a few rows, more where it pads more, and its x, y, g and w."""
+    """A layer of these sizes for a few rows, more where it pads more, and its x, y, g and w.
+
+    Its rows are counted: a trial is one for all layers of these sizes, and what is not there cannot
+    be compared.
+    """
+    totals = "sums" if problem.sum_u else "rows"
     generator = torch.Generator(device).manual_seed(0)
 
     def random(*shape: int) -> Tensor:
         options: dict[str, Any] = {"device": device, "dtype": torch.float32}
         return torch.randn(*shape, generator=generator, **options).to(problem.dtype)
 
-    neurons, wanted = problem.all_neurons, (problem.competition, problem.totals)
+    neurons, wanted = problem.all_neurons, (problem.competition, totals)
     if problem.linear:
         rows = BATCH * SIZE * SIZE
         x, w = random(rows, problem.channels), random(neurons, problem.channels)

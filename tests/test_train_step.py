@@ -12,6 +12,7 @@ import pytest
 
 from bench import natural, train_step
 from bench.train_step import Contestant
+from ghl_kernels import dispatch
 
 SMALL = ["--arch", "resnet20", "--width", "0.25", "--size", "16", "--batch-size", "4"]
 SMALL += ["--device", "cpu", "--warmup", "1", "--steps", "3"]
@@ -64,6 +65,17 @@ def test_waits_warm_until_it_may_time(tmp_path: Path, monkeypatch: pytest.Monkey
     assert done[:5] == ["step", "step", "wait", "peak", "step"]
     assert (done.count("wait"), done.count("time")) == (1, 2 * 3)
     assert "when" not in json.loads(path.read_text())["settings"]
+
+
+def test_reports_nothing_of_operators_in_the_place_of_kernels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "result.json"
+    monkeypatch.setattr(dispatch, "_warned", set())
+    monkeypatch.setattr(dispatch, "choose", lambda *of: dispatch.fall_back("composes", "a test"))
+    with pytest.raises(UserWarning, match="ghl_kernels composes: a test"):
+        train_step.main([*SMALL, "--out", str(path)])
+    assert not path.exists()
 
 
 def test_reports_nothing_where_updates_differ(

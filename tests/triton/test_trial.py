@@ -23,6 +23,8 @@ PROBLEMS = {
     "conv_dilated": Problem(1, 18, 20, FLOAT, (3, 2), (2, 1), dilation=(2, 3), channels_last=True),
     "padded": Problem(1, 5, 16, FLOAT, (1, 1), padding=(1, 1)),
     "conv_sums": Problem(1, 5, 16, FLOAT, (1, 2), competition="softhebb", sum_u=True),
+    "conv_uncounted": Problem(1, 5, 16, FLOAT, (1, 2), counted=False),
+    "linear_uncounted": Problem(1, 20, 33, FLOAT, linear=True, counted=False),
     "packed": Problem(1, 9, 3, FLOAT, (3, 3), padding=(1, 1)),
     "groups": Problem(1, 6, 20, torch.float16, (3, 3), groups=2),
     "depthwise": Problem(1, 2, 1, FLOAT, (3, 3), groups=9, padding=(1, 1)),

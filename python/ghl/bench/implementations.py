@@ -66,8 +66,7 @@ def forced(name: str) -> Iterator[None]:
 
 def ours_call(layer: Layer, tensors: Tensors, operator: str) -> Callable[[], tuple[Tensor, ...]]:
     """linear_ or conv2d_ `pair` or `update` of the rule `ghl`."""
-    sums_u: tuple[object, ...] = (False,)
-    rest = ("oja", "sign", "absmax") if operator == "update" else sums_u
+    rest = ("oja", "sign", "absmax") if operator == "update" else ("rows",)
     choices = "softmax", layer.tau, *rest
     if layer.linear:
         function = getattr(torch.ops.ghl_kernels, f"linear_{operator}")
