@@ -100,7 +100,7 @@ class Partials:
             (totals[-1:] if problem.sum_u else totals).fill_(problem.rows)
         results = sums = Sums(G, H0, totals)
         if splits > 1:
-            sizes = G.numel(), H0.numel(), w.shape[0]
+            sizes = G.numel(), H0.numel(), w.shape[0] if problem.sum_u else 0
             parts = (
                 torch.empty(splits * size, dtype=torch.float32, device=w.device) for size in sizes
             )
