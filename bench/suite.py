@@ -50,8 +50,9 @@ class Stage:
 
     `{seconds}` in the command is replaced by what it has, less what starting and ending take.
     checks: if it fails, all has failed. beside: stages in a row with the same run together, those
-    `after` another from its end on. gate: a file that it waits for once it has made itself ready;
-    the suite makes it when all others beside it are over, of several stages one after the other.
+    `after` another from its end on. gate: a file that it waits for once it has made itself ready,
+    and `ready`, by which it says so; the suite makes it when all others beside it are over or
+    ready, of several stages one after the other.
     """
 
     name: str
@@ -64,6 +65,10 @@ class Stage:
     beside: str | None = None
     after: str | None = None
     gate: Path | None = None
+
+    @property
+    def ready(self) -> Path | None:
+        return self.gate.with_suffix(".ready") if self.gate else None
 
 
 def heed_interrupts() -> None:
@@ -145,8 +150,9 @@ class Suite:
         """Run stages beside each other, each within its time, and note how they went."""
         until = time.monotonic() + left
         for stage in stages:
-            if stage.gate:  # an earlier run's
-                stage.gate.unlink(missing_ok=True)
+            for file in (stage.gate, stage.ready):
+                if file:  # an earlier run's
+                    file.unlink(missing_ok=True)
         running = self.started(stages, None, until)
         try:
             while running:
@@ -205,9 +211,9 @@ def timed_after(stage: Stage, stages: Sequence[Stage]) -> list[Stage]:
 
 def open_gate(running: Sequence[Running]) -> None:
     """That of the first, if all that run wait for theirs."""
-    gates = [one.stage.gate for one in running if one.stage.gate]
-    if len(gates) == len(running):
-        gates[0].touch()
+    waiting = [one.stage for one in running if one.stage.ready and one.stage.ready.exists()]
+    if len(waiting) == len(running) and waiting[0].gate:
+        waiting[0].gate.touch()
 
 
 def stop(process: subprocess.Popen[bytes] | subprocess.Popen[str]) -> None:
@@ -277,8 +283,8 @@ def stages(work: Path, out: Path, dry: bool) -> list[Stage]:
               beside="checks", after="sanitize"),
         # a minute or more of compiling, by one core mostly, for seconds of steps
         *(
-            Stage(name, (*train, "--compile", *options, "--when", f"{work}/{name}.gate",
-                         "--out", f"{work}/{name}.json"),
+            Stage(name, (*train, "--compile", *options, "--out", f"{work}/{name}.json",
+                         "--when", f"{work}/{name}.ready", f"{work}/{name}.gate"),
                   195, 10, checks=False, environment=tables | no_choice, skipped=no_gpu,
                   beside="checks", gate=work / f"{name}.gate")
             for name, options in compiled.items()

@@ -156,11 +156,13 @@ def peak_bytes(call: Callable[[], None], device: str) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def wait(gate: Path, device: str) -> None:
-    """Until the file is there; what memory only steps need is for others until then."""
+def wait(ready: Path, gate: Path, device: str) -> None:
+    """Makes the one file and waits for the other; what memory only steps need is for others until
+    then."""
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
+    ready.touch()
     while not gate.exists():
         time.sleep(0.05)
 
@@ -184,7 +186,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
             step()
     if options.when:
         print(f"ready after {time.perf_counter() - began:.0f} s", flush=True)
-        wait(options.when, options.device)
+        wait(*options.when, options.device)
     # a graph's memory is there before its replay
     peaks = {
         name: None if options.graph else peak_bytes(step, options.device)
@@ -260,8 +262,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         choices=tuple(CONTESTANTS))  # fmt: skip
     add("--warmup", type=int, default=3, help="steps before the timed ones")
     add("--steps", type=int, default=20, help="timed steps of each")
-    add("--when", type=Path, metavar="FILE",
-        help="networks are built, compiled and warmed at once, timed when it is there")  # fmt: skip
+    add(
+        "--when",
+        type=Path,
+        nargs=2,
+        metavar=("READY", "GATE"),
+        help="networks are built, compiled and warmed, the first file made, and steps timed when "
+        "the second is there",
+    )
     add("--out", type=Path, help="by default bench/results/train-step-MACHINE.json")
     options = parser.parse_args(arguments)
     if options.graph and options.device != "cuda":
@@ -271,9 +279,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
-    refuse_to_fall_back()
     where = provenance(torch.device(options.device))
-    rows = measure(options)
+    with warnings.catch_warnings():
+        refuse_to_fall_back()
+        rows = measure(options)
     print_table(rows)
     name = machine(options.device)
     settings = {key: value for key, value in vars(options).items() if key not in ("out", "when")}

@@ -30,11 +30,15 @@ def output_size(
     return tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in geometry)
 
 
+def check_dtype(what: str, dtype: torch.dtype) -> None:
+    if dtype not in DTYPES:
+        accepted = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
+        raise TypeError(f"{what} {dtype}, must be one of {accepted}")
+
+
 def check_float(**tensors: Tensor) -> None:
     for name, t in tensors.items():
-        if t.dtype not in DTYPES:
-            accepted = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
-            raise TypeError(f"{name} has dtype {t.dtype}, must be one of {accepted}")
+        check_dtype(f"{name} has dtype", t.dtype)
         if t.layout != torch.strided:
             raise TypeError(f"{name} has layout {t.layout}, must be torch.strided")
 
@@ -118,19 +122,28 @@ def check_conv2d(
         check_shape(name, t, (x.shape[0], w.shape[0], *size), "the output of this convolution")
 
 
-def check_merge(G: Tensor, H0: Tensor, totals: Tensor, w: Tensor) -> None:
+def check_merge(
+    G: Tensor, H0: Tensor, totals: Tensor, w: Tensor, used_as: torch.dtype | None = None
+) -> None:
     check_float(G=G, H0=H0, totals=totals, w=w)
+    if used_as is not None:
+        check_dtype("used_as is", used_as)
     check_device(G, H0=H0, totals=totals, w=w)
     if w.dim() < 2 or w.shape[0] == 0:
         raise ValueError(f"w has shape {tuple(w.shape)}, must be (out_channels >= 1, ...)")
     check_shape("G", G, w.shape, "the shape of w")
-    if H0.shape != (w.shape[0], w.shape[1:].numel()):
-        check_shape("H0", H0, w.shape, "the shape of w, or its rows")
+    rows = w.shape[0], w.shape[1:].numel()
+    if H0.shape != rows:
+        check_shape("H0", H0, w.shape, f"the shape of w, or {rows}, its rows")
     check_shape("totals", totals, (w.shape[0] + 1,), "sum of u for each neuron, number of rows")
 
 
 def check_foreach_merge(
-    G: Sequence[Tensor], H0: Sequence[Tensor], totals: Sequence[Tensor], w: Sequence[Tensor]
+    G: Sequence[Tensor],
+    H0: Sequence[Tensor],
+    totals: Sequence[Tensor],
+    w: Sequence[Tensor],
+    used_as: torch.dtype | None = None,
 ) -> None:
     if len(G) == 0:
         raise ValueError("G is an empty list, must hold one tensor for each layer")
@@ -139,7 +152,7 @@ def check_foreach_merge(
             raise ValueError(f"{name} has {len(tensors)} tensors, must have {len(G)} like G")
     for number, layer in enumerate(zip(G, H0, totals, w, strict=True)):
         try:
-            check_merge(*layer)
+            check_merge(*layer, used_as)
             check_device(G[0], G=layer[0])
         except (TypeError, ValueError) as error:
             raise type(error)(f"layer {number} of {len(G)}: {error}") from None

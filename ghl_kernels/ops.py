@@ -161,7 +161,7 @@ def merge(
     normalize: str,
     used_as: torch.dtype | None = None,
 ) -> Triple:
-    checks.check_merge(G, H0, totals, w)
+    checks.check_merge(G, H0, totals, w, used_as)
     check_rule(decay=decay, gate=gate, normalize=normalize)
     implementation = dispatch.implementation("merge", G)
     used = w if used_as is None else w.to(used_as)
@@ -178,7 +178,7 @@ def foreach_merge(
     normalize: str,
     used_as: torch.dtype | None = None,
 ) -> Triples:
-    checks.check_foreach_merge(G, H0, totals, w)
+    checks.check_foreach_merge(G, H0, totals, w, used_as)
     check_rule(decay=decay, gate=gate, normalize=normalize)
     implementation = dispatch.implementation("foreach_merge", G[0])
     H0 = [from_rows(*one) for one in zip(H0, w, strict=True)]

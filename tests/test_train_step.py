@@ -50,6 +50,7 @@ def test_what_is_left_out_is_not_reported(tmp_path: Path) -> None:
 
 def test_waits_warm_until_it_may_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, gate, done = tmp_path / "result.json", tmp_path / "gate", []
+    ready = tmp_path / "ready"
 
     def telling(what: str, call: Callable) -> Callable:
         return lambda *words: (done.append(what), call(*words))[1]
@@ -60,11 +61,20 @@ def test_waits_warm_until_it_may_time(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(train_step, "seconds_of", telling("time", seconds))
     clock = {"perf_counter": time.perf_counter, "sleep": telling("wait", lambda _: gate.touch())}
     monkeypatch.setattr(train_step, "time", SimpleNamespace(**clock))
-    words = ["--contestants", "bp", "synchronized", "--when", str(gate), "--out", str(path)]
+    words = [
+        "--contestants",
+        "bp",
+        "synchronized",
+        "--when",
+        str(ready),
+        str(gate),
+        "--out",
+        str(path),
+    ]
     train_step.main([*SMALL, *words])
     assert done[:5] == ["step", "step", "wait", "peak", "step"]
     assert (done.count("wait"), done.count("time")) == (1, 2 * 3)
-    assert "when" not in json.loads(path.read_text())["settings"]
+    assert ready.exists() and "when" not in json.loads(path.read_text())["settings"]
 
 
 def test_reports_nothing_of_operators_in_the_place_of_kernels(

@@ -215,9 +215,10 @@ def test_a_stage_may_begin_when_another_beside_it_ends(
 
 
 def timed(times: Path, gate: Path, ready: str = "") -> tuple[str, ...]:
-    """Waits for its gate, then writes when it went on and when it ended."""
+    """Waits for its gate once it is ready, then writes when it went on and when it ended."""
     return python(
         f"import os, time; {ready}\n"
+        f"open({str(gate.with_suffix('.ready'))!r}, 'w')\n"
         f"while not os.path.exists({str(gate)!r}): time.sleep(0.01)\n"
         "begin = time.monotonic(); time.sleep(0.2)\n"
         f"open({str(times)!r}, 'a').write(f'{{begin}} {{time.monotonic()}}\\n')"
@@ -228,18 +229,19 @@ def timed(times: Path, gate: Path, ready: str = "") -> tuple[str, ...]:
 def test_stages_with_gates_are_ready_early_and_timed_last(
     beside: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One after the other, whatever an earlier run has left."""
+    """One after the other and once both are ready, whatever an earlier run has left."""
     times, gates = tmp_path / "times", [tmp_path / "a.gate", tmp_path / "b.gate"]
     ready = [tmp_path / "a.ready", tmp_path / "b.ready"]
-    for gate in gates:
-        gate.touch()
+    for file in (*gates, *ready):
+        file.touch()
+    noted = f"now = time.monotonic(); open({str(times)!r}, 'a').write(f'{{now}} {{now}}\\n')"
     waits = f"""import os, time
 while not all(map(os.path.exists, {[*map(str, ready)]})): time.sleep(0.01)
-time.sleep(0.3); now = time.monotonic(); open({str(times)!r}, 'a').write(f'{{now}} {{now}}\\n')"""
+time.sleep(0.3); {noted}"""
+    warms = f"time.sleep(0.6); {noted}"
     stages = [
-        Stage(name, timed(times, gate, f"open({str(there)!r}, 'w')"), 20, beside="checks",
-              gate=gate)
-        for name, gate, there in zip("ab", gates, ready, strict=True)
+        Stage(name, timed(times, gate, busy), 20, beside="checks", gate=gate)
+        for name, gate, busy in zip("ab", gates, ("", warms), strict=True)
     ]  # fmt: skip
     if beside:
         stages.append(Stage("tests", python(waits), 20, beside="checks"))
@@ -247,7 +249,7 @@ time.sleep(0.3); now = time.monotonic(); open({str(times)!r}, 'a').write(f'{{now
     assert status == 0
     assert [s["name"] for s in result["stages"]] == (["tests"] if beside else []) + ["a", "b"]
     moments = [float(word) for word in times.read_text().split()]
-    assert len(moments) == 2 * len(stages)
+    assert len(moments) == 2 * (len(stages) + 1)  # and when the second had made itself ready
     assert moments == sorted(moments)
 
 
@@ -405,7 +407,9 @@ def test_the_stages_are_those_of_the_issue(tmp_path: Path) -> None:
     assert max(s.seconds for s in stages if s.beside) < 200
     gated = {s.gate: s.command for s in stages if s.gate}
     assert len(gated) == 2
-    assert all(command[command.index("--when") + 1] == str(g) for g, command in gated.items())
+    for gate, command in gated.items():
+        when = command.index("--when") + 1
+        assert command[when : when + 2] == (str(gate.with_suffix(".ready")), str(gate))
 
 
 @pytest.mark.parametrize("words", [["bench", "tune"], ["bench", "layers"]])

@@ -212,6 +212,25 @@ def test_shapes_of_the_merge(name: str, shape: tuple[int, ...], meaning: str) ->
         call_merge(**{name: torch.randn(shape)})
 
 
+def test_rows_of_the_merge() -> None:
+    w = torch.randn(4, 3, 2, 1)
+    wanted = r"^H0 has shape \(4, 5\), must be .*, that is the shape of w, or \(4, 6\), its rows$"
+    with pytest.raises(ValueError, match=wanted):
+        torch.ops.ghl_kernels.merge(w, torch.randn(4, 5), torch.ones(5), w, "oja", "sign", "none")
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64], ids=str)
+def test_what_a_weight_cannot_be_rounded_to(dtype: torch.dtype) -> None:
+    tensors = [torch.ones(shape) for shape in MERGE.values()]
+    expected = f"used_as is {dtype}, must be one of float32, float64, bfloat16, float16$"
+    for merge, arguments in (
+        (torch.ops.ghl_kernels.merge, tensors),
+        (torch.ops.ghl_kernels.foreach_merge, [[t] for t in tensors]),
+    ):
+        with pytest.raises(TypeError, match=expected):
+            merge(*arguments, "oja", "sign", "none", dtype)
+
+
 @pytest.mark.parametrize("shape", [(4,), (0, 3), ()])
 def test_weight_of_the_merge(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"^w has shape .*, must be \(out_channels >= 1, \.\.\.\)"):
