@@ -37,9 +37,14 @@ def empty_rows(w: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty(w.shape, dtype=dtype, device=w.device)
 
 
+def as_rows(t: Tensor, channels_last: bool) -> Tensor:
+    """(out_channels, rest) in the memory order of a weight: a view of a t with its strides."""
+    rows = t.movedim(1, -1) if channels_last else t
+    return rows.reshape(t.shape[0], t.shape[1:].numel())
+
+
 def from_rows(rows: Tensor, w: Tensor) -> Tensor:
-    """(out_channels, rest) in the order of w's memory as a view with the shape of w; or what has
-    that shape, as it is."""
+    """The inverse of `as_rows`: a view with the shape of w; what has that shape, as it is."""
     if rows.shape == w.shape:
         return rows
     if not is_channels_last(w):

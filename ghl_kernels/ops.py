@@ -16,7 +16,7 @@ from ghl_kernels import checks, dispatch, player
 from ghl_kernels.checks import sum_dtype
 from ghl_kernels.composed import Triple, Triples
 from ghl_kernels.layout import from_rows
-from ghl_kernels.problem import TOTALS_OF, Problem
+from ghl_kernels.problem import TOTALS, Problem
 from ghl_kernels.registration import (
     autocast_activations,
     below_autograd,
@@ -24,7 +24,7 @@ from ghl_kernels.registration import (
     without_derivative,
 )
 from ghl_kernels.replay import replayed
-from ghl_kernels.rule import CHOICES, check_choice, check_tau
+from ghl_kernels.rule import CHOICES, check_choice, check_tau, totals_for
 
 Tensors = Sequence[Tensor]
 Geometry = tuple[Sequence[int], Sequence[int], Sequence[int], int]  # stride to groups
@@ -33,13 +33,13 @@ ACTIVATIONS = "Tensor x, Tensor y, Tensor g, Tensor w"
 GEOMETRY = "int[2] stride, int[2] padding, int[2] dilation, int groups"
 COMPETITION = "str competition, float tau"
 MERGE = "str decay, str gate, str normalize"
-TOTALS = "str totals='sums'"  # sums of u and the number of rows; only that; or an empty tensor
+WANTED = "str totals='sums'"  # of TOTALS
 USED_AS = "ScalarType? used_as=None"  # the dtype to which w is rounded first
 
 SCHEMAS = (
     "logsumexp(Tensor y, float tau, int dim) -> Tensor",
-    f"linear_pair({ACTIVATIONS}, {COMPETITION}, {TOTALS}) -> (Tensor, Tensor, Tensor)",
-    f"conv2d_pair({ACTIVATIONS}, {GEOMETRY}, {COMPETITION}, {TOTALS}) -> (Tensor, Tensor, Tensor)",
+    f"linear_pair({ACTIVATIONS}, {COMPETITION}, {WANTED}) -> (Tensor, Tensor, Tensor)",
+    f"conv2d_pair({ACTIVATIONS}, {GEOMETRY}, {COMPETITION}, {WANTED}) -> (Tensor, Tensor, Tensor)",
     f"merge(Tensor G, Tensor H0, Tensor totals, Tensor w, {MERGE}, {USED_AS}) "
     "-> (Tensor, Tensor, Tensor)",
     f"foreach_merge(Tensor[] G, Tensor[] H0, Tensor[] totals, Tensor[] w, {MERGE}, {USED_AS}) "
@@ -90,12 +90,7 @@ def check_rule(**choices: object) -> None:
 
 def check_pair_rule(competition: str, tau: float, totals: str) -> None:
     check_rule(competition=competition, tau=tau)
-    check_choice("totals", totals, TOTALS_OF)
-
-
-def totals_for(decay: str) -> str:
-    """What of a layer's totals its update needs."""
-    return "sums" if decay == "instar" else "rows"
+    check_choice("totals", totals, TOTALS)
 
 
 def logsumexp(y: Tensor, tau: float, dim: int) -> Tensor:

@@ -13,9 +13,7 @@ from ghl_kernels import layout
 
 # What is asked for of a layer's totals: the sums of u, which only `instar` needs, and the number
 # of rows; only that, beside numbers that mean nothing; or an empty tensor.
-TOTALS_OF: dict[str, dict[str, Any]] = {
-    "sums": {"sum_u": True}, "rows": {}, "none": {"counted": False},
-}  # fmt: skip
+TOTALS = "sums", "rows", "none"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +52,8 @@ class Problem:
     ) -> Problem:
         return cls(
             x.shape[0], w.shape[0], w.shape[1], x.dtype,
-            linear=True, competition=competition, **TOTALS_OF[totals],
+            linear=True, competition=competition,
+            sum_u=totals == "sums", counted=totals != "none",
         )  # fmt: skip
 
     @classmethod
@@ -82,7 +81,8 @@ class Problem:
             groups=groups,
             dilation=(dilation[0], dilation[1]),
             competition=competition,
-            **TOTALS_OF[totals],
+            sum_u=totals == "sums",
+            counted=totals != "none",
             channels_last=layout.is_channels_last(w),
             image=x.shape[1] * x.shape[2] * x.shape[3],
             copied_bytes=layout.copied_bytes(x, y, g) if x.is_cuda else 0,

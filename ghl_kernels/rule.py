@@ -35,6 +35,11 @@ def check_tau(tau: object) -> None:
         raise ValueError(f"tau is {tau!r}, must be finite and greater than 0")
 
 
+def totals_for(decay: str) -> str:
+    """What an update with this decay needs of a layer's totals, as pairs are asked for them."""
+    return "sums" if decay == "instar" else "rows"
+
+
 @dataclasses.dataclass(frozen=True)
 class Rule:
     """A point in the space of rules (arXiv 2601.21367 is `Rule()`, the preset `ghl`).

@@ -61,16 +61,8 @@ def test_waits_warm_until_it_may_time(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(train_step, "seconds_of", telling("time", seconds))
     clock = {"perf_counter": time.perf_counter, "sleep": telling("wait", lambda _: gate.touch())}
     monkeypatch.setattr(train_step, "time", SimpleNamespace(**clock))
-    words = [
-        "--contestants",
-        "bp",
-        "synchronized",
-        "--when",
-        str(ready),
-        str(gate),
-        "--out",
-        str(path),
-    ]
+    words = ["--contestants", "bp", "synchronized", "--out", str(path)]
+    words += ["--when", str(ready), str(gate)]
     train_step.main([*SMALL, *words])
     assert done[:5] == ["step", "step", "wait", "peak", "step"]
     assert (done.count("wait"), done.count("time")) == (1, 2 * 3)

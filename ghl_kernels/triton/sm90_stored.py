@@ -7,23 +7,16 @@ but multiply. u's rows are written at multiples of 16 bytes, as its copies want 
 
 from __future__ import annotations
 
-from torch import Tensor
+import functools
 
-from ghl_kernels import layout
 from ghl_kernels.composed import update_of
 from ghl_kernels.cuda.kernels import foreach_merge, kernels, logsumexp, merge
 from ghl_kernels.pairs import pair_by
-from ghl_kernels.triton.store_u import store_u
+from ghl_kernels.triton.stored import stored_u
 
 __all__ = ["foreach_merge", "logsumexp", "merge", "pair", "update"]
 
 CHUNK = 8  # numbers of 16 bits
 
-
-def stored_u(y: Tensor, competition: str, tau: float) -> tuple[Tensor, str]:
-    """u takes the place of y, under a competition that is linear."""
-    return store_u(layout.as_matrix(y), competition, tau, CHUNK), "linear"
-
-
-pair = pair_by(kernels("cuda_sm90_stored", stored_u))
+pair = pair_by(kernels("cuda_sm90_stored", functools.partial(stored_u, apart=CHUNK)))
 update = update_of(pair, merge)

@@ -19,9 +19,9 @@ from ghl_kernels.triton.store_u import store_u
 __all__ = ["foreach_merge", "logsumexp", "merge", "pair", "update"]
 
 
-def stored_u(y: Tensor, competition: str, tau: float) -> tuple[Tensor, str]:
-    """u takes the place of y, under a competition that is linear."""
-    return store_u(layout.as_matrix(y), competition, tau), "linear"
+def stored_u(y: Tensor, competition: str, tau: float, apart: int = 1) -> tuple[Tensor, str]:
+    """u takes the place of y, under a competition that is linear; `apart`: see `store_u`."""
+    return store_u(layout.as_matrix(y), competition, tau, apart), "linear"
 
 
 pair = pair_by(kernels("triton_stored", stored_u))

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ghl.sums import RawSums, as_rows, check_pair
-from ghl_kernels.layout import is_channels_last
-from ghl_kernels.ops import totals_for
+from ghl.sums import RawSums, check_pair
+from ghl_kernels.layout import as_rows, is_channels_last
+from ghl_kernels.rule import totals_for
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:

@@ -26,13 +26,6 @@ _of_weight: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 _makers: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # where not ImmediateSums
 
 
-def as_rows(t: Tensor, channels_last: bool) -> Tensor:
-    """(out_channels, rest) in the memory order of a weight: a view of a t with its strides, of
-    which merges make one of the weight's shape again."""
-    rows = t.movedim(1, -1) if channels_last else t
-    return rows.reshape(t.shape[0], t.shape[1:].numel())
-
-
 def register_first(weight: Tensor, hook: Any) -> Any:
     """Register a post-accumulate-grad hook before those that weight has: they see the update."""
     handle = weight.register_post_accumulate_grad_hook(hook)

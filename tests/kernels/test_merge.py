@@ -23,9 +23,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ghl.sums import as_rows
 from ghl_kernels import Rule, reference
-from ghl_kernels.layout import is_channels_last
+from ghl_kernels.layout import as_rows, is_channels_last
 from ghl_kernels.rule import CHOICES
 
 ROWS = 21
