@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from bench import compile_ahead, sanitizers, suite
-from bench.suite import Running, Stage, Suite
+from bench import compile_ahead, stages, suite
+from bench.stages import Running, Stage, Suite
 from ghl.cli import main as ghl
 
 ROOT = Path(__file__).parents[2]
@@ -23,10 +23,15 @@ def python(code: str) -> tuple[str, ...]:
     return sys.executable, "-c", code
 
 
+def in_place_of_the_repository(monkeypatch: pytest.MonkeyPatch, directory: Path) -> None:
+    for module in (suite, stages):
+        monkeypatch.setattr(module, "ROOT", directory)
+
+
 def run(tmp_path: Path, stages: list[Stage], monkeypatch: pytest.MonkeyPatch) -> tuple[int, dict]:
     """The exit status and the JSON of a suite of these stages."""
     monkeypatch.setenv("OUT", str(tmp_path / "out"))
-    monkeypatch.setattr(suite, "ROOT", tmp_path)
+    in_place_of_the_repository(monkeypatch, tmp_path)
     monkeypatch.setattr(suite, "where", lambda: {"schema": 1, "gpu": "NVIDIA H200"})
     work = tmp_path / "build" / "gpu_suite"
     status = suite.main(["--seconds", "30"], lambda *_: stages)
@@ -154,7 +159,7 @@ def test_results_are_replaced_by_measurements_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("OUT", raising=False)
-    monkeypatch.setattr(suite, "ROOT", tmp_path)
+    in_place_of_the_repository(monkeypatch, tmp_path)
     monkeypatch.setattr(suite, "where", lambda: {"schema": 1, "gpu": "NVIDIA H200"})
     results = tmp_path / "bench" / "results"
     suite.main(["--seconds", "30"], lambda *_: [Stage("tests", python(""), 9)])
@@ -168,7 +173,7 @@ def test_stages_that_are_not_run_again_keep_what_they_have_left(
 ) -> None:
     """On the same sources, and as long as not all is run again."""
     monkeypatch.setenv("OUT", str(tmp_path / "out"))
-    monkeypatch.setattr(suite, "ROOT", tmp_path)
+    in_place_of_the_repository(monkeypatch, tmp_path)
     monkeypatch.setattr(suite, "where", lambda: {"schema": 1, "gpu": "NVIDIA H200"})
     first = tmp_path / "build" / "gpu_suite" / "first.json"
     tests = Stage("tests", python("exit(1)"), 9)
@@ -294,7 +299,7 @@ def test_pytest_says_what_failed_when_its_time_is_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """With workers, of which one is in the midst of a test."""
-    monkeypatch.setattr(suite, "ROOT", tmp_path)
+    in_place_of_the_repository(monkeypatch, tmp_path)
     monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
     (tmp_path / "test_slow.py").write_text(SLOW)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "xdist", "-n", "2", "test_slow.py"]
@@ -318,82 +323,10 @@ def test_processes_that_compile_ahead_share_the_layers(monkeypatch: pytest.Monke
     seen: list[tuple[str, int, str]] = []
     monkeypatch.setattr(compile_ahead, "compile_layer", lambda *layer: seen.append(layer))
     for part in "012":
-        words = [
-            "deephebb_b1",
-            "deephebb_b2",
-            "--device",
-            "cpu",
-            "--processes",
-            "3",
-            "--part",
-            part,
-        ]
+        words = ["deephebb_b1", "deephebb_b2", "--device", "cpu"]
+        words += ["--processes", "3", "--part", part]
         assert compile_ahead.main(words) == 0
     assert sorted(seen) == [(f"deephebb_b{b}", n, "cpu") for b in (1, 2) for n in range(3)]
-
-
-HAZARD = """========= Error: Race reported between Write access at measure_kernel+0x32 in merge.py:62
-=========     and {} access at measure_kernel+0x{} in merge.py:62 [9 hazards]
-"""  # noqa: E501
-FALSE = HAZARD.format("Write", 32)
-IN_CUDA = """========= Error: Race reported between Read access at ghl::cuda::sm90::Row::load(char *, int)+0x5180 in sm90_competition.h:28
-=========     and Write access at void ghl::cuda::sm90::Row::store<S<(int)4, T<int>>>(char *, int) const+0x71e0 in sm90_competition.h:36 [2016 hazards]
-=========     and Write access at void ghl::cuda::sm90::Row::store<S<(int)4, T<int>>>(char *, int) const+0x7210 in sm90_competition.h:36 [2016 hazards]
-"""  # noqa: E501
-IN_ROW = "sm90::Row::load in sm90_competition.h:28, sm90::Row::store in sm90_competition.h:36"
-MEMCHECK = """========= Invalid __global__ read of size 4 bytes
-=========     at {}+0x160{}
-"""
-OTHERS = "errors, none in a kernel of ours"
-
-
-@pytest.mark.parametrize(
-    ("status", "log", "verdict", "bad"),
-    [
-        (0, "", "no errors", False),
-        (9, 2 * FALSE, "hazards that the tool sees where none is, no others", False),
-        (9, IN_CUDA, f"errors in {IN_ROW}", True),
-        (9, FALSE + IN_CUDA + FALSE, f"errors in {IN_ROW}", True),
-        (9, FALSE + IN_CUDA.replace("sm90_comp", "cutlass_comp"),
-         f"{OTHERS}, {IN_ROW.replace('sm90_comp', 'cutlass_comp')}", False),
-        (9, FALSE + HAZARD.format("Write", 48), "errors in measure_kernel in merge.py:62", True),
-        (9, HAZARD.format("Read", 32), "errors in measure_kernel in merge.py:62", True),
-        (9, FALSE.replace(".py", ".h"), "errors in measure_kernel in merge.h:62", True),
-        (9, MEMCHECK.format("linear_wgrad_kernel", ""), "errors in linear_wgrad_kernel", True),
-        (9, MEMCHECK.format("f(int)", " in any_dtype.h:7"), "errors in f in any_dtype.h:7", True),
-        (9, MEMCHECK.format("f(int)", " in any.h:7"), f"{OTHERS}, f in any.h:7", False),
-        (9, "".join(MEMCHECK.format(f"f{i}", " in params.h:7") for i in range(9)),
-         f"errors in {', '.join(f'f{i} in params.h:7' for i in range(6))}", True),
-        (9, "Invalid read at cutlass_kernel", OTHERS, False),
-        (1, "", "the program ended with 1", True),
-        (1, FALSE, "the program ended with 1", True),
-        (1, "Device not supported", "the tool does not support this machine", False),
-        (9, FALSE + "Race at dual_wgrad_kernel<...>", "errors in dual_wgrad_kernel", True),
-    ],
-)  # fmt: skip
-def test_a_sanitizer_is_judged_by_whom_it_blames(
-    status: int, log: str, verdict: str, bad: bool
-) -> None:
-    said, blamed = sanitizers.judge(status, log)
-    assert (said, blamed) == (verdict, bad)
-
-
-def test_every_sanitizer_is_run_and_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    program = tmp_path / "compute-sanitizer"
-    program.write_text(
-        '#!/bin/bash\n[[ "$2" = racecheck ]] || exit 0\n'
-        'echo "Race reported in merge_kernel? no: measure_kernel" > "$6"; exit 9\n'
-    )
-    program.chmod(0o755)
-    monkeypatch.setattr(sanitizers, "tool", lambda: str(program))
-    monkeypatch.setattr(sys, "argv", ["", str(tmp_path)])
-    assert sanitizers.main() == 1
-    told = capsys.readouterr().out
-    assert "memcheck: no errors" in told
-    assert "racecheck: errors in measure_kernel" in told
-    assert "initcheck: no errors" in told
 
 
 def test_the_stages_are_those_of_the_issue(tmp_path: Path) -> None:
