@@ -33,10 +33,11 @@ quickstart: install
 	$(TRAIN) --out runs/quickstart-$$(date +%Y%m%d-%H%M%S)
 
 # Files on as many processes as there are cores; a test takes one thread. What takes minutes has a
-# target of its own: tests/compile, the networks of others, and runs of two and three processes,
-# beside which nothing else should run.
+# target of its own: tests/compile, the networks of others, and runs of several processes or of such
+# as are killed, beside which nothing else should run.
 OF_OTHERS = tests/scale/test_zoo.py
-OF_PROCESSES = tests/scale/test_ranks.py tests/recipes/test_processes.py
+OF_PROCESSES = tests/scale/test_ranks.py \
+    $(addprefix tests/recipes/test_,processes.py resume.py cells.py)
 test: install lint
 	$(BIN)/python -m pytest -n auto --dist loadfile --ignore tests/compile \
 	    $(addprefix --ignore ,$(OF_OTHERS) $(OF_PROCESSES))
