@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 
 def weak(owned: Any, method: str) -> Any:
@@ -69,3 +71,30 @@ class Hook:
 
     def __deepcopy__(self, memo: dict) -> Callable[..., None]:
         return nothing
+
+
+class Switched:
+    """A hook that can be turned off, when it costs nothing, and on again, in its place among those
+    of others. register: registers it, and returns its handle."""
+
+    def __init__(self, register: Callable[[], RemovableHandle]) -> None:
+        self._register = register
+        self._handle: RemovableHandle | None = register()
+        self._former: set[int] = set()  # the hooks before it, when it was last on
+
+    def turn(self, on: bool) -> None:
+        if on and self._handle is None:
+            self._handle = self._register()
+            hooks: Any = self._handle.hooks_dict_ref()
+            others = [key for key in hooks if key != self._handle.id]
+            place = max((i for i, key in enumerate(others, 1) if key in self._former), default=0)
+            hooks.update([(key, hooks.pop(key)) for key in others[place:]])
+        elif not on and self._handle is not None:
+            hooks, own = self._handle.hooks_dict_ref() or {}, self._handle.id
+            self._former = set(itertools.takewhile(lambda key: key != own, hooks))
+            self.remove()
+
+    def remove(self) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None

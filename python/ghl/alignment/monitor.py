@@ -6,6 +6,8 @@ Trains nothing and changes nothing; which weights there are is in `targets.py`, 
 
 from __future__ import annotations
 
+import itertools
+import sys
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,20 +18,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.optim.optimizer import (
-    Optimizer,
-    register_optimizer_step_post_hook,
-    register_optimizer_step_pre_hook,
-)
+from torch.optim import Optimizer
 
 import ghl_kernels.ops  # noqa: F401  registers torch.ops.ghl_kernels
 from ghl.alignment import ending, hooks
 from ghl.alignment.attention import Projections
 from ghl.alignment.statistics import to_numbers
+from ghl.alignment.steps import Steps
 from ghl.alignment.sums import Use
 from ghl.alignment.targets import Target, find_targets
 from ghl.alignment.track import Track
-from ghl.hooks import Hook, once_gradients_are_made, weak
+from ghl.hooks import Hook, Switched, weak
 from ghl_kernels import Rule
 from ghl_kernels.rule import check_choice
 
@@ -61,7 +60,8 @@ class Monitor:
         must run the same model. False where ranks train models of their own.
     start: the number of the first step, where a run goes on: steps 0, every, 2 every are measured.
 
-    Under a GradScaler inner products are those of the scaled loss; cosines are not affected.
+    Under a GradScaler inner products are those of the scaled loss; cosines are not affected. Under
+    torch.compile a step's forwards and backwards have to be inside of `eagerly()`.
 
     A step ends with `optimizer.step()` of the optimizer that has the weight, or with `step()`; all
     backwards until then add up, but for what zero_grad has dropped. A step that a GradScaler leaves
@@ -69,7 +69,7 @@ class Monitor:
     tenth step of the others on. Also under activation checkpointing, a layer's input and output are
     kept until its gradient has come. With the batch statistic a measured step keeps two tensors of
     the weight's size, H0 and G, in whose place W is kept while the optimizer steps; `sign_flips`
-    needs the step before's signs, in int8. The other steps keep nothing and cost a call per layer.
+    needs the step before's signs, in int8. The other steps keep nothing, and their layers have no hooks.
     Raises ValueError or TypeError, naming the argument.
     """
 
@@ -110,45 +110,55 @@ class Monitor:
             id(t.target.weight): t for t in self._tracks if t.target.weight is not None
         }
         self._attention: list[Projections | None] = []
-        self._depth = 0  # of optimizers' steps within one another
-        self._late: Any = None  # the hook of the outermost
-        self._closed = False  # whether it has run
-        self._calls = 0  # of the step's closure
-        self._in_closure = False
-        self._handles: list[Any] = []
-        self._attach_all(targets)
-        weakref.finalize(self, take_off, self._handles).atexit = False
-
-    def _attach_all(self, targets: list[Target]) -> None:
-        self._handles += [
-            register_optimizer_step_pre_hook(weak(self, "_before_step")),
-            register_optimizer_step_post_hook(weak(self, "_after_step")),
-        ]
+        self._steps = Steps(
+            weak(self, "_of"), weak(self, "_gradients_made"), weak(self, "_step_ended")
+        )
         for module in dict.fromkeys(m for target in targets for m in target.classes):
             _monitored[module] = weakref.ref(self)
-        # no hook where nothing can be measured: reading a parametrized weight would change it
-        measurable = (t for t in targets if t.gap is None)
-        for module in dict.fromkeys(m for target in measurable for m in target.classes):
-            self._attach(module)
+        self._switches = list(self._hooks_of_layers())
+        layers = (m for target in targets if target.gap is None for m in target.classes)
+        self._handles = [
+            *self._steps.handles,
+            *self._steps.watch(dict.fromkeys([model, *itertools.islice(layers, 1)])),
+            *(switch for switch, _ in self._switches),
+        ]
+        self._switched: list[bool] = []  # of each track, for which steps hooks have been turned
+        self._turn_switches()
+        weakref.finalize(self, take_off, self._handles).atexit = False
+
+    def _hooks_of_layers(self) -> Iterator[tuple[Switched, list[Track]]]:
+        """The hooks that measured steps need, with the tracks that need them."""
+        of_module: dict[nn.Module, list[Track]] = {}
         for track in self._tracks:
+            # no hook where nothing can be measured: reading a parametrized weight would change it
+            for module in track.target.classes if track.target.gap is None else ():
+                of_module.setdefault(module, []).append(track)
             if track.target.weight is not None and track.gathers:
                 done = Hook(weak(track, "accumulated"))
-                self._handles.append(track.target.weight.register_post_accumulate_grad_hook(done))
+                register = track.target.weight.register_post_accumulate_grad_hook
+                yield Switched(partial(register, done)), [track]
+        for module, tracks in of_module.items():
+            if isinstance(module, nn.MultiheadAttention):
+                enter, leave = (Hook(weak(self, n)) for n in ("_enter", "_leave"))
+                yield Switched(partial(module.register_forward_pre_hook, enter)), tracks
+                called = partial(module.register_forward_hook, leave, always_call=True)
+            else:
+                hook = Hook(weak(self, "_after_forward"))
+                called = partial(module.register_forward_hook, hook, with_kwargs=True)
+            yield Switched(called), tracks
 
-    def _attach(self, module: nn.Module) -> None:
-        if not isinstance(module, nn.MultiheadAttention):
-            hook: Any = Hook(weak(self, "_after_forward"))
-            self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
-            return
-        enter, leave = (Hook(weak(self, n)) for n in ("_enter", "_leave"))
-        self._handles.append(module.register_forward_pre_hook(enter))  # type: ignore[arg-type]
-        self._handles.append(
-            module.register_forward_hook(leave, always_call=True)  # type: ignore[arg-type]
-        )
+    def _turn_switches(self) -> None:
+        """Hooks are on where the step in progress is measured, and nowhere else: a call of a layer
+        that has some takes a GPU's host as long as a small kernel."""
+        measured = [track.is_measured(self.every) for track in self._tracks]
+        if measured != self._switched:
+            self._switched = measured
+            for switch, tracks in self._switches:
+                switch.turn(any(track.is_measured(self.every) for track in tracks))
 
     def remove(self) -> None:
         """Take every hook off; the last report stays readable."""
-        self._leave_step()
+        self._steps.leave()
         take_off(self._handles)
         for track in self._tracks:
             for module in track.target.classes:
@@ -170,6 +180,20 @@ class Monitor:
     def measuring(self) -> bool:
         """Whether the step in progress is measured."""
         return any(t.is_measured(self.every) for t in self._tracks if t.target.gap is None)
+
+    @contextmanager
+    def eagerly(self) -> Iterator[None]:
+        """Around a step's forwards and backwards, where torch.compile has compiled some of them:
+        on a measured step they run uncompiled, because layers in a graph cannot be seen.
+
+        The other steps stay compiled, and nothing is compiled anew; a measured one takes the time
+        and memory of eager mode, and rounds as that does.
+        """
+        if self.measuring and "torch._dynamo" in sys.modules:  # without which nothing is compiled
+            with torch.compiler.set_stance("force_eager"):
+                yield
+        else:
+            yield
 
     @property
     def steps(self) -> int:
@@ -222,13 +246,14 @@ class Monitor:
         `update` is then a gap."""
         ending.close(self._tracks, self.every, self._is_distributed())
         ending.after(self._tracks)
+        self._turn_switches()
 
     def _is_distributed(self) -> bool:
         ready = self._distributed and dist.is_available() and dist.is_initialized()
         return ready and dist.get_world_size() > 1
 
     def _after_forward(self, module: nn.Module, args: tuple, kwargs: dict, y: Any) -> None:
-        self._forget_step()
+        self._steps.forward()
         weight = module._parameters.get("weight")
         track = self._by_weight.get(id(weight))
         if track is None or weight is None:
@@ -283,7 +308,7 @@ class Monitor:
         hooks.on_gradient(use, y, arrive)
 
     def _enter(self, module: nn.MultiheadAttention, args: tuple) -> None:
-        self._forget_step()
+        self._steps.forward()
         observed = module.training if self.given else torch.is_grad_enabled()
         measured = any(
             track.is_measured(self.every) and module in track.target.classes
@@ -323,65 +348,20 @@ class Monitor:
         weights = (p for group in optimizer.param_groups for p in group["params"])
         return [self._by_weight[id(w)] for w in weights if id(w) in self._by_weight]
 
-    def _before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
-        """Hooks of one optimizer come after those of all: by then ghl.synchronize has merged.
-
-        A step may be made of others: a subclass calls its base's, a wrapper another optimizer's.
-        """
-        if not self._of(optimizer):
-            return
-        self._depth += 1
-        if self._depth == 1:
-            self._leave_step()
-            self._late = optimizer.register_step_pre_hook(weak(self, "_close"))
-
-    def _forget_step(self) -> None:
-        """In a forward: a step that raised has not told its end."""
-        if not self._in_closure:
-            self._depth = 0
-
-    @contextmanager
-    def _closure(self) -> Iterator[None]:
-        self._in_closure = True
-        try:
-            yield
-        finally:
-            self._in_closure = False
-
-    def _leave_step(self) -> None:
-        self._closed, self._calls = False, 0
-        if self._late is not None:
-            self._late.remove()
-            self._late = None
-
-    def _close(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> Any:
-        if self._closed:
-            return None
-        self._closed = True
-        then = partial(self._measure, self._of(optimizer))
-        return once_gradients_are_made(args, kwargs, then, self._closure)
-
-    def _measure(self, tracks: list[Track]) -> None:
-        self._calls += 1
-        if self._calls > 1:
+    def _gradients_made(self, tracks: list[Track], calls: int) -> None:
+        """Before the optimizer of these uses them, for the calls-th time in a step."""
+        if calls > 1:
             for track in tracks:
                 track.sums.problem = "optimizer.step called its closure more than once"
         ending.close(tracks, self.every, self._is_distributed(), update=True)
 
-    def _after_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
-        tracks = self._of(optimizer)
-        if not tracks:
-            return
-        self._depth -= 1
-        if self._depth > 0:
-            return
-        self._depth = 0
-        self._leave_step()
+    def _step_ended(self, tracks: list[Track]) -> None:
         ending.after(tracks)
         if max(track.steps for track in tracks) - self._start == PATIENCE:
             for track in self._tracks:
                 if track.steps == self._start:
                     track.wait()
+        self._turn_switches()
 
 
 def check_free(targets: list[Target]) -> None:

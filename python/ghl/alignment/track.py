@@ -136,7 +136,8 @@ class Track:
         self.before, self.waits = None, False
         self.steps += 1
         self._given = False
-        self.sums = self._new_sums()
+        if not self.sums.is_new:  # which gradients of this step that come late are told by
+            self.sums = self._new_sums()
 
     def problem(self) -> str | None:
         """Why the sums of this step must not be reported."""
@@ -149,8 +150,8 @@ class Track:
             return "was swapped after the Monitor was attached: attach it anew"
         if sums.uses == 0 and sums.answered == 0:
             return (
-                "did not run in training (or is hidden: by torch.compile, or by code that uses its "
-                "weight without it)"
+                "did not run in training (or is hidden: by torch.compile, see Monitor.eagerly, or "
+                "by code that uses its weight without it)"
             )
         if sums.answered == 0:
             return "ran, but no gradient reached its output"

@@ -210,12 +210,11 @@ class Config:
                 "--fused: expected without --fsdp or with --optimizer adamw: PyTorch has no fused"
                 " step of SGD for shards"
             )
-        for field in ("compile", "fsdp"):
-            if self.align_every is not None and getattr(self, field):
-                raise ValueError(
-                    f"--align-every {self.align_every}: expected without {option(field)}, under"
-                    " which layers cannot be measured"
-                )
+        if self.align_every is not None and self.fsdp:
+            raise ValueError(
+                f"--align-every {self.align_every}: expected without --fsdp, under which layers"
+                " cannot be measured"
+            )
         if self.align_neurons and self.align_every is None:
             raise ValueError("--align-neurons: expected with --align-every, which measures them")
         if self.resize_from is None:

@@ -53,10 +53,11 @@ class Recording:
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """Around a step of the optimizer, which a GradScaler may leave out: then it has gaps."""
+        """Around a step, whose optimizer's a GradScaler may leave out: then it has gaps."""
         step, measured = self.monitor.steps, self.monitor.measuring
         scale = self.trainer.scaler.get_scale() if measured else 1.0
-        yield
+        with self.monitor.eagerly():
+            yield
         if self.monitor.steps == step:
             self.monitor.step()
         if measured and self.trainer.world.main:

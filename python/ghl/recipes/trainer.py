@@ -41,7 +41,7 @@ class Trainer:
 
     `epoch` epochs and `step` steps of the next are done. In a run of several processes each has a
     Trainer, and all call its methods together. ValueError or FileNotFoundError when the settings
-    do not fit the data or each other. `around_step` makes a context for the optimizer's steps.
+    do not fit the data or each other. `around_step` makes a context for training steps.
     """
 
     def __init__(self, config: Config) -> None:
@@ -151,7 +151,8 @@ class Trainer:
         with self._bar(label) as bar:
             begin = time.perf_counter()
             for step in range(self.step, self.order.steps):
-                loss = self._train_step(batches, self.order.size(step))
+                with self.around_step():
+                    loss = self._train_step(batches, self.order.size(step))
                 self.step = step + 1
                 interrupts.check()
                 if step % REFRESH == 0:
@@ -211,8 +212,7 @@ class Trainer:
                 share = len(classes) * self.world.size / size
                 self.scaler.scale(loss if share == 1 else loss * share).backward()
             self.totals.add(loss.detach(), outputs.detach(), classes)
-        with self.around_step():
-            self.scaler.step(self.optimizer)
+        self.scaler.step(self.optimizer)
         self.scaler.update()
         self.schedule.step()
         if self.average is not None:
