@@ -69,7 +69,8 @@ class Monitor:
     tenth step of the others on. Also under activation checkpointing, a layer's input and output are
     kept until its gradient has come. With the batch statistic a measured step keeps two tensors of
     the weight's size, H0 and G, in whose place W is kept while the optimizer steps; `sign_flips`
-    needs the step before's signs, in int8. The other steps keep nothing, and their layers have no hooks.
+    needs the step before's signs, in int8. The other steps keep nothing, and have no hooks in
+    layers.
     Raises ValueError or TypeError, naming the argument.
     """
 
