@@ -53,6 +53,7 @@ class BuildNative(build_ext):
                 ("torch >= 2.11", torch),
                 ("cmake", shutil.which("cmake")),
                 ("ninja", shutil.which("ninja")),
+                ("CMakeLists.txt", (ROOT / "CMakeLists.txt").exists()),
             )
             if not found
         ]

@@ -72,8 +72,8 @@ class Contestant:
             self.model.compile(mode=options.mode)
         fused = options.device == "cuda"
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-4, fused=fused)
-        if name == "synchronized":
-            ghl.synchronize(self.model, self.optimizer)
+        synchronized = name == "synchronized"
+        self.handle = ghl.synchronize(self.model, self.optimizer) if synchronized else None
 
     def backward(self, images: Tensor, classes: Tensor) -> None:
         dtype = DTYPES[self.options.amp]
@@ -122,6 +122,8 @@ def check_same_updates(ours: Contestant, theirs: Contestant, data: Any, toleranc
     """Magnitudes of the updates of both; signs are those of gradients that rounding may flip."""
     for contestant in (ours, theirs):
         contestant.backward(*data)
+        if contestant.handle is not None:
+            contestant.handle.merge()
     layers = (
         [(n, m) for n, m in c.model.named_modules() if isinstance(m, nn.Conv2d)]
         for c in (ours, theirs)
@@ -173,9 +175,10 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     data = batch(options)
     names = options.contestants
     contestants = {name: Contestant(name, options, compiled=options.compile) for name in names}
-    if "ghl" in contestants:
+    if ours := [c for name, c in contestants.items() if CONTESTANTS[name] is swapped]:
         exact = Contestant("natural", options, compiled=False)
-        check_same_updates(contestants["ghl"], exact, data, TOLERANCE[options.amp])
+        for contestant in ours:
+            check_same_updates(contestant, exact, data, TOLERANCE[options.amp])
         del exact
     steps: dict[str, Callable[[], None]] = {
         name: c.captured(data) if options.graph else (lambda c=c: c.step(*data))
@@ -274,6 +277,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.graph and options.device != "cuda":
         parser.error(f"--graph: --device is {options.device}, must be cuda")
+    if options.mode != MODES[0] and not options.compile:
+        parser.error(f"--mode {options.mode}: expected with --compile")
     return options
 
 

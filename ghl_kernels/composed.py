@@ -15,12 +15,15 @@ from ghl_kernels.checks import sum_dtype
 from ghl_kernels.layout import is_channels_last, like_weight
 from ghl_kernels.problem import Problem
 
+SMALL_TAU = 2.0**-100  # y by a smaller one may be infinite, of which softmax makes NaN
+
 Triple = tuple[Tensor, Tensor, Tensor]
 Triples = tuple[list[Tensor], list[Tensor], list[Tensor]]
 
 
 def logsumexp(y: Tensor, tau: float, dim: int) -> Tensor:
-    return torch.logsumexp(y.to(sum_dtype(y.dtype)) / tau, dim)
+    dtype = sum_dtype(y.dtype)
+    return torch.logsumexp(y.to(dtype) / max(tau, torch.finfo(dtype).tiny), dim)
 
 
 def compete(y: Tensor, competition: str, tau: float) -> Tensor:
@@ -39,7 +42,9 @@ def softmax(y: Tensor, tau: float) -> Tensor:
     """In the memory order of y: torch.softmax over dimension 1 would copy a channels_last y."""
     rows, dim = (y.movedim(1, -1), -1) if is_channels_last(y) else (y, 1)
     dtype = sum_dtype(y.dtype)
-    scaled = rows if tau == 1 else rows.to(dtype) / tau
+    if tau < SMALL_TAU:
+        rows = rows.to(dtype) - rows.amax(dim, keepdim=True)
+    scaled = rows if tau == 1 else rows.to(dtype) / max(tau, torch.finfo(dtype).tiny)
     return torch.softmax(scaled, dim, dtype=dtype).to(y.dtype).movedim(dim, 1)
 
 

@@ -129,7 +129,7 @@ def cuda_unavailable(name: str, first: Tensor, problem: Problem | None) -> str |
     """Why the compiled CUDA kernels cannot run this call; None if they can."""
     compiled = libraries.serving("cuda")
     if compiled is None or not compiled.loaded:
-        return f"the CUDA library is {compiled.reason if compiled else 'unknown'}"
+        return f"the CUDA library: {compiled.reason if compiled else 'not looked for'}"
     if first.device.type != "cuda":
         return f"the CUDA kernels do not run on {first.device.type}"
     beyond = beyond_kernels(first, problem)
@@ -221,12 +221,14 @@ def choose_on_gpu(operator: str, first: Tensor, problem: Problem | None) -> Back
             fall_back(f"takes {name}", why(failures))
             return Backend(name, why(failures))
         failures.append(failure)
+    if not failures:
+        failures.append(f"table {tiles.table(first.device).name} has no entry that runs here")
     return fall_back("composes PyTorch's operators", why(failures))
 
 
 def why(failures: Sequence[str]) -> str:
     """The failure to be told: one that passes, for which nothing is settled, or the first."""
-    return next((failure for failure in failures if trial.PASSING in failure), failures[0])
+    return next((f for f in failures if isinstance(f, trial.Passing)), failures[0])
 
 
 def fall_back(instead: str, reason: str) -> Backend:
@@ -319,7 +321,8 @@ def settled(operator: str, first: Tensor, problem: Problem | None) -> Backend:
 def may_settle(backend: Backend) -> bool:
     """Whether a later call may take what this one did. In a graph's capture nothing is tried, and
     memory that was lacking may be there the next time."""
-    return not (torch.cuda.is_current_stream_capturing() or trial.PASSING in backend.reason)
+    passing = isinstance(backend.reason, trial.Passing)
+    return not (passing or torch.cuda.is_current_stream_capturing())
 
 
 def settled_last(operator: str) -> Backend | None:

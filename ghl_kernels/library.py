@@ -22,6 +22,7 @@ from ghl_kernels.source_hash import source_hash
 DIRECTORY = Path(__file__).parent
 ABI = 4  # as in csrc/abi.h: what Python and a library have to agree on
 REBUILD = "run `make install`, or install ghl-kernels again"
+OTHERS = f"from other sources than those beside it: {REBUILD}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,8 +105,13 @@ def text(path: Path, function: str) -> str | None:
 
 def stale(library: Library) -> bool:
     """Whether a library was compiled from other sources than those beside this package."""
+    return is_of_others(text(library.path, "ghl_kernels_source_hash"))
+
+
+def is_of_others(sources: str | None) -> bool:
+    """Whether the sources of this hash are not those beside this package."""
     here = source_hash()
-    return here is not None and here != text(library.path, "ghl_kernels_source_hash")
+    return here is not None and here != sources
 
 
 @functools.cache

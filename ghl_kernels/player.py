@@ -41,8 +41,11 @@ def unavailable() -> str | None:
 
 def by_whom() -> str:
     """Who plays tapes, and why if it is Python."""
-    reason = unavailable()
-    return f"Python: {reason}" if reason else "csrc/replay"
+    reason, by = unavailable(), found()
+    if reason or by is None:
+        return f"Python: {reason}"
+    sources = getattr(by, "source_hash", None)  # which earlier versions do not tell
+    return "csrc/replay" + (f", {library.OTHERS}" if library.is_of_others(sources) else "")
 
 
 def release(version: str) -> str:

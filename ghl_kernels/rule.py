@@ -19,7 +19,7 @@ CHOICES = {
 
 def check_choice(argument: str, value: object, choices: Collection[str]) -> None:
     """Raise a ValueError naming the argument, the value, the choices and the nearest of them."""
-    if value in choices:
+    if isinstance(value, str) and value in choices:
         return
     nearest = difflib.get_close_matches(str(value).lower(), choices, n=1, cutoff=0.4)
     hint = f"; did you mean {nearest[0]!r}?" if nearest else ""

@@ -24,12 +24,15 @@ from ghl_kernels.tiles import Entry
 
 BATCH, SIZE = 4, 16
 WEIGHT = 65, 33, 3, 3  # of the layer whose sums are merged
-PASSING = "found too little memory"  # of a failure that the next call may not meet
 SUMS = "G", "H0", "rows", "sums of u"
 MERGE = "oja", "hebb", "absmax"
 # Of the largest sum, where PyTorch's own operators lose a tenth of it: a trial finds a kernel that
 # computes something else, not one that rounds a little more.
 TOLERANCE = {torch.float32: 5e-3, torch.bfloat16: 3e-2, torch.float16: 1e-2}
+
+
+class Passing(str):
+    """A failure that the next call may not meet."""
 
 
 def small_batch(problem: Problem, device: torch.device) -> tuple[Problem, tuple[Tensor, ...]]:
@@ -139,7 +142,7 @@ def failure(
     try:
         return remembered(sizes, entry, device, implementation, merged, precision)
     except torch.OutOfMemoryError:  # not for ever: there may be memory the next time
-        return f"a trial of {implementation} {PASSING}"
+        return Passing(f"a trial of {implementation} found too little memory")
 
 
 def disagreement_of_sums(device: torch.device, implementation: str, operator: str) -> str | None:
@@ -177,4 +180,4 @@ def failure_of_sums(device: torch.device, implementation: str, operator: str) ->
     try:
         return remembered_of_sums(device, implementation, tried)
     except torch.OutOfMemoryError:
-        return f"a trial of {tried} by {implementation} {PASSING}"
+        return Passing(f"a trial of {tried} by {implementation} found too little memory")

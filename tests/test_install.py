@@ -35,13 +35,30 @@ def run_in(package: Path) -> str:
 
 @pytest.fixture
 def sources(tmp_path: Path) -> Path:
-    """A copy of what a source distribution holds, with nothing compiled."""
-    ignored = shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info")
-    for name in ("csrc", "ghl_kernels", "python"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=ignored)
-    for name in ("setup.py", "pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, tmp_path / name)
-    return tmp_path
+    """The source distribution, unpacked: nothing in it is compiled."""
+    command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(tmp_path)]
+    command += ["sdist", "--formats", "gztar", "--dist-dir", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    shutil.unpack_archive(archive, tmp_path, filter="data")
+    return Path(str(archive).removesuffix(".tar.gz"))
+
+
+def test_the_source_distribution_has_all_that_is_compiled(sources: Path) -> None:
+    def compiled(root: Path) -> set[Path]:
+        found = {path.relative_to(root) for path in (root / "csrc").rglob("*") if path.is_file()}
+        return found | {path.relative_to(root) for path in root.glob("CMakeLists.txt")}
+
+    assert compiled(sources) == compiled(ROOT)
+    assert not list(sources.rglob("*.so"))
+
+
+def test_without_what_tells_how_to_compile(sources: Path) -> None:
+    """As without a compiler."""
+    (sources / "CMakeLists.txt").unlink()
+    command = [sys.executable, "setup.py", "-q", "build", "--build-lib", str(sources / "built")]
+    done = subprocess.run(command, cwd=sources, check=True, capture_output=True, text=True)
+    assert "CMakeLists.txt not found" in done.stdout + done.stderr
 
 
 def test_without_a_compiler(sources: Path) -> None:

@@ -80,12 +80,14 @@ def test_reports_nothing_of_operators_in_the_place_of_kernels(
     assert not path.exists()
 
 
+@pytest.mark.parametrize("contestant", ["ghl", "synchronized"])
 def test_reports_nothing_where_updates_differ(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, contestant: str
 ) -> None:
     monkeypatch.setattr(natural, "gate", lambda G, H: G)
+    words = ["--contestants", "bp", contestant, "--out", str(tmp_path / "result.json")]
     with pytest.raises(RuntimeError, match=r"updates of conv1 differ by .*: nothing to time"):
-        train_step.main([*SMALL, "--out", str(tmp_path / "result.json")])
+        train_step.main([*SMALL, *words])
     assert not list(tmp_path.iterdir())
 
 
@@ -93,6 +95,12 @@ def test_a_graph_wants_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         train_step.main([*SMALL, "--graph"])
     assert "--graph: --device is cpu, must be cuda" in capsys.readouterr().err
+
+
+def test_a_mode_wants_a_compiler(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        train_step.main([*SMALL, "--mode", "reduce-overhead"])
+    assert "--mode reduce-overhead: expected with --compile" in capsys.readouterr().err
 
 
 def test_a_graphs_memory_is_no_figure(capsys: pytest.CaptureFixture[str]) -> None:

@@ -123,7 +123,8 @@ void pair(Tensor x, Tensor y, Tensor g, Tensor G, Tensor H0, Tensor totals,
   }
   const int64_t neurons = p.y.size[1], inputs = p.x.size[1] / groups;
   const int64_t elements = neurons * inputs * p.kernel_size[0] * p.kernel_size[1];
-  STD_TORCH_CHECK(neurons % groups == 0 && p.x.size[1] % groups == 0 && p.x.size[0] == p.y.size[0],
+  STD_TORCH_CHECK(neurons > 0 && neurons % groups == 0 && p.x.size[1] % groups == 0 &&
+                      p.x.size[0] == p.y.size[0],
                   "x and y do not match");
   p.groups = groups;
   p.competition = static_cast<Competition>(competition);
@@ -138,6 +139,7 @@ void pair(Tensor x, Tensor y, Tensor g, Tensor G, Tensor H0, Tensor totals,
 
 void logsumexp(Tensor y, Tensor lse, double tau) {
   LogsumexpParams p{activation(y), tau, dtype_of(y), nullptr};
+  STD_TORCH_CHECK(p.y.size[1] > 0, "y has no neurons");
   p.lse = dense(lse, sum_dtype(p.dtype), p.y.size[0] * p.y.size[2] * p.y.size[3]);
   const Workspace workspace(kernels().logsumexp_workspace_bytes(p, threads().count));
   kernels().logsumexp(p, threads(), workspace.get());
@@ -146,6 +148,7 @@ void logsumexp(Tensor y, Tensor lse, double tau) {
 void merge(Tensor G, Tensor H0, Tensor totals, Tensor w, Tensor update, Tensor neurons,
            Tensor layer, int64_t decay, int64_t gate, int64_t normalize) {
   MergeParams p{};
+  STD_TORCH_CHECK(w.dim() > 0 && w.size(0) > 0, "w has no neurons");
   const int64_t elements = w.numel();
   const ScalarType dtype = G.scalar_type();
   p.float64 = dtype == ScalarType::Double;

@@ -49,7 +49,6 @@ PYBIND11_MODULE(_introspection, m) {
   m.attr("flags") = GHL_FLAGS;
   m.attr("torch_headers") = GHL_TORCH_HEADERS;
   m.attr("torch_target_version") = GHL_TORCH_TARGET;
-  m.attr("cuda_library") = bool(GHL_CUDA_LIBRARY);
   m.attr("source_hash") = GHL_SOURCE_HASH;
   // (kernel, architecture, registers, bytes of static shared memory, bytes spilled) of each
   m.attr("kernel_resources") = kernel_resources();

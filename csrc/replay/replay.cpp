@@ -269,6 +269,7 @@ PYBIND11_MODULE(_replay, module) {
   using namespace ghl::replay;
   module.attr("abi") = GHL_ABI;
   module.attr("torch_version") = GHL_TORCH_HEADERS;
+  module.attr("source_hash") = GHL_SOURCE_HASH;
   py::class_<Tape, std::shared_ptr<Tape>>(module, "Tape", py::module_local())
       .def(py::init<int64_t, int64_t, std::vector<int64_t>, int64_t>())
       .def("allocate", &Tape::allocate)

@@ -92,7 +92,7 @@ def large_arguments(parser: argparse.ArgumentParser) -> None:
     add("--ema", type=float, metavar="DECAY", help="evaluate with averaged parameters; 0.9999, say")
     add("--resize-from", type=int, metavar="SIZE", help="side of the first epoch's photographs")
     add("--amp", help="none, bf16 or fp16 (with a GradScaler)")
-    add("--channels-last", **switch, help="images and weights in that memory format")
+    add("--channels-last", **switch, help="images, and weights but for --fsdp's, in that order")
     add("--compile", **switch, help="the network by torch.compile")
     add("--fused", **switch, help="the optimizer's step as one kernel")
     add("--accumulate", type=int, metavar="N", help="cut a process's part of a step into N")

@@ -82,7 +82,7 @@ def library_line(device: str, module: Any) -> str:
     elif module is not None:
         details.append(f"{module.instruction_set(str(found.path))} kernels run here")
     if library.stale(found):
-        details.append(f"from other sources than those beside it: {library.REBUILD}")
+        details.append(library.OTHERS)
     return "; ".join(details)
 
 

@@ -57,8 +57,15 @@ class Plastic(nn.Module):
         self._set_rule(rule)
 
     def _set_rule(self, rule: Rule | str) -> None:
+        former = self.__dict__.get("_rule")
         self._rule = Rule.of(rule)
-        self._attach()
+        try:
+            self._attach()
+        except (ValueError, TypeError, RuntimeError):
+            if former is not None:  # else the layer is not made
+                self._rule = former
+                self._attach()
+            raise
 
     def _attach(self) -> None:
         """Make or share the sums of the present weight, if it will have an update."""

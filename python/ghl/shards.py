@@ -110,7 +110,8 @@ class ShardedSums(HeldSums):
             self._held = H0.where(condition, 0), neurons.where(condition, 0)
 
     def take(self) -> Taken:
-        lacking, held = self._lacking, self._held
+        held = self._held
+        lacking = self._lacking or held is None
         self.drop()
         if held is None or held[0].shape[0] == 0:
             return Taken(None, None, lacking)

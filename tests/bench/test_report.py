@@ -41,6 +41,11 @@ def test_a_run_goes_on_with_the_file_of_an_earlier_one(
     assert told[2][1] == []
 
 
+def test_to_go_on_wants_a_file(capsys: pytest.CaptureFixture[str]) -> None:
+    assert ghl(["bench", "layers", "deephebb_b1", "--device", "cpu", "--resume"]) == 2
+    assert "--resume: expected with --out FILE" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("key", report.OF_THE_SAME)
 def test_another_machines_file_is_not_gone_on_with(key: str, tmp_path: Path) -> None:
     here = report.provenance(torch.device("cpu"))

@@ -291,6 +291,16 @@ def test_tensor_of_the_logsumexp() -> None:
         ({"G": torch.empty(4, 2, 3, 6)[..., ::2]}, "has gaps"),
         ({"H0": torch.empty(1, 2, 3, 3).expand(4, 2, 3, 3)}, "has gaps"),
         ({"totals": torch.empty(4)}, "has 4 elements, needs 5"),
+        (
+            {
+                "y": torch.empty(2, 0, 3, 3),
+                "g": torch.empty(2, 0, 3, 3),
+                "G": torch.empty(0, 2, 3, 3),
+                "H0": torch.empty(0, 2, 3, 3),
+                "totals": torch.empty(1),
+            },
+            "x and y do not match",
+        ),
     ],
 )
 def test_a_call_of_the_compiled_pair_that_would_read_or_write_elsewhere(
@@ -309,3 +319,16 @@ def test_a_call_of_the_compiled_pair_that_would_read_or_write_elsewhere(
     torch.ops.ghl_kernels.pair.native(**right)
     with pytest.raises(RuntimeError, match=reason):
         torch.ops.ghl_kernels.pair.native(**(right | changes))
+
+
+def test_calls_of_the_compiled_operators_without_neurons() -> None:
+    found = library.serving("cpu")
+    if not (found and found.loaded):
+        pytest.skip("no native kernels")
+    none, one = torch.empty(0, 3), torch.empty(1)
+    with pytest.raises(RuntimeError, match="w has no neurons"):
+        torch.ops.ghl_kernels.merge.native(
+            none, none, one, none, none, torch.empty(3, 0), torch.empty(3), 0, 0, 0
+        )
+    with pytest.raises(RuntimeError, match="y has no neurons"):
+        torch.ops.ghl_kernels.logsumexp.native(torch.empty(1, 0, 1, 1), one, 1.0)

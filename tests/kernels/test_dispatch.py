@@ -15,7 +15,7 @@ import torch
 from cases import Conv, Linear
 
 import ghl_kernels
-from ghl_kernels import Backend, Problem, Rule, dispatch, library, trial
+from ghl_kernels import Backend, Problem, Rule, dispatch, library, tiles, trial
 from ghl_kernels.library import Library
 from ghl_kernels.ops import OPERATORS
 
@@ -184,6 +184,19 @@ def test_a_failed_trial_is_composed_and_said_once(
         assert ghl_kernels.backend("merge", on_gpu()) == Backend("composed", "a merge did")
 
 
+def test_a_layer_for_which_a_table_has_nothing_that_runs_here_is_composed(
+    hopper: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tuned where Triton was missing, and used where the compiled library is."""
+    shipped = tiles.table(on_gpu().device)
+    entries = tuple(e for e in shipped.entries if e.strategy in tiles.BY_CUDA)
+    tuned = dataclasses.replace(shipped, name="tuned", entries=entries)
+    monkeypatch.setattr(tiles, "table", lambda device: tuned)
+    with pytest.warns(UserWarning, match="composes PyTorch's operators: table tuned has no entry"):
+        backend = ghl_kernels.backend("conv2d_pair", on_gpu(), problem())
+    assert backend == Backend("composed", "table tuned has no entry that runs here")
+
+
 def test_a_gpu_takes_the_strategy_of_the_nearest_entry_and_says_which(hopper: None) -> None:
     first = Problem(12544, 512, 512, torch.float16, (3, 3), padding=(1, 1))
     backend = ghl_kernels.backend("conv2d_pair", on_gpu(), first)
@@ -222,12 +235,12 @@ def test_a_choice_is_made_once_but_not_where_it_may_change(
     dispatch.unsettle()
     capturing = True
     assert calls(problem()) == 2
-    capturing, backend = False, Backend("cuda", "a trial found too little memory")
+    capturing, backend = False, Backend("cuda", trial.Passing("a trial found no memory"))
     assert [calls(problem()), calls(problem())] == [2, 2]
 
 
 def test_a_failure_that_passes_is_told_though_another_came_first() -> None:
-    passing = f"a trial {trial.PASSING}"
+    passing = trial.Passing("a trial found no memory")
     assert dispatch.why(["wrong", passing, "worse"]) == passing
     assert dispatch.why(["wrong", "worse"]) == "wrong"
 

@@ -68,7 +68,7 @@ def test_csrc_replay_is_built_wherever_introspection_is() -> None:
     built = library.introspection()
     if built is None or player.release(built.torch_headers) != player.release(torch.__version__):
         pytest.skip("nothing is compiled here for this torch")
-    assert player.by_whom() == "csrc/replay"
+    assert player.by_whom() == "csrc/replay", "of other sources: make install"
 
 
 @pytest.mark.parametrize("what", ["a number beyond its dtype", "six dimensions"])

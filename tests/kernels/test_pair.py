@@ -171,6 +171,15 @@ def test_any_temperature(name: str, tau: float) -> None:
         assert_pair(layer, layer.tensors(), Rule(competition=competition, tau=tau))
 
 
+@pytest.mark.parametrize("tau", [1e-39, 1e-45, 1e-300])
+@pytest.mark.parametrize("name", ["conv_padded", "linear_wide"])
+def test_the_largest_wins_at_a_temperature_too_small_for_its_dtype(name: str, tau: float) -> None:
+    layer = LAYERS[name]
+    tensors = layer.tensors()
+    found, wanted = (layer.pair(tensors, Rule(c, t)) for c, t in (("softmax", tau), ("hard", 1.0)))
+    torch.testing.assert_close(found, wanted)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_large_logits(dtype: torch.dtype) -> None:
     layer = LINEARS["plain"]

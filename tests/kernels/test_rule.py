@@ -58,6 +58,8 @@ def test_unknown_choice_suggests_the_nearest(argument: str, value: str, nearest:
 def test_choice_of_another_type_is_an_error(value: object) -> None:
     with pytest.raises(ValueError, match=r"competition is .*must be one of"):
         Rule(competition=value)
+    with pytest.raises((TypeError, ValueError), match=r"rule is .*must be"):
+        Rule.of(value)
 
 
 @pytest.mark.parametrize("name", ["ghI", "gh", "", "oja"])

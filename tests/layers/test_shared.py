@@ -161,3 +161,15 @@ def test_layer_that_is_gone_leaves_an_ordinary_weight():
     (G,) = torch.autograd.grad(square(plain, torch.zeros(0, 5)), plain.weight)
     assert plain.weight.grad.abs().max() != 1
     assert not G.any()
+
+
+def test_a_rule_that_is_refused_is_not_set():
+    """The layer goes on with the one before, as does the other that has its weight."""
+    tied, x = Tied(ghl.Linear, rule="ghl"), torch.randn(4, 5, dtype=D)
+    square(tied, x).backward()
+    with pytest.raises(ValueError, match="another layer has the same weight"):
+        tied.first.rule = "hebb"
+    assert tied.first.rule == tied.second.rule == Rule.preset("ghl")
+    tied.zero_grad()
+    square(tied, x).backward()
+    assert tied.first.weight.grad.abs().max() == 1

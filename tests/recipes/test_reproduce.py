@@ -376,6 +376,7 @@ def test_bad_words(tmp_path, capsys):
     for words, message in (
         (["tabel"], "EXPERIMENT is 'tabel', must be one of sce, table"),
         (["table", "--seeds", "0"], "--seeds 0: expected an integer of at least 1"),
+        (["table", "--shorten", "101"], "--shorten 101: expected an integer of at least 1 and be"),
         (["sce"], "--root: expected the directory of CIFAR-10 or Fashion-MNIST"),
         (["sce", "--root", "/no"], "--root /no: expected"),
     ):

@@ -157,8 +157,21 @@ def gradients_that_nobody_averages(rank: int, world: int) -> None:
     ghl.synchronize(model, optimizer)
     x, target = batch("conv", rank)
     loss_of(model(x), target).backward()
-    message = "ranks differ, must have averaged the gradients of all weights.*'first.0': a gradient"
+    message = "ranks differ, must have averaged the gradients of all weights.*'first.0': one of"
     for _ in range(2):  # whoever catches it and goes on
+        assert_raises(RuntimeError, message, optimizer.step)
+
+
+@scenario
+def gradients_that_no_backward_made(rank: int, world: int) -> None:
+    for normalize in ("absmax", "mean"):
+        model = make("conv", ghl.Rule(normalize=normalize))
+        fully_shard(model, mesh=init_device_mesh("cpu", (world,)))
+        optimizer = sgd(model)
+        ghl.synchronize(model, optimizer)
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        message = "weight.grad of .* holds an ordinary gradient, because no layer"
         assert_raises(RuntimeError, message, optimizer.step)
 
 

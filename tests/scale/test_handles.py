@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import ghl
+from ghl import refusals
 
 from .nets import backward, batch, grads, loss_of, make, sgd
 from .world import assert_close
@@ -95,3 +96,13 @@ def test_an_update_made_in_backward_in_spite_of_synchronize_is_an_error(change):
     handle.remove()
     ghl.synchronize(model, optimizer)
     step()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_gradients_of_ranks_are_compared_in_whatever_order_they_are_added(dtype):
+    """Ranks may have other threads: a sum of floats would differ, and a right step be refused."""
+    grad = torch.randn(64, 32, 3, 3).mul(10.0 ** -torch.arange(3.0)).to(dtype)
+    same = grad.flatten().flip(0), grad.to(memory_format=torch.channels_last), grad.mT
+    assert {refusals.bits(t) for t in same} == {refusals.bits(grad)}
+    grad[0, 0, 0, 0] = torch.nextafter(grad[0, 0, 0, 0], torch.ones((), dtype=dtype) * 9)
+    assert refusals.bits(grad) != refusals.bits(same[0])

@@ -92,7 +92,10 @@ def test_what_was_forced_meanwhile_is_not_kept(
     """By another thread; nor what a trial found no memory for. Calls to come are recorded again,
     but not every one of them."""
     layer, settled = LAYERS["linear"], dispatch.settled
-    forced, passing = Backend("composed", "forced"), Backend("composed", trial.PASSING)
+    forced, passing = (
+        Backend("composed", "forced"),
+        Backend("composed", trial.Passing("too little")),
+    )
     for other, left in ((forced, [Backend]), (passing, [])):
         layer.update(half(layer), Rule())
         monkeypatch.setattr(dispatch, "settled", lambda *_, other=other: other)

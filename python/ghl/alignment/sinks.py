@@ -15,10 +15,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, TextIO
 
+from ghl.alignment.statistics import NUMBERS, PARTS
+
 Report = Mapping[str, Mapping[str, Any]]
 
-PARTS = ("batch", "sample", "update")
-NUMBERS = ("weight_norm", "hebbian_share", "anti_hebbian_share", "sign_flips")
 COLUMNS = (
     "step",
     "layer",

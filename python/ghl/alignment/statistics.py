@@ -17,7 +17,8 @@ from ghl import ranks
 from ghl.alignment.sums import Sums
 
 PARTS = ("batch", "sample", "update")
-FIELDS = (*PARTS, "weight_norm", "hebbian_share", "anti_hebbian_share", "sign_flips")
+NUMBERS = ("weight_norm", "hebbian_share", "anti_hebbian_share", "sign_flips")
+FIELDS = *PARTS, *NUMBERS
 
 
 @dataclass(eq=False)

@@ -43,11 +43,13 @@ def layers(args: argparse.Namespace) -> int:
     """Run `ghl bench layers`."""
     start = time.monotonic()
     device = device_of(args.device)
+    if args.resume and not args.out:
+        raise ValueError("--resume: expected with --out FILE, the file to go on with")
     for workload in args.workloads:
         layers_of(workload)  # a wrong name is told before anything is measured
     torch.backends.cudnn.benchmark = True  # what a user who cares for speed sets
     result: dict[str, Any] = report.provenance(device)
-    earlier = report.resumed(args.out, result) if args.resume and args.out else {}
+    earlier = report.resumed(args.out, result) if args.resume else {}
     with torch.no_grad():
         clock = clocks.clock_for(device)
         ceilings = ceilings_of(clock, earlier)

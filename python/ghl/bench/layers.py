@@ -83,10 +83,10 @@ class Layer:
         return f"{self.batch}x{self.in_channels}x{h}x{w}->{self.out_channels} {kh}x{kw}{options}"
 
     def tensors(
-        self, dtype: torch.dtype, device: torch.device, channels_last: bool = True, seed: int = 0
+        self, dtype: torch.dtype, device: torch.device, channels_last: bool = True
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """x, y, g, w as in the first step of training: Kaiming weights, unit-variance input."""
-        generator = torch.Generator(device).manual_seed(seed)
+        generator = torch.Generator(device).manual_seed(0)
         options: dict[str, Any] = {"generator": generator, "dtype": dtype, "device": device}
         scale = (2 / self.columns) ** 0.5
         if self.linear:
@@ -200,7 +200,10 @@ def layers_of(workload: str) -> list[Layer]:
     from ghl.recipes.models import OWN, architecture
 
     name, batch = parse(workload)
-    build = architecture(ALIASES.get(name, name)).build
+    try:
+        build = architecture(ALIASES.get(name, name)).build
+    except ValueError as error:
+        raise ValueError(f"workload is {workload!r}, whose model is unknown: {error}") from error
     classes, side = (10, 32) if name in OWN else (1000, 224)
     tau = PUBLISHED.get(name, {}).get("tau")
     with torch.device("meta"):

@@ -12,8 +12,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from ghl.alignment.sinks import LAYERS_CSV, NEURONS_CSV, read_csv, table_of_rows
+from ghl.alignment.statistics import PARTS
 from ghl.recipes.errors import inside
-from ghl.recipes.reproduce.report import save_figure
+from ghl.recipes.figures import save_figure
 
 Rows = Sequence[Mapping[str, str]]
 PANELS = (
@@ -78,7 +79,7 @@ def draw_neurons(rows: Rows) -> Figure:
 
     Of the first of batch, sample, update that was recorded; neurons in the order of their mean.
     """
-    part = next(p for p in ("batch", "sample", "update") if any(r["part"] == p for r in rows))
+    part = next(p for p in PARTS if any(r["part"] == p for r in rows))
     rows = [row for row in rows if row["part"] == part]
     layers = list(dict.fromkeys(row["layer"] for row in rows))
     figure = Figure(figsize=(8, 2 + 1.8 * len(layers)), layout="constrained")

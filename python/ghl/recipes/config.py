@@ -18,14 +18,13 @@ from ghl.recipes.data import SOURCES, source
 from ghl.recipes.errors import check_choice, check_integer, check_number, inside, option
 from ghl.recipes.models import architecture
 from ghl.recipes.optimizers import OPTIMIZERS
+from ghl_kernels.rule import CHOICES, PRESETS
 
-RULES = ("ghl", "hebb", "sign", "bp")
 LAYERS: dict[str, tuple[type[nn.Module], ...]] = {
     "conv2d": (nn.Conv2d,),
     "linear": (nn.Linear,),
     "all": (nn.Conv2d, nn.Linear),
 }
-NORMALIZE = ("absmax", "mean", "none")
 SCHEDULES = ("cosine", "constant")
 AMP = ("none", "bf16", "fp16")
 DECODE = ("auto", "workers", "device")
@@ -166,11 +165,11 @@ class Config:
     align_neurons: bool
 
     def __post_init__(self) -> None:
-        check_choice("rule", self.rule, RULES)
+        check_choice("rule", self.rule, PRESETS)
         architecture(self.arch)
         check_choice("data", self.data, SOURCES)
         check_choice("layers", self.layers, LAYERS)
-        check_choice("normalize", self.normalize, NORMALIZE)
+        check_choice("normalize", self.normalize, CHOICES["normalize"])
         check_choice("schedule", self.schedule, SCHEDULES)
         check_choice("optimizer", self.optimizer, OPTIMIZERS)
         check_choice("amp", self.amp, AMP)

@@ -1,6 +1,6 @@
-"""Figures of training: the curves of one run, and of several runs side by side.
+"""Figures of training: the curves of one run, and of several runs side by side; how all are saved.
 
-Everything here draws from rows of `metrics.py` and computes nothing.
+Curves are drawn from rows of `metrics.py`; nothing is computed here.
 """
 
 import io
@@ -40,7 +40,12 @@ def draw_curves(path: Path, runs: Mapping[str, Sequence[Row]], title: str) -> No
         axes.grid(alpha=0.3)
     accuracy.legend(fontsize="small")
     figure.suptitle(title)
+    with told_if_full(f"{path.name} is not drawn"):
+        save_figure(path, figure)
+
+
+def save_figure(path: Path, figure: Figure) -> None:
+    """Write a figure as PNG, atomically."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
-    with told_if_full(f"{path.name} is not drawn"):
-        write_atomic(path, lambda file: file.write(buffer.getvalue()))
+    write_atomic(path, lambda file: file.write(buffer.getvalue()))

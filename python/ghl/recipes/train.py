@@ -192,7 +192,7 @@ def _sharded_tensors(out: Path, state: dict[str, Any], trainer: Trainer) -> dict
 
 
 def _epoch(trainer: Trainer, epoch: int, after_step: Callable[[], None]) -> Row:
-    lr = trainer.config.lr * trainer.schedule.lr_lambdas[0](trainer.epoch * trainer.order.steps)
+    lr = trainer.lr
     label = f"epoch {epoch}/{trainer.config.epochs}"
     train_loss, train_acc = trainer.train_epoch(label, after_step)
     begin = time.perf_counter()

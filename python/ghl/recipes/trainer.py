@@ -131,8 +131,8 @@ class Trainer:
 
     @property
     def lr(self) -> float:
-        """The learning rate of everything but the swapped layers at the next step."""
-        return self.config.lr * self.schedule.lr_lambdas[0](self.schedule.last_epoch)
+        """The learning rate of everything but the swapped layers at the epoch's first step."""
+        return self.config.lr * self.schedule.lr_lambdas[0](self.epoch * self.order.steps)
 
     def train_epoch(
         self, label: str = "", after_step: Callable[[], object] = lambda: None
@@ -249,7 +249,7 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self) -> tuple[float, float]:
-        """One pass over the test set: mean loss and accuracy in percent; changes nothing.
+        """One pass over the test set: mean loss and accuracy in percent; changes no parameter.
 
         Every image counts once, whatever the number of processes. With --ema the averaged
         parameters are evaluated.

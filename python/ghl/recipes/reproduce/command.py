@@ -26,6 +26,8 @@ from ghl.recipes.reproduce import (
 from ghl.recipes.reproduce.cells import Cell, run
 from ghl.recipes.reproduce.report import Section, write
 
+MOST_SHORTENED = 100  # with which every experiment still has steps to measure
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -94,8 +96,9 @@ def reproduce(args: argparse.Namespace) -> int:
         if name not in EXPERIMENTS:
             known = ", ".join(EXPERIMENTS)
             raise ValueError(f"EXPERIMENT is {name!r}, must be one of {known}")
-    for field in ("seeds", "transformer_seeds", "processes", "shorten"):
+    for field in ("seeds", "transformer_seeds", "processes"):
         check_integer(field, getattr(args, field), 1)
+    check_integer("shorten", args.shorten, 1, MOST_SHORTENED + 1)
     settings = Settings(args.seeds, args.transformer_seeds, args.root, args.shorten)
     planned = {name: EXPERIMENTS[name].cells(settings) for name in chosen}
     sections = []

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
+from ghl.recipes.figures import save_figure
 from ghl.recipes.reproduce.cells import Cell
-from ghl.recipes.reproduce.report import Section, mean_std, save_figure, write_csv
+from ghl.recipes.reproduce.report import Section, mean_std, write_csv
 from ghl.recipes.reproduce.sre import WIDTHS, teach
 from ghl.recipes.reproduce.students import Learner, Stack, alignment, neurons, squared_error
 

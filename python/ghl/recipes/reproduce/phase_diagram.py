@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from ghl.recipes.figures import save_figure
 from ghl.recipes.reproduce.cells import Cell
 from ghl.recipes.reproduce.phase import Boundary, fit
-from ghl.recipes.reproduce.report import Section, save_figure, write_csv
+from ghl.recipes.reproduce.report import Section, write_csv
 
 NOISES = (5e-4, 7e-4, 1e-3, 1.4e-3, 2e-3, 2.8e-3)
 DECAYS = tuple(float(f"{d:.3g}") for d in np.geomspace(5e-5, 5e-3, 10))

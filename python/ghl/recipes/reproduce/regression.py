@@ -16,9 +16,10 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from ghl.alignment import Monitor
+from ghl.recipes.figures import save_figure
 from ghl.recipes.reproduce.cells import Cell
 from ghl.recipes.reproduce.phase import regression_alignment
-from ghl.recipes.reproduce.report import Section, save_figure, write_csv
+from ghl.recipes.reproduce.report import Section, write_csv
 
 NOISES = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0)
 INPUTS, EXAMPLES = 8, 16

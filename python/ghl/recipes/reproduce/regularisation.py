@@ -13,10 +13,11 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from ghl.recipes.figures import save_figure
 from ghl.recipes.reproduce import sre
 from ghl.recipes.reproduce.cells import Cell
 from ghl.recipes.reproduce.regularisers import REGULARISERS, Regularised
-from ghl.recipes.reproduce.report import Section, mean_std, save_figure, write_csv
+from ghl.recipes.reproduce.report import Section, mean_std, write_csv
 from ghl.recipes.reproduce.students import Learner, Stack
 
 SEEDS, STEPS, LR = 3, 4000, 0.1

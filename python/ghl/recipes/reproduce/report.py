@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ghl.recipes.checkpoint import write_atomic, write_text
+from ghl.recipes.checkpoint import write_text
 
 HEAD = (
     "# Hebbian dynamics in regularized learning, reproduced",
@@ -126,13 +126,6 @@ def write_csv(path: Path, head: Sequence[str], rows: Sequence[Sequence[object]])
     writer.writerow(head)
     writer.writerows(rows)
     write_text(path, text.getvalue())
-
-
-def save_figure(path: Path, figure: object) -> None:
-    """Write a matplotlib figure as PNG, atomically."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)  # type: ignore[attr-defined]
-    write_atomic(path, lambda file: file.write(buffer.getvalue()))
 
 
 def mean_std(values: Sequence[float]) -> tuple[float, float]:

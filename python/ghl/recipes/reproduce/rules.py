@@ -17,9 +17,10 @@ from torch import nn
 
 import ghl
 from ghl.alignment import Monitor
+from ghl.recipes.figures import save_figure
 from ghl.recipes.reproduce import sre
 from ghl.recipes.reproduce.cells import Cell
-from ghl.recipes.reproduce.report import Section, mean_std, save_figure, write_csv
+from ghl.recipes.reproduce.report import Section, mean_std, write_csv
 from ghl.recipes.reproduce.students import Stack
 
 RULES = {

@@ -16,8 +16,9 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ghl.recipes import data
+from ghl.recipes.figures import save_figure
 from ghl.recipes.reproduce.cells import Cell
-from ghl.recipes.reproduce.report import Section, mean_std, save_figure, write_csv
+from ghl.recipes.reproduce.report import Section, mean_std, write_csv
 from ghl.recipes.reproduce.students import ACTIVATIONS, Learner, Stack, alignment
 
 DECAYS = (0.0, 1e-3, 5e-3, 2e-2)

@@ -1,7 +1,8 @@
 """Stacks of small MLPs trained side by side: seeds and settings are one more dimension of a tensor.
 
 Each network has its own data, initialisation, noise and decay, as if trained alone; a batched
-matrix product trains ten in little more time than one. What is measured is in `measure`.
+matrix product trains ten in little more time than one. What is measured of them is in
+`sre`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
     "sigmoid": torch.sigmoid,
 }
-RULES = ("adam", "sgd", "dfa", "random")
 
 
 class Stack:

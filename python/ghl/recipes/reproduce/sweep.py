@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
+from ghl.recipes.figures import save_figure
 from ghl.recipes.reproduce import sre
 from ghl.recipes.reproduce.cells import Cell
-from ghl.recipes.reproduce.report import Section, mean_std, save_figure, write_csv
+from ghl.recipes.reproduce.report import Section, mean_std, write_csv
 
 SEEDS, DECAY, STEPS = 3, 5e-4, 4000
 QUANTITIES = ("cosine", "loss", "validation_loss", "weight_norm")

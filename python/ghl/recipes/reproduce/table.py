@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
+from ghl.recipes.figures import save_figure
 from ghl.recipes.reproduce import sre
 from ghl.recipes.reproduce.cells import Cell
-from ghl.recipes.reproduce.report import Section, mean_std, save_figure, write_csv
+from ghl.recipes.reproduce.report import Section, mean_std, write_csv
 
 DECAYS = (0.0, 5e-5, 5e-4, 5e-3)
 # Table 1 of arXiv 2505.18069, from a secondary source; None where it says collapse.

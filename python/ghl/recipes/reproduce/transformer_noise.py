@@ -11,8 +11,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from ghl.recipes.figures import save_figure
 from ghl.recipes.reproduce.cells import Cell
-from ghl.recipes.reproduce.report import Section, mean_std, save_figure, write_csv
+from ghl.recipes.reproduce.report import Section, mean_std, write_csv
 from ghl.recipes.reproduce.table import DECAYS, LR, PUBLISHED, WHOLE_EVERY
 
 # γ, rows of a batch, steps, and how many of them go at a tenth of the learning rate: those that are
