@@ -26,6 +26,7 @@ from ghl.hooks import Hook, once_gradients_are_made, weak
 from ghl.layers import Plastic
 from ghl.shards import ShardedSums, is_on_neurons, is_sharded
 from ghl.sums import RawSums, device_of
+from ghl.wrapped import check_wrapper, is_managed, stepping
 from ghl_kernels.layout import is_channels_last
 
 _of_weight: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # to a weakref of its handle
@@ -47,9 +48,12 @@ def synchronize(
     update). A hook before the step adds H0 and totals up over the ranks, merges all layers, and
     puts the updates into `weight.grad`. zero_grad() drops what is held, also without a step.
 
+    optimizer: the one that steps, or what accelerate, Lightning or PostLocalSGDOptimizer have put
+        around it.
     group: the process group whose ranks hold parts of one batch: that of DistributedDataParallel
     where `model` is or has one, else the default group. Its ranks must have the same layers, and
-        average the gradients of all weights, as is looked at in the first step, and step together.
+        average the gradients of all weights, and step together; that they do is looked at in the
+        steps 1, 2, 4, 8 and so on.
         Sharded weights are added up over their own mesh.
     communicate: torch.bfloat16 halves the bytes of H0 on the wire, at a relative error of about
     2⁻⁸ for every rank's summand; totals are sent as they are.
@@ -78,8 +82,10 @@ def synchronize(
     wanted, group = group, group_of(model, group)
     weights: dict[str, nn.Parameter] = {}
     try:
+        optimizer = stepping(optimizer)
         if communicate not in WIRES:
             raise ValueError(f"communicate is {communicate}, must be one of {WIRES}")
+        check_wrapper(model)
         weights = weights_of(model, optimizer, ranks.size(group) > 1)
         if wanted is None:
             check_one_group(model, weights)
@@ -87,7 +93,7 @@ def synchronize(
             f"{name!r}: {tuple(w.shape)} {w.dtype} {order_of(w)} {model.get_submodule(name).rule}"
             for name, w in weights.items()
         ] + [f"communicate={communicate}"]
-    except (ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         ranks.check_same([f"the error {error}"], group)
         raise
     ranks.check_same(found, group)
@@ -132,7 +138,11 @@ def weights_of(
         )
     ids = {id(weight) for weight in weights.values()}
     for name, weight in weights.items():
-        is_sharded(weight)
+        if is_sharded(weight) and not is_managed(model, name):
+            raise ValueError(
+                f"weight of {name!r} is a DTensor that fully_shard has not made (tensor "
+                "parallelism?), which is not supported: give the layer rule='bp'"
+            )
         former = handle_of(weight)
         if former is not None and not former.may_be_replaced(optimizer, ids):
             raise RuntimeError(
@@ -169,7 +179,7 @@ class Synchronizer:
         self._wrappers = weakref.WeakSet(wrappers_of(model))
         self._optimizer, self._model = weakref.ref(optimizer), weakref.ref(model)
         self._task, self._lock = -1, threading.Lock()
-        self._compared = False  # whether ranks were seen to have the same gradients
+        self._merges = 0  # on several ranks
         ids = self._ids()
         self._layers = [
             module
@@ -361,9 +371,10 @@ class Synchronizer:
             for weight, sums in held:
                 sums.before_step(weight)
                 sums.check(weight)
-        if not self._compared and ranks.size(self._group) > 1 and not capturing():
-            refusals.check_averaged(self._weights, self._group)
-            self._compared = True
+        if ranks.size(self._group) > 1 and not capturing():
+            if (self._merges + 1).bit_count() == 1:
+                refusals.check_averaged(self._weights, self._group)
+            self._merges += 1
         try:
             layers = [merging.Layer.of(weight, sums) for weight, sums in held]
             merging.add_up(layers, self._group, self._wire)

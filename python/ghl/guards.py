@@ -40,7 +40,13 @@ def check_alone(weight: Tensor) -> None:
 
 
 def check_whole(layer: nn.Module) -> None:
-    """FSDP adds what each backward leaves in an unsharded weight's gradient to a shard's."""
+    """FSDP adds what each backward leaves in an unsharded weight's gradient to a shard's; a weight
+    that is still a DTensor in its forward is nobody's who would sum over ranks."""
+    if hasattr(layer.weight, "device_mesh"):
+        raise RuntimeError(
+            f"weight of {type(layer).__name__} is a DTensor in its forward (tensor parallelism?), "
+            "which is not supported: give the layer rule='bp', or leave it out of the swap"
+        )
     if getattr(layer, "_is_fsdp_managed_module", False):
         raise RuntimeError(
             f"{type(layer).__name__} is sharded by FSDP, where G and H0 must be summed over the "

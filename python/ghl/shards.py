@@ -131,6 +131,6 @@ def is_sharded(weight: Tensor) -> bool:
     if not is_on_neurons(weight):
         raise ValueError(
             f"weight has placements {weight.placements}, must be sharded by fully_shard on "
-            "dimension 0, its neurons"
+            "dimension 0, its neurons (tensor parallelism is not supported)"
         )
     return True

@@ -56,9 +56,10 @@ def swap(
     exclude: names or patterns of layers to leave as they are, or of modules that hold them.
 
     Layers that already have a rule get the new one. Of a weight that other layers use without a
-    rule, an nn.Embedding say, G is of all uses and H of the layers that have one. Raises ValueError, before anything changes,
-    for a model with nothing to swap, for a name or pattern that matches nothing, and for layers
-    that share a weight under different rules.
+    rule, an nn.Embedding say, G is of all uses and H of the layers that have one.
+
+    Raises ValueError, before anything changes, for a model with nothing to swap, for a name or
+    pattern that matches nothing, and for layers that share a weight under different rules.
     """
     rule = Rule.of(rule)
     if not isinstance(model, nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 
 import torch
@@ -9,8 +10,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import ghl
@@ -163,6 +169,22 @@ def gradients_that_nobody_averages(rank: int, world: int) -> None:
 
 
 @scenario
+def gradients_that_are_averaged_no_more(rank: int, world: int) -> None:
+    """As local SGD does from some step on: looked for in the steps 1, 2, 4 and so on."""
+    model = make("conv")
+    wrapped, optimizer = DDP(model), sgd(model)
+    ghl.synchronize(wrapped, optimizer)
+    x, target = batch("conv", rank)
+    for step in range(1, 5):
+        optimizer.zero_grad()
+        with wrapped.no_sync() if step == 4 else contextlib.nullcontext():
+            loss_of(wrapped(x), target).backward()
+        if step < 4:
+            optimizer.step()
+    assert_raises(RuntimeError, "must have averaged the gradients", optimizer.step)
+
+
+@scenario
 def gradients_that_no_backward_made(rank: int, world: int) -> None:
     for normalize in ("absmax", "mean"):
         model = make("conv", ghl.Rule(normalize=normalize))
@@ -180,6 +202,24 @@ def weights_that_ddp_does_not_average(rank: int, world: int) -> None:
     a, b = make("conv"), ghl.Linear(5, 5, dtype=torch.float64)
     message = "weight of '1' is outside of DistributedDataParallel"
     model = nn.Sequential(DDP(a), b)
+    assert_raises(ValueError, message, ghl.synchronize, model, sgd(model))
+
+
+@scenario
+def tensor_parallel(rank: int, world: int) -> None:
+    """Neither where it is synchronized, nor where it is not, in whatever way it is sharded."""
+    for plan in ({"0": ColwiseParallel()}, {"0": ColwiseParallel(), "1": RowwiseParallel()}):
+        model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+        ghl.swap(model, types=nn.Linear)
+        parallelize_module(model, init_device_mesh("cpu", (world,)), plan)
+        assert_raises(ValueError, "tensor parallelism", ghl.synchronize, model, sgd(model))
+        assert_raises(RuntimeError, "DTensor in its forward", model, torch.randn(2, 6))
+
+
+@scenario
+def the_first_fsdp(rank: int, world: int) -> None:
+    model = nn.Sequential(FullyShardedDataParallel(make("conv"), device_id=torch.device("cpu")))
+    message = "FullyShardedDataParallel at '0', which is not supported.*fully_shard"
     assert_raises(ValueError, message, ghl.synchronize, model, sgd(model))
 
 

@@ -1,0 +1,53 @@
+"""What others put around models and optimizers: what is looked through, and what is refused."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+
+def stepping(optimizer: Any) -> Optimizer:
+    """The optimizer whose step calls its hooks: `optimizer`, or what it is put around."""
+    found = optimizer
+    while (inner := inside(found)) is not None:
+        found = inner
+    if not (isinstance(found, Optimizer) and has_hooks(found)):
+        kind = type(optimizer).__name__
+        raise TypeError(f"optimizer is a {kind}, must be a torch.optim.Optimizer, or hold one")
+    return found
+
+
+def has_hooks(optimizer: Any) -> bool:
+    """Not where a subclass does without what Optimizer makes."""
+    return "_optimizer_step_pre_hooks" in getattr(optimizer, "__dict__", ())
+
+
+def inside(optimizer: Any) -> Optimizer | None:
+    """The optimizer that another one is put around, unless that one steps itself."""
+    held = [getattr(optimizer, "optimizer", None)]
+    if not has_hooks(optimizer):
+        held.append(getattr(optimizer, "optim", None))
+    return next((one for one in held if isinstance(one, Optimizer) and one is not optimizer), None)
+
+
+def check_wrapper(model: nn.Module) -> None:
+    """Raise ValueError for a model in the first FSDP, by the name of its class: importing it takes
+    long."""
+    for name, module in model.named_modules():
+        where = f" at {name!r}" if name else ""
+        if any(base.__name__ == "FullyShardedDataParallel" for base in type(module).__mro__):
+            raise ValueError(
+                f"model has FullyShardedDataParallel{where}, which is not "
+                "supported: shard it by torch.distributed.fsdp.fully_shard"
+            )
+
+
+def is_managed(model: nn.Module, name: str) -> bool:
+    """Whether fully_shard, or what is built on it, has the weight of a layer."""
+    if getattr(model.get_submodule(name), "_is_fsdp_managed_module", False):
+        return True
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and any(isinstance(m, fsdp.FSDPModule) for m in model.modules())
