@@ -12,7 +12,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ import ghl
 from bench import natural
 from bench.memory import peak_transient
 from bench.report import RESULTS, machine_name
+from bench.step_profile import of_gpu
 from ghl.bench.clock import Timing
 from ghl.bench.report import provenance, write_json
 from ghl.recipes import models
@@ -138,12 +139,20 @@ def check_same_updates(ours: Contestant, theirs: Contestant, data: Any, toleranc
         contestant.optimizer.zero_grad()
 
 
-def seconds_of(call: Callable[[], None], device: str) -> float:
+class Seconds(NamedTuple):
+    """Until a step has returned, and until it is done."""
+
+    host: float
+    whole: float
+
+
+def seconds_of(call: Callable[[], None], device: str) -> Seconds:
     begin = time.perf_counter()
     call()
+    returned = time.perf_counter()
     if device == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - begin
+    return Seconds(returned - begin, time.perf_counter() - begin)
 
 
 def peak_bytes(call: Callable[[], None], device: str) -> int:
@@ -195,23 +204,30 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
         name: None if options.graph else peak_bytes(step, options.device)
         for name, step in steps.items()
     }
-    times: dict[str, list[float]] = {name: [] for name in steps}
+    times: dict[str, list[Seconds]] = {name: [] for name in steps}
     for _ in range(options.steps):
         for name, step in steps.items():
             times[name].append(seconds_of(step, options.device))
-    return [row(name, times[name], peaks[name], options) for name in steps]
+    on_gpu = of_gpu if options.device == "cuda" else lambda step: {}
+    return [
+        row(name, times[name], peaks[name], options) | on_gpu(step) for name, step in steps.items()
+    ]
 
 
 def row(
-    name: str, seconds: list[float], peak: int | None, options: argparse.Namespace
+    name: str, seconds: list[Seconds], peak: int | None, options: argparse.Namespace
 ) -> dict[str, Any]:
-    timing = Timing("wall clock", tuple(1e3 * s for s in sorted(seconds)))
+    timing, host = (
+        Timing("wall clock", tuple(sorted(1e3 * of(s) for s in seconds)))
+        for of in (lambda s: s.whole, lambda s: s.host)
+    )
     return {
         "implementation": name,
         "steps": len(seconds),
         "p20_ms": timing.percentile(0.2),
         "p50_ms": timing.p50,
         "p80_ms": timing.percentile(0.8),
+        "host_ms": host.p50,
         "images_per_second": options.batch_size / timing.p50 * 1e3,
         "peak_bytes": peak,
     }
@@ -232,12 +248,14 @@ def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
 def print_table(rows: list[dict[str, Any]]) -> None:
     base = rows[0]
     print(
-        f"{'':<9} {'p20 ms':>9} {'p50 ms':>9} {'p80 ms':>9} {'images/s':>9} {'peak MB':>9}"
+        f"{'':<12} {'p20 ms':>9} {'p50 ms':>9} {'p80 ms':>9} {'host ms':>9} {'GPU ms':>9}"
+        f" {'images/s':>9} {'peak MB':>9}"
         f" {'time / ' + base['implementation']:>10} {'memory':>12}"
     )
     for r in rows:
         print(
-            f"{r['implementation']:<9} {r['p20_ms']:>9.2f} {r['p50_ms']:>9.2f} {r['p80_ms']:>9.2f}"
+            f"{r['implementation']:<12} {r['p20_ms']:>9.2f} {r['p50_ms']:>9.2f} {r['p80_ms']:>9.2f}"
+            f" {r['host_ms']:>9.2f} {r.get('gpu_ms', 0):>9.2f}"
             f" {r['images_per_second']:>9.1f} {(r['peak_bytes'] or 0) / 1e6:>9.1f}"
             f" {r['p50_ms'] / base['p50_ms']:>10.2f}"
             f" {(r['peak_bytes'] or 0) / (base['peak_bytes'] or 1):>12.2f}"

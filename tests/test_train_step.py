@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from bench import natural, train_step
+from bench import natural, step_profile, train_step
 from bench.train_step import Contestant
 from ghl_kernels import dispatch
 
@@ -97,6 +97,21 @@ def test_a_graph_wants_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--graph: --device is cpu, must be cuda" in capsys.readouterr().err
 
 
+def test_what_the_gpu_does_is_summed_by_kernel() -> None:
+    def event(name: str, us: float, device: str = "CUDA") -> SimpleNamespace:
+        kind = SimpleNamespace(name=device)
+        return SimpleNamespace(name=name, device_type=kind, self_device_time_total=us)
+
+    steps = [event("short", 10), event("long", 300), event("long", 500), event("host", 9, "CPU")]
+    found = step_profile.summary(steps * step_profile.STEPS)
+    assert (found["gpu_ms"], found["gpu_launches"]) == (pytest.approx(0.81), 3)
+    assert [(k["kernel"], k["launches"]) for k in found["gpu_kernels"]] == [
+        ("long", 2),
+        ("short", 1),
+    ]
+    assert [k["ms"] for k in found["gpu_kernels"]] == pytest.approx([0.8, 0.01])
+
+
 def test_a_mode_wants_a_compiler(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         train_step.main([*SMALL, "--mode", "reduce-overhead"])
@@ -105,7 +120,9 @@ def test_a_mode_wants_a_compiler(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_graphs_memory_is_no_figure(capsys: pytest.CaptureFixture[str]) -> None:
     options = train_step.parse(SMALL)
-    rows = [train_step.row(name, [0.1, 0.2, 0.3], None, options) for name in ("bp", "ghl")]
+    times = [train_step.Seconds(0.1 * n, 0.2 * n) for n in (1, 2, 3)]
+    rows = [train_step.row(name, times, None, options) for name in ("bp", "ghl")]
+    assert (rows[0]["host_ms"], rows[0]["p50_ms"]) == pytest.approx((200, 400))
     assert train_step.ratios(rows) == {"ghl_over_bp": 1.0}
     train_step.print_table(rows)
     assert "ghl" in capsys.readouterr().out
