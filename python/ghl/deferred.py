@@ -48,8 +48,7 @@ def synchronize(
     update). A hook before the step adds H0 and totals up over the ranks, merges all layers, and
     puts the updates into `weight.grad`. zero_grad() drops what is held, also without a step.
 
-    optimizer: the one that steps, or what accelerate, Lightning or PostLocalSGDOptimizer have put
-        around it.
+    optimizer: the one that steps, or what accelerate or Lightning have put around it.
     group: the process group whose ranks hold parts of one batch: that of DistributedDataParallel
     where `model` is or has one, else the default group. Its ranks must have the same layers, and
         average the gradients of all weights, and step together; that they do is looked at in the
@@ -76,8 +75,9 @@ def synchronize(
 
     Over several ranks a hook on `model` (not if that is compiled) tells where a backward begins.
     Returns a handle: `remove()` takes all hooks off, and the updates are made in backward again.
-    Raises ValueError where there is nothing to synchronize, RuntimeError for weights that already
-    are, and on all ranks where they differ in layers, dtypes, rules or `communicate`.
+    Raises TypeError for what is no optimizer; ValueError where there is nothing to synchronize, or
+    FullyShardedDataParallel or tensor parallelism; RuntimeError for weights that already are, and
+    on all ranks where they differ in layers, dtypes, rules or `communicate`.
     """
     wanted, group = group, group_of(model, group)
     weights: dict[str, nn.Parameter] = {}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -27,10 +26,9 @@ def once_gradients_are_made(
     args: tuple,
     kwargs: dict[str, Any],
     then: Callable[[], None],
-    inside: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Any:
     """Call `then` from a hook before an optimizer's step: now, or after every call of the closure
-    that makes the gradients, which is called `inside` a context. What the hook has to return."""
+    that makes the gradients. What the hook has to return."""
     itself, *rest = args
     closure = rest[0] if rest else kwargs.get("closure")
     if not callable(closure):
@@ -38,7 +36,7 @@ def once_gradients_are_made(
         return None
 
     def closure_and_then(*args: Any, **kwargs: Any) -> Any:
-        with torch.enable_grad(), inside():
+        with torch.enable_grad():
             loss = closure(*args, **kwargs)
         then()
         return loss
@@ -75,26 +73,26 @@ class Hook:
 
 class Switched:
     """A hook that can be turned off, when it costs nothing, and on again, in its place among those
-    of others. register: registers it, and returns its handle."""
+    of others. register: registers it, and returns its handle.
+
+    handles: its own while it is on, for a finalizer to remove: they keep nothing alive.
+    """
 
     def __init__(self, register: Callable[[], RemovableHandle]) -> None:
         self._register = register
-        self._handle: RemovableHandle | None = register()
+        self.handles = [register()]
         self._former: set[int] = set()  # the hooks before it, when it was last on
 
     def turn(self, on: bool) -> None:
-        if on and self._handle is None:
-            self._handle = self._register()
-            hooks: Any = self._handle.hooks_dict_ref()
-            others = [key for key in hooks if key != self._handle.id]
+        if on and not self.handles:
+            handle = self._register()
+            self.handles.append(handle)
+            hooks: Any = handle.hooks_dict_ref()
+            others = [key for key in hooks if key != handle.id]
             place = max((i for i, key in enumerate(others, 1) if key in self._former), default=0)
             hooks.update([(key, hooks.pop(key)) for key in others[place:]])
-        elif not on and self._handle is not None:
-            hooks, own = self._handle.hooks_dict_ref() or {}, self._handle.id
-            self._former = set(itertools.takewhile(lambda key: key != own, hooks))
-            self.remove()
-
-    def remove(self) -> None:
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
+        elif not on and self.handles:
+            handle = self.handles.pop()
+            hooks = handle.hooks_dict_ref() or {}
+            self._former = set(itertools.takewhile(lambda key: key != handle.id, hooks))
+            handle.remove()

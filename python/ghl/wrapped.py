@@ -14,22 +14,22 @@ def stepping(optimizer: Any) -> Optimizer:
     found = optimizer
     while (inner := inside(found)) is not None:
         found = inner
-    if not (isinstance(found, Optimizer) and has_hooks(found)):
+    if not (isinstance(found, Optimizer) and steps_with_hooks(found)):
         kind = type(optimizer).__name__
         raise TypeError(f"optimizer is a {kind}, must be a torch.optim.Optimizer, or hold one")
     return found
 
 
-def has_hooks(optimizer: Any) -> bool:
-    """Not where a subclass does without what Optimizer makes."""
-    return "_optimizer_step_pre_hooks" in getattr(optimizer, "__dict__", ())
+def steps_with_hooks(optimizer: Any) -> bool:
+    """Not where a class does without what Optimizer makes of it and of its step."""
+    return getattr(getattr(type(optimizer), "step", None), "hooked", False)
 
 
 def inside(optimizer: Any) -> Optimizer | None:
-    """The optimizer that another one is put around, unless that one steps itself."""
-    held = [getattr(optimizer, "optimizer", None)]
-    if not has_hooks(optimizer):
-        held.append(getattr(optimizer, "optim", None))
+    """The optimizer that another one is put around, unless that one's step calls hooks itself."""
+    if steps_with_hooks(optimizer):
+        return None
+    held = [getattr(optimizer, name, None) for name in ("optimizer", "optim")]
     return next((one for one in held if isinstance(one, Optimizer) and one is not optimizer), None)
 
 

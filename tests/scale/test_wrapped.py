@@ -70,9 +70,21 @@ class Own(SGD):
         self.optim = SGD(self.param_groups[0]["params"], lr)
 
 
-def test_one_that_steps_itself_is_not_looked_into():
+class Sharpness(Optimizer):
+    """As implementations of SAM: an optimizer by itself, whose step calls another's."""
+
+    def __init__(self, parameters, lr):
+        super().__init__(parameters, {})
+        self.optimizer = SGD(self.param_groups, lr)
+
+    def step(self, closure=None):
+        self.optimizer.step()
+
+
+@pytest.mark.parametrize("kind", [Own, Sharpness])
+def test_one_that_steps_itself_is_not_looked_into(kind):
     model = make("conv")
-    optimizer = Own(model.parameters(), 0.02)
+    optimizer = kind(model.parameters(), 0.02)
     ghl.synchronize(model, optimizer)
     backward(model, "conv", 0)
     optimizer.step()

@@ -6,7 +6,6 @@ Trains nothing and changes nothing; which weights there are is in `targets.py`, 
 
 from __future__ import annotations
 
-import itertools
 import sys
 import weakref
 from collections.abc import Iterator
@@ -116,51 +115,59 @@ class Monitor:
         )
         for module in dict.fromkeys(m for target in targets for m in target.classes):
             _monitored[module] = weakref.ref(self)
-        self._switches = list(self._hooks_of_layers())
-        layers = (m for target in targets if target.gap is None for m in target.classes)
-        self._handles = [
-            *self._steps.handles,
-            *self._steps.watch(dict.fromkeys([model, *itertools.islice(layers, 1)])),
-            *(switch for switch, _ in self._switches),
-        ]
+        self._accumulating = dict(self._hooks_of_weights())
+        self._switches, attention = self._hooks_of_layers()
         self._switched: list[bool] = []  # of each track, for which steps hooks have been turned
         self._turn_switches()
+        switches = (*self._accumulating.values(), *(switch for switch, _ in self._switches))
+        self._handles = [self._steps.handles, attention, *(s.handles for s in switches)]
         weakref.finalize(self, take_off, self._handles).atexit = False
 
-    def _hooks_of_layers(self) -> Iterator[tuple[Switched, list[Track]]]:
-        """The hooks that measured steps need, with the tracks that need them."""
+    def _hooks_of_weights(self) -> Iterator[tuple[Track, Switched]]:
+        for track in self._tracks:
+            if track.target.weight is not None and track.gathers:
+                done = Hook(weak(track, "accumulated"))
+                register = track.target.weight.register_post_accumulate_grad_hook
+                yield track, Switched(partial(register, done))
+
+    def _hooks_of_layers(self) -> tuple[list[tuple[Switched, list[Track]]], list[Any]]:
+        """The hooks that measured steps need, with the tracks that need them; those of attention,
+        which come in pairs, are there on all steps."""
         of_module: dict[nn.Module, list[Track]] = {}
         for track in self._tracks:
             # no hook where nothing can be measured: reading a parametrized weight would change it
             for module in track.target.classes if track.target.gap is None else ():
                 of_module.setdefault(module, []).append(track)
-            if track.target.weight is not None and track.gathers:
-                done = Hook(weak(track, "accumulated"))
-                register = track.target.weight.register_post_accumulate_grad_hook
-                yield Switched(partial(register, done)), [track]
+        switches, attention = [], []
         for module, tracks in of_module.items():
             if isinstance(module, nn.MultiheadAttention):
                 enter, leave = (Hook(weak(self, n)) for n in ("_enter", "_leave"))
-                yield Switched(partial(module.register_forward_pre_hook, enter)), tracks
-                called = partial(module.register_forward_hook, leave, always_call=True)
+                attention.append(module.register_forward_pre_hook(enter))
+                attention.append(module.register_forward_hook(leave, always_call=True))
             else:
                 hook = Hook(weak(self, "_after_forward"))
-                called = partial(module.register_forward_hook, hook, with_kwargs=True)
-            yield Switched(called), tracks
+                register = partial(module.register_forward_hook, hook, with_kwargs=True)
+                switches.append((Switched(register), tracks))
+        return switches, attention
 
     def _turn_switches(self) -> None:
         """Hooks are on where the step in progress is measured, and nowhere else: a call of a layer
-        that has some takes a GPU's host as long as a small kernel."""
+        that has some takes a GPU's host as long as a small kernel. A weight's is turned on by a
+        forward, that of a frozen one never."""
         measured = [track.is_measured(self.every) for track in self._tracks]
         if measured != self._switched:
             self._switched = measured
             for switch, tracks in self._switches:
                 switch.turn(any(track.is_measured(self.every) for track in tracks))
+            for track, switch in self._accumulating.items():
+                if not track.is_measured(self.every):
+                    switch.turn(False)
 
     def remove(self) -> None:
         """Take every hook off; the last report stays readable."""
         self._steps.leave()
         take_off(self._handles)
+        self._switches, self._accumulating = [], {}
         for track in self._tracks:
             for module in track.target.classes:
                 if (owner := _monitored.get(module)) is not None and owner() is self:
@@ -187,8 +194,9 @@ class Monitor:
         """Around a step's forwards and backwards, where torch.compile has compiled some of them:
         on a measured step they run uncompiled, because layers in a graph cannot be seen.
 
-        The other steps stay compiled, and nothing is compiled anew; a measured one takes the time
-        and memory of eager mode, and rounds as that does.
+        The other steps stay compiled; a measured one takes the time and memory of eager mode, and
+        rounds as that does. Evaluations belong inside too: what is compiled while layers have hooks
+        is compiled once more when they have none.
         """
         if self.measuring and "torch._dynamo" in sys.modules:  # without which nothing is compiled
             with torch.compiler.set_stance("force_eager"):
@@ -253,8 +261,10 @@ class Monitor:
         ready = self._distributed and dist.is_available() and dist.is_initialized()
         return ready and dist.get_world_size() > 1
 
-    def _after_forward(self, module: nn.Module, args: tuple, kwargs: dict, y: Any) -> None:
-        self._steps.forward()
+    def _after_forward(self, module: nn.Module, args: tuple, *called: Any) -> None:
+        if len(called) < 2:  # turned off since torch took the list of hooks
+            return
+        kwargs, y = called
         weight = module._parameters.get("weight")
         track = self._by_weight.get(id(weight))
         if track is None or weight is None:
@@ -290,6 +300,8 @@ class Monitor:
             return
         recomputed = torch._C._current_graph_task_id() != -1  # by activation checkpointing
         sums.uses += not recomputed
+        if use.leaf.requires_grad and track in self._accumulating:
+            self._accumulating[track].turn(True)
         if not use.leaf.requires_grad:
             sums.problem = "its weight is frozen"
         elif not track.target.ruled and not hooks.is_product(use, y):
@@ -309,9 +321,8 @@ class Monitor:
         hooks.on_gradient(use, y, arrive)
 
     def _enter(self, module: nn.MultiheadAttention, args: tuple) -> None:
-        self._steps.forward()
         observed = module.training if self.given else torch.is_grad_enabled()
-        measured = any(
+        measured = any(self._switched) and any(
             track.is_measured(self.every) and module in track.target.classes
             for track in self._tracks
         )
@@ -375,7 +386,8 @@ def check_free(targets: list[Target]) -> None:
                 )
 
 
-def take_off(handles: list[Any]) -> None:
+def take_off(handles: list[list[Any]]) -> None:
     """Remove hooks, once."""
-    while handles:
-        handles.pop().remove()
+    for some in handles:
+        while some:
+            some.pop().remove()

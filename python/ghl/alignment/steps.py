@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
+from types import FrameType
 from typing import Any
 
-from torch import nn
+from torch.optim import optimizer as optimizer_module
 from torch.optim.optimizer import (
     Optimizer,
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
-from torch.utils.hooks import RemovableHandle
 
-from ghl.hooks import Hook, nothing, once_gradients_are_made, weak
+from ghl.hooks import nothing, once_gradients_are_made, weak
+
+
+def steps_around() -> int:
+    """How many optimizers' steps the one that calls its hooks is within."""
+    found = -1
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        code = frame.f_code
+        found += code.co_filename == optimizer_module.__file__ and "wrapper" in code.co_name
+        frame = frame.f_back
+    return found
 
 
 class Steps:
@@ -42,21 +53,10 @@ class Steps:
         self._late: Any = None  # its hook
         self._closed = False  # whether it has run
         self._calls = 0  # of the step's closure
-        self._in_closure = False
         self.handles = [
             register_optimizer_step_pre_hook(weak(self, "_before")),
             register_optimizer_step_post_hook(weak(self, "_after")),
         ]
-
-    def watch(self, modules: Iterable[nn.Module]) -> Iterator[RemovableHandle]:
-        """Hooks that let `forward` know of theirs."""
-        for module in modules:
-            yield module.register_forward_pre_hook(Hook(weak(self, "forward")))
-
-    def forward(self, *call: Any) -> None:
-        """A forward outside of a closure: a step that raised has not told its end."""
-        if not self._in_closure:
-            self._depth = 0
 
     def leave(self) -> None:
         """Nothing is to be called any more for the step in progress."""
@@ -73,6 +73,8 @@ class Steps:
 
     def _before(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         """Hooks of one optimizer come after those of all: by then ghl.synchronize has merged."""
+        if self._depth > 0:  # unless that step has raised, and not told its end
+            self._depth = min(self._depth, steps_around())
         found = self._of_step(optimizer)
         if not found:
             return
@@ -87,19 +89,11 @@ class Steps:
             return None
         self._closed = True
         then = partial(self._count, self._found)
-        return once_gradients_are_made(args, kwargs, then, self._closure)
+        return once_gradients_are_made(args, kwargs, then)
 
     def _count(self, found: Any) -> None:
         self._calls += 1
         self._made(found, self._calls)
-
-    @contextmanager
-    def _closure(self) -> Iterator[None]:
-        self._in_closure = True
-        try:
-            yield
-        finally:
-            self._in_closure = False
 
     def _after(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         found = self._of_step(optimizer)

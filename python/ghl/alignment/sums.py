@@ -119,12 +119,6 @@ class Sums:
         self.generation = 0
         self.reset()
 
-    @property
-    def is_new(self) -> bool:
-        """Whether nothing has been seen yet."""
-        seen = self.uses or self.answered or self.problem or self.fault or self.G is not None
-        return self.generation == 1 and not seen
-
     def reset(self, uses: int = 0) -> None:
         """Nothing yet, and the gradients of so many uses still to come."""
         self.generation += 1

@@ -136,8 +136,7 @@ class Track:
         self.before, self.waits = None, False
         self.steps += 1
         self._given = False
-        if not self.sums.is_new:  # which gradients of this step that come late are told by
-            self.sums = self._new_sums()
+        self.sums = self._new_sums()
 
     def problem(self) -> str | None:
         """Why the sums of this step must not be reported."""
