@@ -26,9 +26,9 @@ class Synchronize(TrainerCallback):
     """Calls `ghl.synchronize` once model and optimizer are what will be trained."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
-        optimizer = getattr(objects["optimizer"], "optimizer", objects["optimizer"])
-        self.synchronized = ghl.synchronize(objects["model"], optimizer)
-        self.witness = Witness(objects["model"], optimizer)
+        model, optimizer = objects["model"], objects["optimizer"]  # which accelerate has wrapped
+        self.synchronized = ghl.synchronize(model, optimizer)
+        self.witness = Witness(model, getattr(optimizer, "optimizer", optimizer))
 
 
 def examples() -> list[dict[str, Any]]:
