@@ -255,7 +255,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
     for r in rows:
         print(
             f"{r['implementation']:<12} {r['p20_ms']:>9.2f} {r['p50_ms']:>9.2f} {r['p80_ms']:>9.2f}"
-            f" {r['host_ms']:>9.2f} {r.get('gpu_ms', 0):>9.2f}"
+            f" {r['host_ms']:>9.2f} {format(r['gpu_ms'], '.2f') if 'gpu_ms' in r else '-':>9}"
             f" {r['images_per_second']:>9.1f} {(r['peak_bytes'] or 0) / 1e6:>9.1f}"
             f" {r['p50_ms'] / base['p50_ms']:>10.2f}"
             f" {(r['peak_bytes'] or 0) / (base['peak_bytes'] or 1):>12.2f}"

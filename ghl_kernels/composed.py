@@ -22,8 +22,7 @@ Triples = tuple[list[Tensor], list[Tensor], list[Tensor]]
 
 
 def logsumexp(y: Tensor, tau: float, dim: int) -> Tensor:
-    dtype = sum_dtype(y.dtype)
-    return torch.logsumexp(y.to(dtype) / max(tau, torch.finfo(dtype).tiny), dim)
+    return torch.logsumexp(y.to(sum_dtype(y.dtype)) / tau, dim)
 
 
 def compete(y: Tensor, competition: str, tau: float) -> Tensor:
@@ -43,8 +42,8 @@ def softmax(y: Tensor, tau: float) -> Tensor:
     rows, dim = (y.movedim(1, -1), -1) if is_channels_last(y) else (y, 1)
     dtype = sum_dtype(y.dtype)
     if tau < SMALL_TAU:
-        rows = rows.to(dtype) - rows.amax(dim, keepdim=True)
-    scaled = rows if tau == 1 else rows.to(dtype) / max(tau, torch.finfo(dtype).tiny)
+        rows, tau = rows - rows.amax(dim, keepdim=True), max(tau, torch.finfo(dtype).tiny)
+    scaled = rows if tau == 1 else rows.to(dtype) / tau
     return torch.softmax(scaled, dim, dtype=dtype).to(y.dtype).movedim(dim, 1)
 
 

@@ -1,10 +1,10 @@
-"""Hooks that keep nothing alive, and that no copy of a module takes with it."""
+"""Hooks that keep nothing alive, that no copy of a module takes with it, that keep their place."""
 
 from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -71,6 +71,15 @@ class Hook:
         return nothing
 
 
+def put_behind(handle: RemovableHandle, former: Collection[int]) -> None:
+    """Have a hook called right behind the last of these, by id, that are still there: before all
+    others."""
+    hooks: Any = handle.hooks_dict_ref()
+    others = [key for key in hooks if key != handle.id]
+    place = max((i for i, key in enumerate(others, 1) if key in former), default=0)
+    hooks.update([(key, hooks.pop(key)) for key in others[place:]])
+
+
 class Switched:
     """A hook that can be turned off, when it costs nothing, and on again, in its place among those
     of others. register: registers it, and returns its handle.
@@ -85,12 +94,8 @@ class Switched:
 
     def turn(self, on: bool) -> None:
         if on and not self.handles:
-            handle = self._register()
-            self.handles.append(handle)
-            hooks: Any = handle.hooks_dict_ref()
-            others = [key for key in hooks if key != handle.id]
-            place = max((i for i, key in enumerate(others, 1) if key in self._former), default=0)
-            hooks.update([(key, hooks.pop(key)) for key in others[place:]])
+            self.handles.append(self._register())
+            put_behind(self.handles[0], self._former)
         elif not on and self.handles:
             handle = self.handles.pop()
             hooks = handle.hooks_dict_ref() or {}

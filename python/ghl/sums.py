@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ghl.guards import check_alone, is_update, mark_update
+from ghl.hooks import put_behind
 from ghl_kernels import Rule
 from ghl_kernels.checks import sum_dtype
 from ghl_kernels.composed import sign
@@ -29,8 +30,7 @@ _makers: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # where not Immedi
 def register_first(weight: Tensor, hook: Any) -> Any:
     """Register a post-accumulate-grad hook before those that weight has: they see the update."""
     handle = weight.register_post_accumulate_grad_hook(hook)
-    hooks: Any = weight._post_accumulate_grad_hooks  # type: ignore[attr-defined]
-    hooks.update([(key, hooks.pop(key)) for key in list(hooks) if key != handle.id])
+    put_behind(handle, ())
     return handle
 
 

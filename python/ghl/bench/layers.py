@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ghl_kernels import Problem
 from ghl_kernels.checks import output_size
+from ghl_kernels.rule import check_choice
 
 ALIASES = {"vit_b16": "vit_b_16"}
 Pair = tuple[int, int]
@@ -197,13 +198,11 @@ def layers_of(workload: str) -> list[Layer]:
     """The unique layers of a model and batch: its convolutions, or, if it has fewer than two, its
     linear layers. ValueError for an unknown model."""
     from ghl.recipes.config import PUBLISHED
-    from ghl.recipes.models import OWN, architecture
+    from ghl.recipes.models import OWN, architecture, architectures
 
     name, batch = parse(workload)
-    try:
-        build = architecture(ALIASES.get(name, name)).build
-    except ValueError as error:
-        raise ValueError(f"workload is {workload!r}, whose model is unknown: {error}") from error
+    check_choice(f"the model of workload {workload!r}", name, [*ALIASES, *architectures()])
+    build = architecture(ALIASES.get(name, name)).build
     classes, side = (10, 32) if name in OWN else (1000, 224)
     tau = PUBLISHED.get(name, {}).get("tau")
     with torch.device("meta"):
