@@ -77,6 +77,10 @@ class TestValues:
                 actual = logsumexp(LAYOUTS[layout](y))
                 torch.testing.assert_close(actual, wanted, equal_nan=True)
 
+    def test_y_over_a_tiny_tau_is_infinite(self) -> None:
+        lse = logsumexp(torch.tensor([[1.0, -2.0], [-1.0, -3.0]]), 1e-39)
+        assert lse.tolist() == [INFINITY, -INFINITY]
+
     def test_a_row_of_minus_infinity(self) -> None:
         y = torch.randn(3, 5)
         y[1] = -INFINITY
