@@ -10,16 +10,18 @@ import argparse
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import ghl_kernels
 from ghl.bench.check import Expected, wrong_sums
 from ghl.bench.clock import precision
 from ghl.bench.layers import Layer
-from ghl_kernels import composed, dispatch, splits, tiles
+from ghl_kernels import Problem, composed, dispatch, splits, tiles
 from ghl_kernels.cuda import kernels
 from ghl_kernels.tiles import Entry, Tile
 
@@ -148,9 +150,26 @@ def merges(device: torch.device, name: str) -> Iterator[tuple[str, str | None]]:
     yield f"logsumexp, {name}", None if far < 1e-4 else f"off by {far:.1e}"
 
 
+def patches(device: torch.device) -> Iterator[tuple[str, str | None]]:
+    """x laid along the rows, beside what F.unfold makes of it."""
+    from ghl_kernels.triton.patches import empty_patches, lay_patches
+
+    x = torch.randn(2, 35, 9, 8)
+    options: dict[str, Any] = {"stride": (2, 1), "padding": (1, 2), "dilation": (1, 2)}
+    problem = Problem(2 * 5 * 8, 4, 35, x.dtype, (3, 3), **options)
+    wanted = F.unfold(x, (3, 3), **options).movedim(1, 0).flatten(1)
+    for first, rows in ((0, 80), (37, 43)):
+        room = empty_patches(rows, problem, x.to(device)).fill_(float("nan"))
+        lay_patches(room, x.to(device), first, rows, problem, (5, 8), channels_last=False)
+        same = torch.equal(room[:, :rows].cpu(), wanted[:, first : first + rows])
+        yield f"patches of {rows} rows", None if same else "other patches"
+
+
 def results(device: torch.device, names: tuple[str, ...]) -> Iterator[tuple[str, str | None]]:
     yield from pairs(device, MODES[device.type], names)
     yield from (strung(device, MODES[device.type], n) for n in names if n in tiles.BY_SM90)
+    if "triton" in names:
+        yield from patches(device)
     for name in names:
         if name in ("triton", "cuda"):  # the others' are one of these
             yield from merges(device, name)
@@ -162,7 +181,8 @@ def main() -> int:
     args = parser.parse_args()
     device = torch.device(args.device)
     some = torch.empty(0, dtype=torch.bfloat16, device=device)
-    ours = [name for name in tiles.STRATEGIES if name != "library"]  # whose products are others'
+    of_others = "library", *tiles.BY_PATCHES  # whose products are
+    ours = [name for name in tiles.STRATEGIES if name not in of_others]
     missing = {name: dispatch.unavailable(name, some, None) for name in ours}
     checked, bad = 0, 0
     for name, reason in missing.items():

@@ -25,7 +25,7 @@ from ghl_kernels.cuda import kernels
 from ghl_kernels.library import Library
 from ghl_kernels.problem import Problem, dot_precision
 from ghl_kernels.rule import check_choice
-from ghl_kernels.tiles import BY_CUDA, BY_SM90, BY_TRITON, Entry
+from ghl_kernels.tiles import BY_CUDA, BY_PATCHES, BY_SM90, BY_TRITON, Entry
 
 IMPLEMENTATIONS = {
     "native": "ghl_kernels.native",
@@ -33,6 +33,7 @@ IMPLEMENTATIONS = {
     "triton": "ghl_kernels.triton.fused",
     "triton_stored": "ghl_kernels.triton.stored",
     "library": "ghl_kernels.triton.library",
+    "library_patches": "ghl_kernels.triton.library_patches",
     "cuda": "ghl_kernels.cuda.fused",
     "cuda_sm90": "ghl_kernels.cuda.sm90",
     "cuda_sm90_stored": "ghl_kernels.triton.sm90_stored",
@@ -44,7 +45,8 @@ class Backend:
     """An implementation's name, and why a call takes it.
 
     `native` C++ kernels; `composed` PyTorch's operators; `triton` u only in tiles; `triton_stored`
-    u written once and Triton's products; `library` u written once and cuBLAS's or cuDNN's; `cuda`
+    u written once and Triton's products; `library` u written once and cuBLAS's or cuDNN's;
+    `library_patches` the same with x laid out as cuBLAS multiplies it fastest in TF32; `cuda`
     kernels compiled ahead of time, u only in registers; `cuda_sm90` the same by Hopper's own
     instructions, u in shared memory; `cuda_sm90_stored` u written once by Triton and its products.
     """
@@ -108,6 +110,15 @@ def triton_unavailable(first: Tensor, problem: Problem | None) -> str | None:
     if first.device.type != "cuda" and not interpreted():
         return f"Triton does not compile for {first.device.type}"
     return beyond_kernels(first, problem)
+
+
+def patches_unavailable(first: Tensor, problem: Problem | None) -> str | None:
+    """Why products with patches along the rows cannot run this call; None if they can."""
+    if problem is not None and problem.dtype != torch.float32:
+        return f"its products are of float32 numbers, not {problem.dtype}"
+    if problem is not None and problem.groups > 1:
+        return f"its products are of one group, not of {problem.groups}"
+    return triton_unavailable(first, problem)
 
 
 def beyond_kernels(first: Tensor, problem: Problem | None) -> str | None:
@@ -174,6 +185,8 @@ def unavailable(name: str, first: Tensor, problem: Problem | None) -> str | None
         return native_unavailable(first.device)
     if name in BY_CUDA:
         return cuda_unavailable(name, first, problem)
+    if name in BY_PATCHES:
+        return patches_unavailable(first, problem)
     return triton_unavailable(first, problem) if name in BY_TRITON else None
 
 
@@ -206,6 +219,8 @@ def choose_on_gpu(operator: str, first: Tensor, problem: Problem | None) -> Back
         return fall_back("composes PyTorch's operators", both)
     here: tuple[str, ...] = () if by_triton else BY_TRITON
     here += () if by_cuda else ("cuda",)
+    if problem and matmul_precision() == "tf32" and not patches_unavailable(first, problem):
+        here += BY_PATCHES  # whose products obey the flag of matrix products, a convolution's too
     preferred = preferences(here, first, problem) if problem else of_sums(here, first)
     failures: list[str] = []
     for name, entry, reason in preferred:
@@ -307,7 +322,7 @@ def settled(operator: str, first: Tensor, problem: Problem | None) -> Backend:
         return choose(operator, first, problem)
     key: tuple[Any, ...] = operator, first.device, first.dtype, problem, tiles.used()
     if problem is not None:
-        key += problem.image, problem.copied_bytes, dot_precision(problem)
+        key += problem.image, problem.copied_bytes, *state(first)
     backend = _settled.get(key)
     if backend is None:
         backend = choose(operator, first, problem)
@@ -342,8 +357,12 @@ def state(first: Tensor) -> tuple[Any, ...]:
     if first.dtype != torch.float32:
         return (_unsettled,)
     backends: Any = torch.backends
-    products = backends.cuda.matmul.fp32_precision, backends.cudnn.conv.fp32_precision
-    return _unsettled, *products
+    return _unsettled, matmul_precision(), backends.cudnn.conv.fp32_precision
+
+
+def matmul_precision() -> str:
+    backends: Any = torch.backends
+    return str(backends.cuda.matmul.fp32_precision)
 
 
 def note(operator: str, backend: Backend) -> None:

@@ -27,9 +27,10 @@ from ghl_kernels.problem import Problem
 
 SHIPPED = Path(__file__).parent / "tables"
 BY_TRITON = ("triton", "triton_stored", "library")
+BY_PATCHES = ("library_patches",)
 BY_SM90 = ("cuda_sm90", "cuda_sm90_stored")
 BY_CUDA = ("cuda", *BY_SM90)
-STRATEGIES = (*BY_TRITON, *BY_CUDA)
+STRATEGIES = (*BY_TRITON, *BY_PATCHES, *BY_CUDA)
 SMALLEST_BLOCK = 64  # that any layer may take, however small
 FEW_CHANNELS = 16  # fewer do not fill a tile of one tap
 ALIGNED = 16  # a multiple of it is what Triton compiles wide loads for
@@ -59,6 +60,10 @@ class Tile:
     packed: bool = False
     descriptors: bool = False
     box: int = 0
+
+
+# what a program of cuBLAS's is taken to have, for the rows to be split
+OF_PATCHES = Tile(block_m=32, block_k=128, block_c=256, warps=8, stages=1, packed=True)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -97,6 +97,8 @@ TILES: dict[tuple[str, int], tuple[tuple[Shape, dict[str, Any]], ...]] = {
     ("depthwise", 32): (((4, 64, 16, 4, 2, 4), {}), ((8, 32, 16, 4, 2, 4), {})),
 }
 
+OF_PATCHES = [dataclasses.replace(tiles.OF_PATCHES, programs=n) for n in (1, 2, 3)]
+
 
 @dataclasses.dataclass(frozen=True)
 class Attempt:
@@ -148,7 +150,7 @@ def candidates(
     """What a layer may take, `present` first: what it takes now must be in the comparison.
 
     known: entries of a table, whose tiles of the layer's kind are tried as well. compiled: the
-    strategies and tiles of compiled kernels. by_triton: those of Triton's strategies that run.
+    strategies and tiles of kernels that are not Triton's. by_triton: Triton's strategies that run.
     """
     entries = [Entry.for_layer(problem, present.strategy, present.tile)] if present else []
     entries += of_triton(problem, present, known, by_triton)

@@ -74,7 +74,7 @@ def test_compiled_tiles_are_tried_beside_tritons_and_alone() -> None:
     present, compiled = entry("cuda"), [(strategy, tile) for strategy in tiles.BY_CUDA]
     tried = tune.candidates(problem(), present, [entry("cuda_sm90")], compiled)
     assert [e.strategy for e in tried[-3:]] == ["cuda", "cuda_sm90", "cuda_sm90_stored"]
-    assert {e.strategy for e in tried} == set(tiles.STRATEGIES)
+    assert {e.strategy for e in tried} == {*tiles.BY_TRITON, *tiles.BY_CUDA}
     assert all(e.tile == tile for e in tried[1:] if e.strategy in tiles.BY_CUDA)
     alone = tune.candidates(problem(), present, [], compiled, by_triton=())
     assert [e.strategy for e in alone] == ["cuda", *tiles.BY_CUDA]
@@ -262,8 +262,8 @@ def test_the_whole_tuner_on_a_small_layer(
     assert attempts[("triton", 1)] is None
     assert "wrong: G is off" in (attempts[("triton", 0)] or "")
     table = Table.read(path)
-    assert {e.strategy for e in table.entries[:3]} == set(tiles.BY_TRITON)
-    assert table.entries[3:] == HALF.entries
+    assert {e.strategy for e in table.entries[:4]} == {*tiles.BY_TRITON, *tiles.BY_PATCHES}
+    assert table.entries[4:] == HALF.entries
     assert set(table.measured or {}) == {"gpu", "driver", "torch", "triton", "commit", "date"}
     assert "2 dropped" in capsys.readouterr().out
 

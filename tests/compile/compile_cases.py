@@ -22,6 +22,7 @@ from ghl_kernels.tiles import SHIPPED, Entry, Table, Tile
 from ghl_kernels.triton import fused, merge, store_u, stored
 from ghl_kernels.triton.fold import fold_images
 from ghl_kernels.triton.foreach_merge import foreach_merge
+from ghl_kernels.triton.patches import empty_patches, lay_patches
 from ghl_kernels.tune import TILES
 
 ARCHITECTURES = (80, 90, 100)
@@ -30,6 +31,7 @@ ROWS = 4096
 WGRAD = ("linear_wgrad_kernel", "conv_wgrad_kernel", "depthwise_wgrad_kernel")
 OTHERS = ("statistics_kernel", "store_u_kernel", "sum_splits_kernel", "measure_kernel")
 OTHERS += ("combine_kernel", "foreach_measure_kernel", "foreach_combine_kernel", "fold_kernel")
+OTHERS += ("patches_kernel",)
 FORMS = {"triton": {"in_tile", "statistics"}, "triton_stored": {"stored"}}
 EVERY_FORM = set().union(*FORMS.values())
 
@@ -208,6 +210,8 @@ def rest_of(case: Case) -> Iterator[Call]:
         shape = Fold.of(layer).shape(ROWS // 256, (10, 10))
         fold = functools.partial(folded, shape=shape, padding=layer.padding)
         yield fold, (images(case, 3, 32),)
+    for channels in (3, 64):
+        yield laid, (images(case, channels, 18),)
 
 
 def stored_u(y: Tensor, competition: str) -> list[Tensor]:
@@ -220,6 +224,15 @@ def merged(*sums: Tensor, rule: tuple[str, str, str]) -> tuple[Tensor, ...]:
 
 def folded(x: Tensor, shape: Any, padding: Any) -> list[Tensor]:
     return [fold_images(x, shape, padding)]
+
+
+def laid(x: Tensor) -> list[Tensor]:
+    """Patches of a 3×3 convolution, in both memory orders of a weight."""
+    layer = Problem(ROWS, 64, x.shape[1], x.dtype, (3, 3))
+    patches = empty_patches(ROWS, layer, x)
+    for channels_last in (True, False):
+        lay_patches(patches, x, 0, ROWS, layer, (16, 16), channels_last)
+    return [patches]
 
 
 def launch_foreach(case: Case) -> None:

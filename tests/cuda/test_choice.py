@@ -145,6 +145,25 @@ def test_float32_without_tf32(machine: Machine, exact_float32: None) -> None:
     assert choice(problem=layer).name == "cuda"
 
 
+@pytest.mark.parametrize("allowed", [True, False])
+@pytest.mark.parametrize("linear", [True, False])
+def test_products_with_patches_obey_the_flag_of_matrix_products(
+    linear: bool, allowed: bool, machine: Machine, exact_float32: None
+) -> None:
+    """They are cuBLAS's, of a convolution too: without that flag they would be no TF32."""
+    layer = dataclasses.replace(LAYER, dtype=torch.float32, linear=linear)
+    by_triton = dataclasses.replace(BY_TRITON, bits=32)
+    machine.table(dataclasses.replace(by_triton, strategy="library_patches"), by_triton)
+    torch.backends.cudnn.conv.fp32_precision = "tf32"
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if allowed else "ieee"
+    without = "library" if linear else "triton"
+    assert choice(problem=layer).name == ("library_patches" if allowed else without)
+    for other in ({"dtype": HALF}, {"groups": 2}):
+        assert choice(problem=dataclasses.replace(layer, **other)).name != "library_patches"
+    machine.without_triton()
+    assert choice(problem=layer).name == "cuda"
+
+
 def test_merges_need_no_compiler_unless_one_was_measured_faster(machine: Machine) -> None:
     assert choice("foreach_merge", None).name == "cuda"
     machine.table(BY_TRITON, merges="triton")

@@ -361,6 +361,7 @@ def tune_gpu(
         compiled = [
             (s, tile) for s in tiles.BY_CUDA if s in runs for tile in kernels.candidates(s, problem)
         ]
+        compiled += [(s, t) for s in tiles.BY_PATCHES if s in runs for t in tune.OF_PATCHES]
         by_triton = [s for s in tiles.BY_TRITON if s in runs]
         present = tiles.find(problem, device, among=tuple(runs))
         return tune.candidates(problem, present, base.entries, compiled, by_triton)
