@@ -8,6 +8,7 @@ updates are those of the natural layer, and by the kernels that are meant to mak
 from __future__ import annotations
 
 import argparse
+import statistics
 import time
 import warnings
 from collections.abc import Callable
@@ -56,6 +57,7 @@ CONTESTANTS: dict[str, Callable[[nn.Module], None]] = {
     "natural": naturally,
 }
 MODES = "default", "reduce-overhead"
+IN_A_ROW, ROUNDS = 5, 5  # steps that nobody waits for in between, as in a training loop
 
 
 class Contestant:
@@ -155,6 +157,21 @@ def seconds_of(call: Callable[[], None], device: str) -> Seconds:
     return Seconds(returned - begin, time.perf_counter() - begin)
 
 
+def in_a_row(steps: dict[str, Callable[[], None]], device: str) -> dict[str, float]:
+    """Milliseconds of a step that follows another without a wait, the median of some rounds."""
+
+    def several(step: Callable[[], None]) -> None:
+        for _ in range(IN_A_ROW):
+            step()
+
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(ROUNDS):
+        for name, step in steps.items():
+            whole = seconds_of(lambda step=step: several(step), device).whole
+            times[name].append(1e3 * whole / IN_A_ROW)
+    return {name: statistics.median(ms) for name, ms in times.items()}
+
+
 def peak_bytes(call: Callable[[], None], device: str) -> int:
     """What a step needs above what is there before it."""
     if device != "cuda":
@@ -208,10 +225,13 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     for _ in range(options.steps):
         for name, step in steps.items():
             times[name].append(seconds_of(step, options.device))
-    on_gpu = of_gpu if options.device == "cuda" else lambda step: {}
-    return [
-        row(name, times[name], peaks[name], options) | on_gpu(step) for name, step in steps.items()
-    ]
+    rows = [row(name, times[name], peaks[name], options) for name in steps]
+    if options.device == "cuda":
+        unwaited = in_a_row(steps, options.device)
+        for one in rows:
+            name = one["implementation"]
+            one |= {"in_a_row_ms": unwaited[name]} | of_gpu(steps[name])
+    return rows
 
 
 def row(
@@ -240,22 +260,33 @@ def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
     if bp is None:
         return {}
     found = {f"{name}_over_bp": r["p50_ms"] / bp["p50_ms"] for name, r in of.items()}
+    if "in_a_row_ms" in bp:
+        found |= {
+            f"{name}_over_bp_in_a_row": r["in_a_row_ms"] / bp["in_a_row_ms"]
+            for name, r in of.items()
+        }
     if "ghl" in of and bp["peak_bytes"]:
         found["memory_over_bp"] = of["ghl"]["peak_bytes"] / bp["peak_bytes"]
     return found
 
 
+def told(row: dict[str, Any], key: str) -> str:
+    """A figure that only a GPU has."""
+    return format(row[key], ".2f") if key in row else "-"
+
+
 def print_table(rows: list[dict[str, Any]]) -> None:
     base = rows[0]
     print(
-        f"{'':<12} {'p20 ms':>9} {'p50 ms':>9} {'p80 ms':>9} {'host ms':>9} {'GPU ms':>9}"
+        f"{'':<12} {'p20 ms':>9} {'p50 ms':>9} {'p80 ms':>9} {'host ms':>9} {'in a row':>9}"
+        f" {'GPU ms':>9}"
         f" {'images/s':>9} {'peak MB':>9}"
         f" {'time / ' + base['implementation']:>10} {'memory':>12}"
     )
     for r in rows:
         print(
             f"{r['implementation']:<12} {r['p20_ms']:>9.2f} {r['p50_ms']:>9.2f} {r['p80_ms']:>9.2f}"
-            f" {r['host_ms']:>9.2f} {format(r['gpu_ms'], '.2f') if 'gpu_ms' in r else '-':>9}"
+            f" {r['host_ms']:>9.2f} {told(r, 'in_a_row_ms'):>9} {told(r, 'gpu_ms'):>9}"
             f" {r['images_per_second']:>9.1f} {(r['peak_bytes'] or 0) / 1e6:>9.1f}"
             f" {r['p50_ms'] / base['p50_ms']:>10.2f}"
             f" {(r['peak_bytes'] or 0) / (base['peak_bytes'] or 1):>12.2f}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import time
 from collections.abc import Callable
@@ -110,6 +111,26 @@ def test_what_the_gpu_does_is_summed_by_kernel() -> None:
         ("short", 1),
     ]
     assert [k["ms"] for k in found["gpu_kernels"]] == pytest.approx([0.8, 0.01])
+
+
+def test_steps_in_a_row_are_waited_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    ends = {"bp": iter([1.0, 3.0, 2.0, 2.0, 9.0]), "ghl": iter([4.0] * 5)}
+
+    def seconds_of(call: Callable[[], None], device: str) -> train_step.Seconds:
+        call()
+        return train_step.Seconds(0.0, next(ends[done[-1]]))
+
+    monkeypatch.setattr(train_step, "seconds_of", seconds_of)
+    steps = {name: functools.partial(done.append, name) for name in ends}
+    found = train_step.in_a_row(steps, "cuda")
+    assert found == pytest.approx({"bp": 400, "ghl": 800})
+    assert done == (["bp"] * 5 + ["ghl"] * 5) * 5
+    rows = [
+        {"implementation": name, "p50_ms": 1.0, "peak_bytes": None, "in_a_row_ms": ms}
+        for name, ms in found.items()
+    ]
+    assert train_step.ratios(rows) == {"ghl_over_bp": 1.0, "ghl_over_bp_in_a_row": 2.0}
 
 
 def test_a_mode_wants_a_compiler(capsys: pytest.CaptureFixture[str]) -> None:

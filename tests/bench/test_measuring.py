@@ -197,12 +197,14 @@ def test_what_a_summary_needs_comes_first_for_all_workloads() -> None:
     workloads = ["deephebb_b1", "deephebb_b2"]
     rows, unfinished = measure.measure(bench, workloads, lambda rows, late: told.append([*late]))
     assert (len(rows), unfinished) == (len(asked), [])
-    alone = set(tiles.STRATEGIES)
-    half = len(asked) // 2
-    assert all("trick" in names and not names & alone for _, names in asked[:half])
-    assert all(names == alone for _, names in asked[half:])
-    assert [w for w, _ in asked[:half]] == [w for w, _ in asked[half:]]
-    assert told[0] == workloads and told[half - 1] == workloads[1:] and told[-1] == []
+    compiled, others = set(tiles.BY_CUDA), set(tiles.STRATEGIES) - set(tiles.BY_CUDA)
+    third = len(asked) // 3
+    first, second, last = (asked[n * third : (n + 1) * third] for n in range(3))
+    assert all("trick" in names and not names & (compiled | others) for _, names in first)
+    assert all(names == compiled for _, names in second)
+    assert all(names == others for _, names in last)
+    assert [w for w, _ in first] == [w for w, _ in second] == [w for w, _ in last]
+    assert told[0] == workloads and told[third - 1] == workloads[1:] and told[-1] == []
 
 
 def test_repetitions_follow_the_time_of_one() -> None:

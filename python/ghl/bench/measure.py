@@ -25,6 +25,7 @@ from ghl.bench.implementations import (
     ours_call,
 )  # fmt: skip
 from ghl.bench.layers import Layer, layers_of
+from ghl_kernels import tiles
 
 Row = dict[str, Any]
 ALONE = tuple(name for name in OURS if name != "ghl")
@@ -143,6 +144,11 @@ class Bench:
             yield name, self.row(layer, name, mode, tensors, expected)
 
 
+def part_of(name: str) -> int:
+    """What is measured first: what a summary is made of; then ours that need no compiler."""
+    return (name in ALONE) + (name in ALONE and name not in tiles.BY_CUDA)
+
+
 def measure(
     bench: Bench,
     workloads: Iterable[str],
@@ -151,25 +157,26 @@ def measure(
 ) -> tuple[list[Row], list[str]]:
     """The rows of the workloads, and those whose summary has not all of its rows by the deadline.
 
-    What a summary is made of comes first, for all workloads; then each of ours by itself. `done` is
-    told both after every layer. earlier: rows that are not measured again.
+    What a summary is made of comes first, for all workloads; then each of ours by itself, those
+    compiled ahead of time before the others. `done` is told both after every layer. earlier: rows
+    that are not measured again.
     """
     rows = list(earlier)
     have = {(row["workload"], row["mode"], row["layer"], row["implementation"]) for row in rows}
     workloads = list(dict.fromkeys(workloads))
     unfinished = list(workloads)
-    for alone in (False, True):
+    for part in range(3):
         for workload in workloads:
             for mode, layer in itertools.product(modes_of(workload), layers_of(workload)):
                 if bench.late:
                     return rows, unfinished
                 of_layer = names(layer, mode, bench.clock.device)
-                wanted = [name for name in of_layer if (name in ALONE) == alone]
+                wanted = [name for name in of_layer if part_of(name) == part]
                 of_this = workload, mode, layer.name
                 if wanted := [name for name in wanted if (*of_this, name) not in have]:
                     rows += bench.layer(workload, layer, mode, wanted)
                     done(rows, unfinished)
-            if not alone:
+            if part == 0:
                 unfinished.remove(workload)
     return rows, unfinished
 
