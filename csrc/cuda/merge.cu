@@ -8,7 +8,7 @@
 namespace ghl::cuda {
 namespace {
 
-constexpr int kFewLayers = 40, kManyLayers = 340;
+constexpr int kOneLayer = 1, kFewLayers = 40, kManyLayers = 340;
 static_assert(sizeof(MergeTable<kFewLayers>) <= 4096 && sizeof(MergeTable<kManyLayers>) <= 32764);
 
 // How many blocks the GPU runs at once: a cooperative launch may have no more.
@@ -62,8 +62,10 @@ cudaError_t launch_merge(const MergeLayer* layers, int32_t count, Decay decay, G
   cudaError_t error = cudaSuccess;
   while (count > 0 && error == cudaSuccess) {
     const int32_t now = std::min(count, kManyLayers);
-    error = now <= kFewLayers ? launch<kFewLayers>(layers, now, decay, gate, normalize, stream)
-                              : launch<kManyLayers>(layers, now, decay, gate, normalize, stream);
+    const auto launch_table = now <= kOneLayer    ? launch<kOneLayer>
+                              : now <= kFewLayers ? launch<kFewLayers>
+                                                  : launch<kManyLayers>;
+    error = launch_table(layers, now, decay, gate, normalize, stream);
     layers += now, count -= now;
   }
   return error;

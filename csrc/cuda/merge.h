@@ -7,6 +7,9 @@
 // Bytes under way at the 768 threads an SM that the registers allow, with a 16-bit w: 74 KB of H0
 // and w for s, 61 KB of all three after.
 //
+// One layer alone spares the grid a wait: each block finds max|H| of all neurons for itself. Of
+// many, one block does for each layer, and leaves it in the place of the first neuron's.
+//
 // For: any number of layers, of any sizes and dtypes together. A neuron is measured by a warp, or a
 // block where it has many weights, never by more: its sums do not depend on the size of the grid,
 // and no sum on the order in which blocks run. Tasks of all layers are numbered on and dealt out in
@@ -178,22 +181,30 @@ GHL_DEVICE void measure_task(const MergeLayer& layer, int32_t task, Decay decay)
     measure<1>(layer, neuron, decay, whole_block);
 }
 
-// The statistics of a layer, and its max|H| in the place of the first neuron's; by a whole block.
-GHL_DEVICE void summarize(const MergeLayer& layer) {
+// Writes the statistics of a layer, and returns its max|H|; by a whole block.
+GHL_DEVICE float summarize(const MergeLayer& layer) {
   const int64_t K = layer.out_channels;
   Measures sums;
   for (int64_t k = threadIdx.x; k < K; k += blockDim.x)
     sums = joined(sums, {layer.neurons[k], layer.neurons[K + k], layer.neurons[2 * K + k],
                          layer.scratch[K + k]});
   sums = reduce_block(sums, [](const Measures& a, const Measures& b) { return joined(a, b); });
-  if (threadIdx.x == 0) {
+  if (threadIdx.x == 0)
     layer.layer[0] = sums.GH, layer.layer[1] = sums.GG, layer.layer[2] = sums.HH;
-    if (K > 0) layer.scratch[K] = sums.largest;
-  }
+  return sums.largest;
 }
 
-GHL_DEVICE float divisor_of(const MergeLayer& layer, Normalize normalize) {
-  if (normalize == Normalize::absmax) return layer.scratch[layer.out_channels] + 1e-30f;
+// max|H| of a layer alone; by a whole block.
+GHL_DEVICE float largest_of(const MergeLayer& layer) {
+  const int64_t K = layer.out_channels;
+  float largest = 0.0f;
+  for (int64_t k = threadIdx.x; k < K; k += blockDim.x)
+    largest = larger(largest, layer.scratch[K + k]);
+  return reduce_block(largest, [](float a, float b) { return larger(a, b); });
+}
+
+GHL_DEVICE float divisor_of(const MergeLayer& layer, Normalize normalize, float largest) {
+  if (normalize == Normalize::absmax) return largest + 1e-30f;
   if (normalize == Normalize::none) return 1.0f;
   const float rows = number_at(layer.totals, layer.totals_dtype, layer.out_channels);
   return rows < 1.0f ? 1.0f : rows;
@@ -210,7 +221,7 @@ GHL_DEVICE float gated(float G, float H, Gate gate) {
 // The update of the layer's weights from `begin` up to `end`, fewer than 2^31; by a whole block.
 template <int WIDTH>
 GHL_DEVICE void combine(const MergeLayer& layer, int64_t begin, int64_t end, Decay decay, Gate gate,
-                        Normalize normalize) {
+                        Normalize normalize, float divisor) {
   const bool needs_H = gate == Gate::sign || gate == Gate::hebb;
   const int count = int(end - begin), step = int(blockDim.x) * WIDTH;
   const int64_t first_neuron = begin / layer.columns;
@@ -235,7 +246,6 @@ GHL_DEVICE void combine(const MergeLayer& layer, int64_t begin, int64_t end, Dec
       if (needs_H) {
         to_floats(h, H0[j], layer.H0_dtype);
         to_floats(weight, w[j], layer.w_dtype);
-        const float divisor = divisor_of(layer, normalize);
         const uint32_t column = first_column + first + j * step;
         const float* decays = layer.scratch + first_neuron + column / columns;
         float s = *decays;
@@ -255,14 +265,14 @@ GHL_DEVICE void combine(const MergeLayer& layer, int64_t begin, int64_t end, Dec
 }
 
 GHL_DEVICE void combine_task(const MergeLayer& layer, int32_t task, Decay decay, Gate gate,
-                             Normalize normalize) {
+                             Normalize normalize, float divisor) {
   const int64_t numbers = int64_t(blockDim.x) * kNumbersOfThread, begin = task * numbers;
   const int64_t end = min(begin + numbers, layer.out_channels * layer.columns);
   const bool wide = is_wide(layer.G, layer.G_dtype) && is_wide(layer.H0, layer.H0_dtype) &&
                     is_wide(layer.w, layer.w_dtype) && is_wide(layer.update, layer.update_dtype);
   const int64_t fours = wide ? begin + (end - begin) / 4 * 4 : begin;
-  if (begin < fours) combine<4>(layer, begin, fours, decay, gate, normalize);
-  if (fours < end) combine<1>(layer, fours, end, decay, gate, normalize);
+  if (begin < fours) combine<4>(layer, begin, fours, decay, gate, normalize, divisor);
+  if (fours < end) combine<1>(layer, fours, end, decay, gate, normalize, divisor);
 }
 
 template <int CAPACITY>
@@ -273,12 +283,23 @@ GHL_KERNEL void GHL_LAUNCH_BOUNDS(kMergeThreads, 3)
       table, false, [&](const MergeLayer& layer) { return measure_tasks(layer, threads); },
       [&](const MergeLayer& layer, int32_t task) { measure_task(layer, task, table.decay); });
   synchronize_grid();
-  for (int32_t i = blockIdx.x; i < table.count; i += gridDim.x) summarize(table.layers[i]);
-  synchronize_grid();
+  float largest = 0.0f;  // of the one layer, or of none in particular
+  if constexpr (CAPACITY == 1) {
+    largest = blockIdx.x == 0 ? summarize(table.layers[0]) : largest_of(table.layers[0]);
+  } else {
+    for (int32_t i = blockIdx.x; i < table.count; i += gridDim.x) {
+      const MergeLayer& layer = table.layers[i];
+      const float found = summarize(layer);
+      if (threadIdx.x == 0 && layer.out_channels > 0) layer.scratch[layer.out_channels] = found;
+    }
+    synchronize_grid();
+  }
   deal_out(
       table, true, [&](const MergeLayer& layer) { return combine_tasks(layer, threads); },
       [&](const MergeLayer& layer, int32_t task) {
-        combine_task(layer, task, table.decay, table.gate, table.normalize);
+        const float of_layer = CAPACITY == 1 ? largest : layer.scratch[layer.out_channels];
+        combine_task(layer, task, table.decay, table.gate, table.normalize,
+                     divisor_of(layer, table.normalize, of_layer));
       });
 }
 

@@ -52,17 +52,26 @@ cudaError_t launch_sum_splits(const SumSplitsParams& p, cudaStream_t) {
   return cudaSuccess;
 }
 
+template <int CAPACITY>
+void merge_layers(const MergeLayer* layers, int32_t count, Decay decay, Gate gate,
+                  Normalize normalize) {
+  MergeTable<CAPACITY> table;
+  table.decay = decay, table.gate = gate, table.normalize = normalize;
+  table.count = count;
+  std::copy(layers, layers + count, table.layers);
+  emulation::launch(
+      {kResidentBlocks}, kMergeThreads, merge_shared_bytes(kMergeThreads),
+      [&] { merge_kernel<CAPACITY>(table); }, true);
+}
+
 cudaError_t launch_merge(const MergeLayer* layers, int32_t count, Decay decay, Gate gate,
                          Normalize normalize, cudaStream_t) {
   constexpr int capacity = 40;
   for (; count > 0; layers += capacity, count -= capacity) {
-    MergeTable<capacity> table;
-    table.decay = decay, table.gate = gate, table.normalize = normalize;
-    table.count = std::min(count, capacity);
-    std::copy(layers, layers + table.count, table.layers);
-    emulation::launch(
-        {kResidentBlocks}, kMergeThreads, merge_shared_bytes(kMergeThreads),
-        [&] { merge_kernel<capacity>(table); }, true);
+    if (count == 1)
+      merge_layers<1>(layers, 1, decay, gate, normalize);
+    else
+      merge_layers<capacity>(layers, std::min(count, capacity), decay, gate, normalize);
   }
   return cudaSuccess;
 }
