@@ -203,8 +203,15 @@ GHL_DEVICE float largest_of(const MergeLayer& layer) {
   return reduce_block(largest, [](float a, float b) { return larger(a, b); });
 }
 
-GHL_DEVICE float divisor_of(const MergeLayer& layer, Normalize normalize, float largest) {
-  if (normalize == Normalize::absmax) return largest + 1e-30f;
+// Where the block, which is alone with one layer, has its max|H|: a register less than a variable.
+GHL_DEVICE float& largest_of_block() {
+  return *reinterpret_cast<float*>(shared_memory());
+}
+
+template <bool ALONE>
+GHL_DEVICE float divisor_of(const MergeLayer& layer, Normalize normalize) {
+  if (normalize == Normalize::absmax)
+    return (ALONE ? largest_of_block() : layer.scratch[layer.out_channels]) + 1e-30f;
   if (normalize == Normalize::none) return 1.0f;
   const float rows = number_at(layer.totals, layer.totals_dtype, layer.out_channels);
   return rows < 1.0f ? 1.0f : rows;
@@ -219,9 +226,9 @@ GHL_DEVICE float gated(float G, float H, Gate gate) {
 }
 
 // The update of the layer's weights from `begin` up to `end`, fewer than 2^31; by a whole block.
-template <int WIDTH>
+template <int WIDTH, bool ALONE>
 GHL_DEVICE void combine(const MergeLayer& layer, int64_t begin, int64_t end, Decay decay, Gate gate,
-                        Normalize normalize, float divisor) {
+                        Normalize normalize) {
   const bool needs_H = gate == Gate::sign || gate == Gate::hebb;
   const int count = int(end - begin), step = int(blockDim.x) * WIDTH;
   const int64_t first_neuron = begin / layer.columns;
@@ -246,6 +253,7 @@ GHL_DEVICE void combine(const MergeLayer& layer, int64_t begin, int64_t end, Dec
       if (needs_H) {
         to_floats(h, H0[j], layer.H0_dtype);
         to_floats(weight, w[j], layer.w_dtype);
+        const float divisor = divisor_of<ALONE>(layer, normalize);
         const uint32_t column = first_column + first + j * step;
         const float* decays = layer.scratch + first_neuron + column / columns;
         float s = *decays;
@@ -264,42 +272,45 @@ GHL_DEVICE void combine(const MergeLayer& layer, int64_t begin, int64_t end, Dec
   }
 }
 
+template <bool ALONE>
 GHL_DEVICE void combine_task(const MergeLayer& layer, int32_t task, Decay decay, Gate gate,
-                             Normalize normalize, float divisor) {
+                             Normalize normalize) {
   const int64_t numbers = int64_t(blockDim.x) * kNumbersOfThread, begin = task * numbers;
   const int64_t end = min(begin + numbers, layer.out_channels * layer.columns);
   const bool wide = is_wide(layer.G, layer.G_dtype) && is_wide(layer.H0, layer.H0_dtype) &&
                     is_wide(layer.w, layer.w_dtype) && is_wide(layer.update, layer.update_dtype);
   const int64_t fours = wide ? begin + (end - begin) / 4 * 4 : begin;
-  if (begin < fours) combine<4>(layer, begin, fours, decay, gate, normalize, divisor);
-  if (fours < end) combine<1>(layer, fours, end, decay, gate, normalize, divisor);
+  if (begin < fours) combine<4, ALONE>(layer, begin, fours, decay, gate, normalize);
+  if (fours < end) combine<1, ALONE>(layer, fours, end, decay, gate, normalize);
 }
 
 template <int CAPACITY>
 GHL_KERNEL void GHL_LAUNCH_BOUNDS(kMergeThreads, 3)
     merge_kernel(GHL_CONSTANT_ARGUMENT MergeTable<CAPACITY> table) {
+  constexpr bool kAlone = CAPACITY == 1;
   const int threads = blockDim.x;
   deal_out(
       table, false, [&](const MergeLayer& layer) { return measure_tasks(layer, threads); },
       [&](const MergeLayer& layer, int32_t task) { measure_task(layer, task, table.decay); });
   synchronize_grid();
-  float largest = 0.0f;  // of the one layer, or of none in particular
-  if constexpr (CAPACITY == 1) {
-    largest = blockIdx.x == 0 ? summarize(table.layers[0]) : largest_of(table.layers[0]);
+  if constexpr (kAlone) {
+    const MergeLayer& layer = table.layers[0];
+    const float largest = blockIdx.x == 0 ? summarize(layer) : largest_of(layer);
+    __syncthreads();  // the reduction's shared memory has been read
+    if (threadIdx.x == 0) largest_of_block() = largest;
+    __syncthreads();
   } else {
     for (int32_t i = blockIdx.x; i < table.count; i += gridDim.x) {
       const MergeLayer& layer = table.layers[i];
-      const float found = summarize(layer);
-      if (threadIdx.x == 0 && layer.out_channels > 0) layer.scratch[layer.out_channels] = found;
+      const float largest = summarize(layer);
+      if (threadIdx.x == 0 && layer.out_channels > 0) layer.scratch[layer.out_channels] = largest;
     }
     synchronize_grid();
   }
   deal_out(
       table, true, [&](const MergeLayer& layer) { return combine_tasks(layer, threads); },
       [&](const MergeLayer& layer, int32_t task) {
-        const float of_layer = CAPACITY == 1 ? largest : layer.scratch[layer.out_channels];
-        combine_task(layer, task, table.decay, table.gate, table.normalize,
-                     divisor_of(layer, table.normalize, of_layer));
+        combine_task<kAlone>(layer, task, table.decay, table.gate, table.normalize);
       });
 }
 
