@@ -97,7 +97,7 @@ TILES: dict[tuple[str, int], tuple[tuple[Shape, dict[str, Any]], ...]] = {
     ("depthwise", 32): (((4, 64, 16, 4, 2, 4), {}), ((8, 32, 16, 4, 2, 4), {})),
 }
 
-OF_PATCHES = [dataclasses.replace(tiles.OF_PATCHES, programs=n) for n in (1, 2, 3)]
+PATCHES_TILES = [dataclasses.replace(tiles.OF_PATCHES, programs=n) for n in (1, 2, 3)]
 
 
 @dataclasses.dataclass(frozen=True)

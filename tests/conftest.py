@@ -33,7 +33,7 @@ settings.register_profile(
 )
 settings.load_profile("ghl")
 
-ALLOCATING = ("fold", "logsumexp", "store_u")  # of ghl_kernels.triton
+ALLOCATING = ("fold", "logsumexp", "patches", "store_u")  # of ghl_kernels.triton
 
 
 def poison(t: torch.Tensor) -> torch.Tensor:

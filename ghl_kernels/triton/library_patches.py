@@ -1,23 +1,26 @@
 """The implementation `library_patches`: u is written once by Triton, and cuBLAS has both products,
 with patches of x laid along the rows, which its kernels for TF32 multiply faster than as they lie.
 
-For float32 with TF32 and one group. Patches are laid for some rows at a time, of as many numbers as
-u or fewer; the sums of one part after another are added up in the same order every time.
+For float32 with TF32 and one group. Patches are laid for some rows at a time, of a quarter of u's
+numbers or as many as the weight has; the sums of one part after another are added up in the same
+order every time.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ghl_kernels import layout, tiles
-from ghl_kernels.composed import update_of
+from ghl_kernels.composed import Triple, update_of
 from ghl_kernels.pairs import Kernels, Task, pair_by
 from ghl_kernels.problem import Problem
 from ghl_kernels.splits import Partials
-from ghl_kernels.tiles import BY_PATCHES, Tile
+from ghl_kernels.tiles import ALIGNED, BY_PATCHES, Tile
 from ghl_kernels.triton.fold import fold_images
 from ghl_kernels.triton.foreach_merge import foreach_merge
 from ghl_kernels.triton.logsumexp import logsumexp
@@ -28,20 +31,24 @@ from ghl_kernels.triton.stored import stored_u
 
 __all__ = ["foreach_merge", "logsumexp", "merge", "pair", "update"]
 
-SMALLEST, LARGEST = 2**18, 2**25  # numbers of patches at once, 1 and 128 MiB
+SMALLEST, LARGEST = 2**18, 2**25  # numbers of patches that are worth it and enough: 1, 128 MiB
+SHARE = 4  # of u's numbers; what is left of as many is for the splits' sums
 CHUNK = 4  # numbers of float32 that wide loads begin at a multiple of
 
 
 def tile_of(problem: Problem, w: Tensor) -> Tile:
     """By which the rows are split; a table may have more programs for a multiprocessor."""
-    entry = tiles.find(problem, w.device, *BY_PATCHES, among=BY_PATCHES)
+    entry = tiles.find(problem, w.device, among=BY_PATCHES)
     return entry.tile if entry else tiles.OF_PATCHES
 
 
-def rows_at_once(problem: Problem) -> int:
-    """Whose patches have no more numbers than u, if that is neither little nor too much."""
-    most = min(LARGEST, max(SMALLEST, problem.rows * problem.neurons))
-    return max(1, min(problem.rows, most // problem.columns))
+def rows_at_once(problem: Problem, splits: int = 1) -> int:
+    """One of equal parts of the rows: ALIGNED rows for each split, or a multiple."""
+    of_u, of_weight = problem.rows * problem.neurons // SHARE, problem.neurons * problem.columns
+    most = min(LARGEST, max(SMALLEST, of_u, of_weight)) // max(1, problem.columns)
+    parts = max(1, -(-problem.rows // max(1, most)))
+    step = ALIGNED * splits
+    return min(problem.rows, -(-problem.rows // (parts * step)) * step)
 
 
 def multiply(sums: Tensor, signal: Tensor, patches: Tensor, beta: int) -> None:
@@ -66,7 +73,7 @@ def as_matrices(sums: Tensor, partials: Partials) -> Tensor:
 
 def of_images(task: Task, partials: Partials) -> None:
     """Fill `partials` from images x (N, C, H, W) and matrices u and g (M, K)."""
-    problem, rows = task.problem, rows_at_once(task.problem)
+    problem, rows = task.problem, rows_at_once(task.problem, partials.splits)
     patches = empty_patches(rows, problem, task.x)
     G, H0 = (as_matrices(sums, partials) for sums in (partials.sums.G, partials.sums.H0))
     starts = itertools.chain(range(0, problem.rows, rows), [problem.rows])
@@ -96,5 +103,15 @@ def never_folds(problem: Problem, tile: Tile) -> bool:
     return False
 
 
-pair = pair_by(Kernels(tile_of, stored_u, of_rows, of_images, sum_splits, never_folds, fold_images))
+by_kernels = pair_by(
+    Kernels(tile_of, stored_u, of_rows, of_images, sum_splits, never_folds, fold_images)
+)
+
+
+def pair(problem: Problem, *tensors_and_tau: Any) -> Triple:
+    """That of the kernels, with what the patches hold beside u."""
+    held = rows_at_once(problem) * problem.columns * problem.dtype.itemsize
+    return by_kernels(dataclasses.replace(problem, held=held), *tensors_and_tau)
+
+
 update = update_of(pair, merge)

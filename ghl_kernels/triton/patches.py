@@ -1,8 +1,9 @@
 """Patches of x laid along the rows, some rows of the batch at a time: (columns, rows).
 
-Cost: reads x from L2 once per tap and writes every patch. For: products in TF32, whose tensor-core
-instructions on compute capability 9.0 and 10.0 take an operand from shared memory only with its
-rows side by side. x may be of any strides; the columns are in the memory order of a weight.
+Cost: writes every patch, and reads x as often, but for the first tap from L2. For: products in
+TF32, whose tensor-core instructions on compute capability 9.0 and 10.0 take an operand from shared
+memory only with its rows side by side. x may be of any strides; the columns are in the memory order
+of a weight.
 """
 
 from __future__ import annotations
@@ -13,21 +14,23 @@ import triton.language as tl
 from torch import Tensor
 
 from ghl_kernels.problem import Problem
+from ghl_kernels.tiles import ALIGNED
 from ghl_kernels.triton.launch import launch
 
 BLOCK_ROWS, LARGEST_BLOCK_CHANNELS = 128, 32
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "rows"])  # a smaller last part is no new kernel
 def patches_kernel(
     x, patches, first, rows, width, C, in_height, in_width, out_height, out_width,
     kernel_w, taps, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w,
     x_image, x_channel, x_height, x_width,
     CHANNELS_LAST: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    tap = tl.program_id(1) % taps
-    c = tl.program_id(1) // taps * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    columns = taps * tl.cdiv(C, BLOCK_CHANNELS)
+    row = tl.program_id(0) // columns * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    tap = tl.program_id(0) % columns % taps
+    c = tl.program_id(0) % columns // taps * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     position = first + row
     h = position // out_width % out_height * stride_h - padding_h + tap // kernel_w * dilation_h
     w = position % out_width * stride_w - padding_w + tap % kernel_w * dilation_w
@@ -38,7 +41,8 @@ def patches_kernel(
     found = tl.load(x + offset, on_image[:, None] & (c < C)[None, :], other=0.0)
     column = tap * C + c if CHANNELS_LAST else c * taps + tap
     there = column.to(tl.int64)[None, :] * width + row[:, None]
-    tl.store(patches + there, found, (row < rows)[:, None] & (c < C)[None, :])
+    # zeros up to the width, a multiple of 16: a mask of rows would forbid wide stores
+    tl.store(patches + there, found, (row < width)[:, None] & (c < C)[None, :])
 
 
 def lay_patches(
@@ -51,12 +55,12 @@ def lay_patches(
     channels_last: bool,
 ) -> None:
     """Fill the first `rows` of patches (columns, width) with those of x (N, C, H, W) from output
-    position `first` on."""
+    position `first` on; what follows in a block of rows is zeros."""
     channels = problem.channels
     block = min(LARGEST_BLOCK_CHANNELS, triton.next_power_of_2(channels))
-    blocks = triton.cdiv(channels, block)
+    columns = problem.taps * triton.cdiv(channels, block)
     launch(
-        patches_kernel, (triton.cdiv(rows, BLOCK_ROWS), problem.taps * blocks),
+        patches_kernel, (triton.cdiv(rows, BLOCK_ROWS) * columns,),
         x, patches, first, rows, patches.stride(0), *x.shape[1:], *out_size,
         problem.kernel_size[1], problem.taps, *problem.stride, *problem.padding, *problem.dilation,
         *x.stride(), channels_last, BLOCK_ROWS, block,
@@ -64,6 +68,6 @@ def lay_patches(
 
 
 def empty_patches(rows: int, problem: Problem, like: Tensor) -> Tensor:
-    """Room for the patches of so many rows, each column's at a multiple of 16 numbers."""
-    width = triton.cdiv(rows, 16) * 16
+    """Room for the patches of so many rows, each column's at a multiple of ALIGNED numbers."""
+    width = triton.cdiv(rows, ALIGNED) * ALIGNED
     return torch.empty(problem.columns, width, dtype=like.dtype, device=like.device)

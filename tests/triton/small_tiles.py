@@ -56,7 +56,7 @@ class Form:
             Entry(kind, bits, 64, 16, 16, strategy, self.tile(kind))
             for kind in KINDS
             for bits in (16, 32)
-            for strategy in tiles.BY_TRITON
+            for strategy in (*tiles.BY_TRITON, *tiles.BY_PATCHES)
         )
         return Table("small", None, tuple(entries))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -28,11 +29,12 @@ from test_pair_by_triton import LAYERS
 from test_replay import played  # noqa: F401, a fixture
 
 import ghl_kernels
-from ghl_kernels import Rule, dispatch, tiles
+from ghl_kernels import Rule, dispatch, splits, tiles, trial
 from ghl_kernels.rule import CHOICES
 from ghl_kernels.triton import library_patches
 from ghl_kernels.triton.patches import empty_patches, lay_patches
 
+OWN_SPLIT_ROWS = splits.split_rows  # before fixtures replace it
 DENSE = {name: one for name, one in LAYERS.items() if getattr(one, "groups", 1) == 1}
 
 
@@ -47,7 +49,7 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Has so many rows laid at once, of any layer."""
 
     def use(rows: int) -> None:
-        monkeypatch.setattr(library_patches, "rows_at_once", lambda p: min(rows, p.rows))
+        monkeypatch.setattr(library_patches, "rows_at_once", lambda p, splits=1: min(rows, p.rows))
 
     return use
 
@@ -73,7 +75,7 @@ def test_pair_is_the_references(
 @pytest.mark.parametrize("competition", CHOICES["competition"])
 def test_every_competition(competition: str, form: forms.Form, use: Callable) -> None:
     use(form)
-    for layer in (Linear(40, 17, 20), Conv(2, 5, (4, 4), 20, (1, 3))):
+    for layer in (Linear(70, 17, 20), Conv(3, 5, (4, 9), 20, (1, 3))):
         assert_pair(layer, layer.tensors(), Rule(competition=competition, tau=0.7))
 
 
@@ -111,7 +113,7 @@ def test_every_layout(layout: str, at_once: Callable) -> None:
 )
 def test_convolution_of_any_shape(layer: Conv, rows: int, parts: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(library_patches, "rows_at_once", lambda p: min(rows, p.rows))
+        patch.setattr(library_patches, "rows_at_once", lambda p, splits=1: min(rows, p.rows))
         forms.Form(splits=parts).use(patch)
         assert_pair(layer, layer.tensors())
 
@@ -119,7 +121,7 @@ def test_convolution_of_any_shape(layer: Conv, rows: int, parts: int) -> None:
 @pytest.mark.parametrize("channels_last", [True, False])
 @pytest.mark.parametrize("channels", [3, 35])
 def test_patches_are_those_of_unfold(channels: int, channels_last: bool) -> None:
-    """Any part of the rows, in both orders of columns; nothing is written beyond them."""
+    """Any part of the rows, in both orders of columns; and zeros beyond them."""
     options = {"stride": (2, 1), "padding": (1, 2), "dilation": (1, 2)}
     layer = Conv(2, channels, (9, 8), 4, **options)
     x, problem = layer.tensors()[0], problem_of(layer, torch.float32)
@@ -131,18 +133,58 @@ def test_patches_are_those_of_unfold(channels: int, channels_last: bool) -> None
         patches = empty_patches(rows + 7, problem, x).fill_(float("nan"))
         lay_patches(patches, x, first, rows, problem, layer.positions, channels_last)
         assert torch.equal(patches[:, :rows], wanted[:, first : first + rows])
-        assert patches[:, rows:].isnan().all() and patches.stride(0) % 16 == 0
+        assert torch.count_nonzero(patches[:, rows:]) == 0 and patches.stride(0) % 16 == 0
 
 
-def test_no_more_numbers_at_once_than_u_has() -> None:
-    few = library_patches.rows_at_once(problem_of(Linear(40, 17, 20), torch.float32))
-    assert few == 40
-    for rows, neurons, channels in ((262144, 384, 96), (65536, 1536, 384), (10**7, 8, 64)):
-        problem = problem_of(Conv(1, channels, (5, 5), neurons, padding=(1, 1)), torch.float32)
-        problem = type(problem)(**{**vars(problem), "rows": rows})
-        numbers = library_patches.rows_at_once(problem) * problem.columns
-        assert numbers <= min(rows * neurons, library_patches.LARGEST)
-        assert numbers > min(rows * neurons, library_patches.LARGEST) / 2
+@pytest.mark.parametrize("splits", [1, 11])
+@pytest.mark.parametrize(
+    ("rows", "neurons", "channels", "most"),
+    [
+        (262144, 384, 96, 262144 * 384 // 4),
+        (65536, 1536, 384, library_patches.LARGEST),
+        (12544, 256, 256, 12544 * 256 // 4),
+        (10**7, 8, 64, 10**7 * 8 // 4),
+        (64, 4096, 2787, library_patches.LARGEST),  # the weight is larger than u
+        (300, 2, 700, library_patches.SMALLEST),
+    ],
+)
+def test_rows_are_in_equal_parts_of_not_too_many_numbers(
+    rows: int, neurons: int, channels: int, most: int, splits: int
+) -> None:
+    problem = problem_of(Conv(1, 1, (5, 5), 1, padding=(1, 1)), torch.float32)
+    problem = dataclasses.replace(problem, rows=rows, neurons=neurons, channels=channels)
+    at_once = library_patches.rows_at_once(problem, splits)
+    assert at_once % (16 * splits) == 0 or at_once == rows
+    assert (at_once - 16 * splits) * problem.columns < most
+    parts = -(-rows // at_once)
+    assert parts == 1 or at_once * problem.columns > most / 2
+    assert rows - (parts - 1) * at_once > at_once - parts * 16 * splits
+
+
+def test_patches_are_held_beside_the_sums_of_splits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them together are no more than u."""
+    monkeypatch.setattr(splits, "processors", lambda device: 132)
+    for rows, neurons, channels in ((65536, 128, 128), (131072, 64, 64), (12544, 256, 256)):
+        problem = problem_of(Conv(1, 1, (5, 5), 1, padding=(1, 1)), torch.float32)
+        problem = dataclasses.replace(problem, rows=rows, neurons=neurons, channels=channels)
+        held = library_patches.rows_at_once(problem) * problem.columns * 4
+        told = dataclasses.replace(problem, held=held)
+        parts, _ = OWN_SPLIT_ROWS(told, tiles.OF_PATCHES, torch.device("cpu"))
+        at_once = library_patches.rows_at_once(problem, parts) * problem.columns * 4
+        assert (
+            parts == 1 or at_once + 8 * parts * neurons * problem.columns < 1.1 * rows * neurons * 4
+        )
+        assert parts > 1 or rows < 20_000
+
+
+@pytest.mark.parametrize("competition", CHOICES["competition"])
+def test_its_trial_agrees(competition: str) -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for layer in (Linear(9, 20, 18), Conv(1, 5, (4, 4), 20, (1, 3), (1, 2))):
+        problem = problem_of(layer, torch.float32)
+        problem = dataclasses.replace(problem, competition=competition, sum_u=True)
+        module = dispatch.IMPLEMENTATIONS["library_patches"]
+        assert trial.disagreement(problem, device, module, merged=True) is None
 
 
 @pytest.mark.usefixtures("by_patches")
@@ -188,12 +230,16 @@ def test_what_it_is_not_for_is_refused(layer: Layer, dtype: torch.dtype, reason:
         layer.pair(layer.tensors(dtype), Rule())
 
 
+@pytest.mark.parametrize("form", [forms.ONE_SPLIT, forms.MANY_SPLITS], ids=["one", "many"])
 def test_a_tape_of_it_is_played(
+    form: forms.Form,
+    use: Callable,
     at_once: Callable,
     played: dict,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Products that add to a part of the workspace among its steps."""
+    """Products that add to results, or to parts of the workspace, among its steps."""
+    use(form)
     at_once(15)
     taken = dispatch.Backend("library_patches", "measured")
     monkeypatch.setattr(dispatch, "settled", lambda *_: taken)

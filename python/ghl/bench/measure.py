@@ -145,7 +145,7 @@ class Bench:
 
 
 def part_of(name: str) -> int:
-    """What is measured first: what a summary is made of; then ours that need no compiler."""
+    """What is measured first: what a summary is made of; then what hardly waits for a compiler."""
     return (name in ALONE) + (name in ALONE and name not in tiles.BY_CUDA)
 
 
@@ -158,8 +158,8 @@ def measure(
     """The rows of the workloads, and those whose summary has not all of its rows by the deadline.
 
     What a summary is made of comes first, for all workloads; then each of ours by itself, those
-    compiled ahead of time before the others. `done` is told both after every layer. earlier: rows
-    that are not measured again.
+    whose products are compiled ahead of time before the others. `done` is told both after every
+    layer. earlier: rows that are not measured again.
     """
     rows = list(earlier)
     have = {(row["workload"], row["mode"], row["layer"], row["implementation"]) for row in rows}
