@@ -34,6 +34,7 @@ STRATEGIES = (*BY_TRITON, *BY_PATCHES, *BY_CUDA)
 SMALLEST_BLOCK = 64  # that any layer may take, however small
 FEW_CHANNELS = 16  # fewer do not fill a tile of one tap
 ALIGNED = 16  # a multiple of it is what Triton compiles wide loads for
+FEWEST_FOR_PATCHES = 256  # neurons that pay for patches written once and read twice, if unmeasured
 CHUNK = 8  # 16-bit numbers that compiled kernels and tensor descriptors copy at once
 
 _used = threading.local()
@@ -253,6 +254,10 @@ def nearest(
     like = kind(problem), 8 * problem.dtype.itemsize
     entries = table(device).entries
     alike = [e for e in entries if (e.kind, e.bits) == like and e.strategy in among]
+    if problem.neurons < FEWEST_FOR_PATCHES:
+        alike = [
+            e for e in alike if e.strategy not in BY_PATCHES or not e.distance(problem)
+        ] or alike
     if like[0] == "packed" and not problem.foldable:
         alike = [e for e in alike if e.tile.packed] or alike
     if not alike:

@@ -206,6 +206,12 @@ def bench_arguments(parser: argparse.ArgumentParser) -> None:
         add = chosen.add_argument
         add("workloads", nargs="*", metavar="MODEL_bBATCH", default=WORKLOADS,
             help=f"by default {' '.join(WORKLOADS)}")  # fmt: skip
+        add(
+            "--modes",
+            nargs="+",
+            metavar="MODE",
+            help="bfloat16, tf32, and to time float32; by default bfloat16, all for deephebb",
+        )
     add = layers.add_argument
     add("--device", default="cuda", help="cuda by default; cpu")
     add(

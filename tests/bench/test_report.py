@@ -26,19 +26,40 @@ def test_a_run_goes_on_with_the_file_of_an_earlier_one(
 ) -> None:
     file, told = tmp_path / "layers.json", []
 
-    def measured(bench, workloads, done, earlier):
+    def measured(bench, workloads, done, earlier, modes):
+        assert modes == ["tf32"]
         told.append((bench.ceilings.bytes_per_second, [*earlier]))
         return [{"workload": "a", "layer": "b", "implementation": "c", "mode": "d"}], ["a"]
 
     monkeypatch.setattr(command, "measure", measured)
     monkeypatch.setattr(command, "print_report", lambda *_: None)
     words = ["bench", "layers", "deephebb_b1", "--device", "cpu", "--out", str(file)]
+    words += ["--modes", "tf32"]
     assert ghl(words) == 0
     assert ghl([*words, "--resume"]) == 0
     (rate, rows), again = told
     assert rows == [] and again == (rate, json.loads(file.read_text())["layers"])
     assert ghl(words) == 0
     assert told[2][1] == []
+
+
+@pytest.mark.parametrize(
+    ("what", "mode", "known"),
+    [
+        ("layers", "tf3", "bfloat16, float32, tf32"),
+        ("tune", "float32", "bfloat16, tf32"),  # a table has no entries of it
+    ],
+)
+def test_a_mode_that_is_not_known(
+    what: str,
+    mode: str,
+    known: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(command, "device_of", lambda name: torch.device("cpu"))
+    assert ghl(["bench", what, "deephebb_b1", "--modes", "bfloat16", mode]) == 2
+    assert f"--modes is '{mode}', must be one of {known};" in capsys.readouterr().err
 
 
 def test_to_go_on_wants_a_file(capsys: pytest.CaptureFixture[str]) -> None:

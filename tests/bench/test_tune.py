@@ -195,7 +195,9 @@ def test_a_line_tells_the_gain_over_the_present_choice() -> None:
 
 def test_a_layer_of_two_workloads_is_tuned_once() -> None:
     twice = layers_to_tune(["vit_b16_b256", "vit_b16_b256"])
-    assert len(twice) == 5
+    assert len(twice) == 5 and {mode for _, mode in twice} == {"bfloat16"}
+    wanted = layers_to_tune(["vit_b16_b256"], ["tf32", "bfloat16"])
+    assert [mode for _, mode in wanted] == ["tf32"] * 5 + ["bfloat16"] * 5
 
 
 def outcome(job: tuning.Job) -> str | None:
@@ -240,7 +242,7 @@ def test_the_whole_tuner_on_a_small_layer(
     layer = Layer("small", 24, 10, 12, linear=True)
     good, bad = ((16, 16, 16, 4, 1, 1), {}), ((16, 16, 16, 4, 1, 0), {})
     monkeypatch.setitem(tune.TILES, ("pointwise", 32), (good, bad))
-    monkeypatch.setattr(tuning, "layers_to_tune", lambda workloads: [(layer, "float32")])
+    monkeypatch.setattr(tuning, "layers_to_tune", lambda *_: [(layer, "float32")])
     monkeypatch.setattr(tuning, "compile_all", lambda jobs, seconds: {})
     monkeypatch.setattr(tiles, "table", functools.cache(lambda device: HALF))
     present = Entry("pointwise", 32, 1, 1, 1, "library", Tile(*good[0]))

@@ -105,6 +105,21 @@ def test_a_strategy_restricts_the_entries_if_it_has_any(monkeypatch: pytest.Monk
     assert chosen([near], problem, monkeypatch, "triton_stored") == near
 
 
+def test_patches_want_neurons_that_pay_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Written once and read twice, whatever the layer: where nothing else was measured."""
+    among = *tiles.BY_TRITON, *tiles.BY_PATCHES
+    patches = entry(4096, 64, 64, bits=32, strategy="library_patches")
+    library = entry(64, 64, 64, bits=32, strategy="library")
+    table = Table("test", None, (patches, library))
+    monkeypatch.setattr(tiles, "table", lambda device: table)
+    for rows, neurons, wanted in (
+        (4096, 64, patches), (4000, 64, library), (4096, 255, library), (4000, 256, patches),
+    ):  # fmt: skip
+        problem = linear(rows, neurons, 64, torch.float32)
+        assert tiles.find(problem, CPU, among=among) == wanted
+        assert tiles.find(problem, CPU, among=tiles.BY_PATCHES) == patches
+
+
 def test_taps_that_do_not_divide_a_kernels_row_become_one(monkeypatch: pytest.MonkeyPatch) -> None:
     three = entry(64, 64, 64, kind="conv", tile=dataclasses.replace(TILE, taps=3))
     for width, taps in ((3, 3), (6, 3), (1, 1), (2, 1), (5, 1)):

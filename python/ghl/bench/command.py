@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from ghl.bench import clock as clocks
 from ghl.bench import report, streams, tuning
+from ghl.bench.clock import MODES
 from ghl.bench.implementations import OURS
 from ghl.bench.layers import layers_of
 from ghl.bench.measure import DEFINITIONS, Bench, Row, measure, summarize
 from ghl_kernels import dispatch
+from ghl_kernels.rule import check_choice
 
 
 def device_of(name: str) -> torch.device:
@@ -33,6 +36,12 @@ def device_of(name: str) -> torch.device:
     return device
 
 
+def check_modes(modes: Sequence[str] | None, known: tuple[str, ...]) -> None:
+    """ValueError for one that is not known."""
+    for mode in modes or ():
+        check_choice("--modes", mode, known)
+
+
 def wrong(rows: list[Row]) -> list[str]:
     """Refusals of ours for a wrong result; one that does not fit or compile is no error."""
     ours = [row for row in rows if row["implementation"] in OURS]
@@ -45,6 +54,7 @@ def layers(args: argparse.Namespace) -> int:
     device = device_of(args.device)
     if args.resume and not args.out:
         raise ValueError("--resume: expected with --out FILE, the file to go on with")
+    check_modes(args.modes, tuple(MODES))
     for workload in args.workloads:
         layers_of(workload)  # a wrong name is told before anything is measured
     torch.backends.cudnn.benchmark = True  # what a user who cares for speed sets
@@ -72,7 +82,9 @@ def layers(args: argparse.Namespace) -> int:
                 report.write_json(args.out, {**content, "layers": rows})
 
         bench = Bench(clock, ceilings, start + args.seconds)
-        rows, unfinished = measure(bench, args.workloads, write, earlier.get("layers", ()))
+        rows, unfinished = measure(
+            bench, args.workloads, write, earlier.get("layers", ()), args.modes
+        )
     write(rows, unfinished)
     print_report(rows, ceilings, unfinished)
     for name, share in bandwidth.items():
@@ -110,12 +122,13 @@ def tune(args: argparse.Namespace) -> int:
     by_triton, by_cuda = (dispatch.unavailable(name, some, None) for name in ("triton", "cuda"))
     if by_triton and by_cuda:
         raise ValueError(f"there is nothing to tune: {by_triton}; {by_cuda}")
+    check_modes(args.modes, tuning.TUNED_MODES)
     for workload in args.workloads:
         layers_of(workload)
     torch.backends.cudnn.benchmark = True
     with torch.no_grad():
         tuned, path = tuning.tune_gpu(
-            args.workloads, args.budget, args.out, clocks.clock_for(device)
+            args.workloads, args.budget, args.out, clocks.clock_for(device), args.modes
         )
     if args.log:
         report.write_json(args.log, tuning.as_log(tuned))

@@ -154,12 +154,13 @@ def measure(
     workloads: Iterable[str],
     done: Callable[[list[Row], list[str]], None] = lambda rows, unfinished: None,
     earlier: Sequence[Row] = (),
+    modes: Sequence[str] | None = None,
 ) -> tuple[list[Row], list[str]]:
     """The rows of the workloads, and those whose summary has not all of its rows by the deadline.
 
     What a summary is made of comes first, for all workloads; then each of ours by itself, those
     whose products are compiled ahead of time before the others. `done` is told both after every
-    layer. earlier: rows that are not measured again.
+    layer. earlier: rows that are not measured again. modes: instead of those of each workload.
     """
     rows = list(earlier)
     have = {(row["workload"], row["mode"], row["layer"], row["implementation"]) for row in rows}
@@ -167,7 +168,7 @@ def measure(
     unfinished = list(workloads)
     for part in range(3):
         for workload in workloads:
-            for mode, layer in itertools.product(modes_of(workload), layers_of(workload)):
+            for mode, layer in itertools.product(modes or modes_of(workload), layers_of(workload)):
                 if bench.late:
                     return rows, unfinished
                 of_layer = names(layer, mode, bench.clock.device)

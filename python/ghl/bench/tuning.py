@@ -35,6 +35,7 @@ COMPILE_ROWS = 4096
 HOPELESS = 1.4  # times the best: a candidate is not worth timing well
 SHARE_OF_COMPILING = 0.45
 MOST_PROCESSES = 12
+TUNED_MODES = "bfloat16", "tf32"  # float32 without TF32 is a library's by every table
 START = "spawn"  # CUDA does not survive a fork
 Job = tuple[Layer, str, Entry]
 
@@ -68,14 +69,16 @@ class Tuned:
 
 def modes_to_tune(workload: str) -> tuple[str, ...]:
     """bfloat16; and TF32 for the network whose published form is float32."""
-    return ("bfloat16", "tf32") if workload.startswith("deephebb") else ("bfloat16",)
+    return TUNED_MODES if workload.startswith("deephebb") else TUNED_MODES[:1]
 
 
-def layers_to_tune(workloads: Iterable[str]) -> list[tuple[Layer, str]]:
-    """Each layer once, whichever workloads have it."""
+def layers_to_tune(
+    workloads: Iterable[str], modes: Sequence[str] | None = None
+) -> list[tuple[Layer, str]]:
+    """Each layer once, whichever workloads have it; in these modes, or in those of its workload."""
     found: dict[tuple[Layer, str], tuple[Layer, str]] = {}
     for workload in workloads:
-        for mode in modes_to_tune(workload):
+        for mode in modes or modes_to_tune(workload):
             for layer in layers_of(workload):
                 sizes = dataclasses.replace(layer, name="", count=1, tau=1.0)
                 found.setdefault((sizes, mode), (layer, mode))
@@ -347,13 +350,17 @@ def choices(tuned: Sequence[Tuned]) -> list[Entry]:
 
 
 def tune_gpu(
-    workloads: Sequence[str], seconds: float, out: Path | None, clock: Clock
+    workloads: Sequence[str],
+    seconds: float,
+    out: Path | None,
+    clock: Clock,
+    modes: Sequence[str] | None = None,
 ) -> tuple[list[Tuned], Path]:
     """Tune for the GPU of the clock and write its table; what was tried, and the table's path."""
     device = clock.device
     path = out or tiles.user_tables() / f"{tiles.gpu_name(device)}.json"
     start, base = time.monotonic(), tiles.table(device)
-    measured, layers = measured_on(device), layers_to_tune(workloads)
+    measured, layers = measured_on(device), layers_to_tune(workloads, modes)
     merges = fastest_merges(clock)
     some = torch.empty(0, device=device)
 
