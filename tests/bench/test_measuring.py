@@ -184,10 +184,10 @@ def test_rows_of_an_earlier_run_are_not_measured_again(
 
 
 def test_what_a_summary_needs_comes_first_for_all_workloads() -> None:
-    asked: list[tuple[str, set[str]]] = []
+    asked: list[tuple[str, str, set[str]]] = []
 
     def layer(workload: str, layer: Layer, mode: str, wanted: list[str]) -> list[dict[str, str]]:
-        asked.append((workload, set(wanted)))
+        asked.append((workload, mode, set(wanted)))
         return [{"workload": workload}]
 
     bench = SimpleNamespace(
@@ -197,13 +197,16 @@ def test_what_a_summary_needs_comes_first_for_all_workloads() -> None:
     workloads = ["deephebb_b1", "deephebb_b2"]
     rows, unfinished = measure.measure(bench, workloads, lambda rows, late: told.append([*late]))
     assert (len(rows), unfinished) == (len(asked), [])
-    compiled, others = set(tiles.BY_CUDA), set(tiles.STRATEGIES) - set(tiles.BY_CUDA)
     third = len(asked) // 3
     first, second, last = (asked[n * third : (n + 1) * third] for n in range(3))
-    assert all("trick" in names and not names & (compiled | others) for _, names in first)
-    assert all(names == compiled for _, names in second)
-    assert all(names == others for _, names in last)
-    assert [w for w, _ in first] == [w for w, _ in second] == [w for w, _ in last]
+    assert all("trick" in names and not names & {*tiles.STRATEGIES} for *_, names in first)
+    for mode, compiled, others in (
+        ("bfloat16", {*tiles.BY_CUDA}, {*tiles.BY_TRITON}),
+        ("tf32", {"cuda"}, {*tiles.BY_TRITON, *tiles.BY_PATCHES}),  # Hopper's are of 16 bits
+    ):
+        assert all(names == compiled for _, m, names in second if m == mode)
+        assert all(names == others for _, m, names in last if m == mode)
+    assert [w for w, *_ in first] == [w for w, *_ in second] == [w for w, *_ in last]
     assert told[0] == workloads and told[third - 1] == workloads[1:] and told[-1] == []
 
 

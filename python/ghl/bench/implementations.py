@@ -42,7 +42,9 @@ def compiled_epilogue() -> Callable[..., Tensor]:
 
 def names(layer: Layer, mode: str, device: torch.device) -> list[str]:
     """What a layer is measured by; `authors` is the published layer, in float32 as published."""
-    ours = OURS if device.type == "cuda" else ("ghl", *of_a_cpu())
+    of_others = tiles.BY_PATCHES if mode == "bfloat16" else tiles.BY_SM90  # numbers of other bits
+    on_gpu = tuple(name for name in OURS if name not in of_others)
+    ours = on_gpu if device.type == "cuda" else ("ghl", *of_a_cpu())
     if mode != "bfloat16":
         return [*ours, "natural", "trick", *(["authors"] if layer.groups == 1 else [])]
     dense = not layer.linear and layer.groups == 1
