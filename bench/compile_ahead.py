@@ -18,7 +18,7 @@ from ghl.bench.implementations import call, names
 from ghl.bench.layers import layers_of
 from ghl.cli import WORKLOADS
 
-COMPILED = "natural.compiled", "trick"  # the second's epilogue is one for all layers
+COMPILED = "natural.compiled", "trick"  # of the second its epilogue, which trick.matmul has too
 
 
 def compile_layer(workload: str, number: int, device: str) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -107,6 +108,28 @@ def test_nan_is_wrong() -> None:
     assert wrong_sums(G, exact, Expected(exact, exact, exact), "bfloat16")
     assert wrong_update(G, Expected(exact, exact, exact), "bfloat16")
     assert wrong_sums(exact, exact, Expected(exact, exact, exact), "bfloat16") is None
+
+
+def test_formulas_are_compiled_once_for_each_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for a fixed one: a reduction of any size is laid out for the first that it met."""
+    asked: list[tuple[object, dict[str, bool]]] = []
+
+    def compile_(formula: object, **options: bool) -> object:
+        asked.append((formula, options))
+        return formula
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    monkeypatch.setattr(
+        implementations, "compiled", functools.cache(implementations.compiled.__wrapped__)
+    )
+    layer = Layer("pointwise", 2, 3, 4, (5, 5))
+    tensors = layer.tensors(torch.bfloat16, CPU)
+    for name in ("natural.compiled", "trick.matmul", "trick.matmul"):
+        call(layer, name, tensors)()
+    assert asked == [
+        (formula, {"dynamic": False, "fullgraph": True})
+        for formula in (formulas.natural, formulas.oja)
+    ]
 
 
 def test_a_failure_is_told_by_its_row(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,18 +26,16 @@ Tensors = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 @functools.cache
-def compiled_natural() -> Callable[..., Tensor]:
-    """One compilation for each shape, and an error instead of uncompiled code if that fails."""
+def compiled(formula: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """One compilation for each shape, and an error instead of uncompiled code if that fails.
+
+    One for all shapes reduces large weights as it would the first, in a single block: an epilogue
+    of a million weights took a millisecond.
+    """
     dynamo: Any = importlib.import_module("torch._dynamo.config")
     for limit in ("recompile_limit", "accumulated_recompile_limit"):
         setattr(dynamo, limit, max(1024, getattr(dynamo, limit)))
-    return torch.compile(formulas.natural, dynamic=False, fullgraph=True)
-
-
-@functools.cache
-def compiled_epilogue() -> Callable[..., Tensor]:
-    """One compilation for all shapes: only numbers of the size of a weight pass through it."""
-    return torch.compile(formulas.oja, dynamic=True)
+    return torch.compile(formula, dynamic=False, fullgraph=True)
 
 
 def names(layer: Layer, mode: str, device: torch.device) -> list[str]:
@@ -89,13 +87,13 @@ def call(layer: Layer, name: str, tensors: Tensors) -> Callable[[], Tensor]:
         )
     x, y, g, w = (t[:, :, None, None] if layer.linear else t for t in tensors)
     if name == "trick.matmul":
-        return lambda: formulas.trick_by_matmul(x, y, g, w, layer.tau, compiled_epilogue())
+        return lambda: formulas.trick_by_matmul(x, y, g, w, layer.tau, compiled(formulas.oja))
     rest = layer.padding, layer.tau, layer.stride
     if name == "authors":
         x, y, g, w = (t.contiguous() for t in (x, y, g, w))
         return lambda: formulas.authors(x, y, g, w, *rest)
     if name == "trick":
-        epilogue = compiled_epilogue() if x.is_cuda else formulas.oja
+        epilogue = compiled(formulas.oja) if x.is_cuda else formulas.oja
         return lambda: formulas.trick(x, y, g, w, *rest, layer.groups, epilogue)
-    natural = compiled_natural() if name == "natural.compiled" else formulas.natural
+    natural = compiled(formulas.natural) if name == "natural.compiled" else formulas.natural
     return lambda: natural(x, y, g, w, *rest, layer.groups)
