@@ -1,22 +1,20 @@
 """The implementation `library_patches`: u is written once by Triton, and cuBLAS has both products,
 with patches of x laid along the rows, which its kernels for TF32 multiply faster than as they lie.
 
-For float32 with TF32 and one group. Patches are laid for some rows at a time, of a quarter of u's
-numbers or as many as the weight has; the sums of one part after another are added up in the same
-order every time.
+For float32 with TF32 and one group. Patches are laid for some rows at a time, a quarter of u's
+numbers or 64 MiB of them, which comes on top of u and of the splits' sums; the sums of one part
+after another are added up in the same order every time.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ghl_kernels import layout, tiles
-from ghl_kernels.composed import Triple, update_of
+from ghl_kernels.composed import update_of
 from ghl_kernels.pairs import Kernels, Task, pair_by
 from ghl_kernels.problem import Problem
 from ghl_kernels.splits import Partials
@@ -31,8 +29,9 @@ from ghl_kernels.triton.stored import stored_u
 
 __all__ = ["foreach_merge", "logsumexp", "merge", "pair", "update"]
 
-SMALLEST, LARGEST = 2**18, 2**25  # numbers of patches that are worth it and enough: 1, 128 MiB
-SHARE = 4  # of u's numbers; what is left of as many is for the splits' sums
+SMALLEST, LARGEST = 2**24, 2**25  # numbers of patches: 64 MiB that any GPU has, 128 are enough
+SHARE = 4  # of u's numbers
+FEWEST_ROWS = 512  # that a split is worth: products over few rows were slow on an H200
 CHUNK = 4  # numbers of float32 that wide loads begin at a multiple of
 
 
@@ -44,8 +43,8 @@ def tile_of(problem: Problem, w: Tensor) -> Tile:
 
 def rows_at_once(problem: Problem, splits: int = 1) -> int:
     """One of equal parts of the rows: ALIGNED rows for each split, or a multiple."""
-    of_u, of_weight = problem.rows * problem.neurons // SHARE, problem.neurons * problem.columns
-    most = min(LARGEST, max(SMALLEST, of_u, of_weight)) // max(1, problem.columns)
+    of_u = problem.rows * problem.neurons // SHARE
+    most = min(LARGEST, max(SMALLEST, of_u)) // max(1, problem.columns)
     parts = max(1, -(-problem.rows // max(1, most)))
     step = ALIGNED * splits
     return min(problem.rows, -(-problem.rows // (parts * step)) * step)
@@ -53,13 +52,17 @@ def rows_at_once(problem: Problem, splits: int = 1) -> int:
 
 def multiply(sums: Tensor, signal: Tensor, patches: Tensor, beta: int) -> None:
     """sums (splits, K, columns) = beta · sums + the products of signal (rows, K) with patches
-    (columns, rows): each of the splits has its share of the rows, the first what is left."""
-    splits, rows = sums.shape[0], signal.shape[0]
+    (columns, rows): each of the splits has its share of the rows, the first what is left; the last
+    have none where there are few."""
+    rows = signal.shape[0]
+    splits = max(1, min(sums.shape[0], rows // FEWEST_ROWS))
     share = rows if splits == 1 else rows // splits // CHUNK * CHUNK
     shared = splits * share
     signals = signal[:shared].unflatten(0, (splits, share)).mT
     columns = patches[:, :shared].unflatten(1, (splits, share)).permute(1, 2, 0)
-    sums.baddbmm_(signals, columns, beta=beta)
+    sums[:splits].baddbmm_(signals, columns, beta=beta)
+    if splits < sums.shape[0] and beta == 0:
+        sums[splits:].zero_()
     if shared < rows:
         sums[0].addmm_(signal[shared:].mT, patches[:, shared:rows].mT)
 
@@ -103,15 +106,5 @@ def never_folds(problem: Problem, tile: Tile) -> bool:
     return False
 
 
-by_kernels = pair_by(
-    Kernels(tile_of, stored_u, of_rows, of_images, sum_splits, never_folds, fold_images)
-)
-
-
-def pair(problem: Problem, *tensors_and_tau: Any) -> Triple:
-    """That of the kernels, with what the patches hold beside u."""
-    held = rows_at_once(problem) * problem.columns * problem.dtype.itemsize
-    return by_kernels(dataclasses.replace(problem, held=held), *tensors_and_tau)
-
-
+pair = pair_by(Kernels(tile_of, stored_u, of_rows, of_images, sum_splits, never_folds, fold_images))
 update = update_of(pair, merge)

@@ -29,13 +29,18 @@ from test_pair_by_triton import LAYERS
 from test_replay import played  # noqa: F401, a fixture
 
 import ghl_kernels
-from ghl_kernels import Rule, dispatch, splits, tiles, trial
+from ghl_kernels import Rule, dispatch, tiles, trial
 from ghl_kernels.rule import CHOICES
 from ghl_kernels.triton import library_patches
 from ghl_kernels.triton.patches import empty_patches, lay_patches
 
-OWN_SPLIT_ROWS = splits.split_rows  # before fixtures replace it
 DENSE = {name: one for name, one in LAYERS.items() if getattr(one, "groups", 1) == 1}
+
+
+@pytest.fixture(autouse=True)
+def small_shares(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Splits of layers as small as those of tests."""
+    monkeypatch.setattr(library_patches, "FEWEST_ROWS", 1)
 
 
 @pytest.fixture
@@ -141,11 +146,11 @@ def test_patches_are_those_of_unfold(channels: int, channels_last: bool) -> None
     ("rows", "neurons", "channels", "most"),
     [
         (262144, 384, 96, 262144 * 384 // 4),
-        (65536, 1536, 384, library_patches.LARGEST),
-        (12544, 256, 256, 12544 * 256 // 4),
+        (65536, 1536, 384, 65536 * 1536 // 4),
+        (10**6, 512, 512, library_patches.LARGEST),
+        (50176, 256, 256, library_patches.SMALLEST),
         (10**7, 8, 64, 10**7 * 8 // 4),
-        (64, 4096, 2787, library_patches.LARGEST),  # the weight is larger than u
-        (300, 2, 700, library_patches.SMALLEST),
+        (64, 4096, 2787, library_patches.SMALLEST),
     ],
 )
 def test_rows_are_in_equal_parts_of_not_too_many_numbers(
@@ -161,20 +166,15 @@ def test_rows_are_in_equal_parts_of_not_too_many_numbers(
     assert rows - (parts - 1) * at_once > at_once - parts * 16 * splits
 
 
-def test_patches_are_held_beside_the_sums_of_splits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All of them together are no more than u."""
-    monkeypatch.setattr(splits, "processors", lambda device: 132)
-    for rows, neurons, channels in ((65536, 128, 128), (131072, 64, 64), (12544, 256, 256)):
-        problem = problem_of(Conv(1, 1, (5, 5), 1, padding=(1, 1)), torch.float32)
-        problem = dataclasses.replace(problem, rows=rows, neurons=neurons, channels=channels)
-        held = library_patches.rows_at_once(problem) * problem.columns * 4
-        told = dataclasses.replace(problem, held=held)
-        parts, _ = OWN_SPLIT_ROWS(told, tiles.OF_PATCHES, torch.device("cpu"))
-        at_once = library_patches.rows_at_once(problem, parts) * problem.columns * 4
-        assert (
-            parts == 1 or at_once + 8 * parts * neurons * problem.columns < 1.1 * rows * neurons * 4
-        )
-        assert parts > 1 or rows < 20_000
+def test_few_rows_are_not_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Into products that are not worth it; parts without any are zeros."""
+    monkeypatch.setattr(library_patches, "FEWEST_ROWS", 20)
+    signal, patches = torch.randn(47, 6), torch.randn(9, 48)
+    sums = torch.full((5, 6, 9), float("nan"))
+    for beta in (0, 1):
+        library_patches.multiply(sums, signal, patches, beta)
+    torch.testing.assert_close(sums.sum(0), 2 * signal.T @ patches[:, :47].T)
+    assert [bool(part.any()) for part in sums] == [True, True, False, False, False]
 
 
 @pytest.mark.parametrize("competition", CHOICES["competition"])
