@@ -181,8 +181,7 @@ def main() -> int:
     args = parser.parse_args()
     device = torch.device(args.device)
     some = torch.empty(0, dtype=torch.bfloat16, device=device)
-    of_others = "library", *tiles.BY_PATCHES  # whose products are
-    ours = [name for name in tiles.STRATEGIES if name not in of_others]
+    ours = [name for name in tiles.STRATEGIES if name not in tiles.BY_OTHERS]
     missing = {name: dispatch.unavailable(name, some, None) for name in ours}
     checked, bad = 0, 0
     for name, reason in missing.items():

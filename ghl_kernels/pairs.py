@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ghl_kernels import composed, layout
 from ghl_kernels.composed import Triple
-from ghl_kernels.fold import Fold
+from ghl_kernels.fold import Fold, fold_images
 from ghl_kernels.problem import Problem
 from ghl_kernels.splits import Partials
 from ghl_kernels.tiles import Tile
@@ -40,13 +40,17 @@ class Task(NamedTuple):
 Fill = Callable[[Task, Partials], None]
 
 
+def never(problem: Problem, tile: Tile) -> bool:
+    return False
+
+
 class Kernels(NamedTuple):
     """What an implementation brings.
 
     tile: the one for a problem on the device of w, and of its strategy. signal: y as a matrix, and
     its competition, as the kernels take them. linear, conv: fill partials of matrices, and of
     images in any layout. sum_splits: see Partials. folds: whether a problem is folded for a tile.
-    fold: copies x for that, as fold.fold_images.
+    fold: copies x for that, as fold.fold_images does by PyTorch's operators.
     """
 
     tile: Callable[[Problem, Tensor], Tile]
@@ -54,8 +58,8 @@ class Kernels(NamedTuple):
     linear: Fill
     conv: Fill
     sum_splits: Callable[[Partials], None]
-    folds: Callable[[Problem, Tile], bool]
-    fold: Callable[..., Tensor]
+    folds: Callable[[Problem, Tile], bool] = never
+    fold: Callable[..., Tensor] = fold_images
 
     def run(self, task: Task, w: Tensor, fill: Fill) -> Triple:
         """What `fill` makes of a task, in the shape and strides of w."""

@@ -28,6 +28,7 @@ from ghl_kernels.problem import Problem
 SHIPPED = Path(__file__).parent / "tables"
 BY_TRITON = ("triton", "triton_stored", "library")
 BY_PATCHES = ("library_patches",)
+BY_OTHERS = ("library", *BY_PATCHES)  # whose products, and so whose tiles, are not ours
 BY_SM90 = ("cuda_sm90", "cuda_sm90_stored")
 BY_CUDA = ("cuda", *BY_SM90)
 STRATEGIES = (*BY_TRITON, *BY_PATCHES, *BY_CUDA)
@@ -255,9 +256,7 @@ def nearest(
     entries = table(device).entries
     alike = [e for e in entries if (e.kind, e.bits) == like and e.strategy in among]
     if problem.neurons < FEWEST_FOR_PATCHES:
-        alike = [
-            e for e in alike if e.strategy not in BY_PATCHES or not e.distance(problem)
-        ] or alike
+        alike = [e for e in alike if e.strategy not in BY_PATCHES or e.distance(problem) == 0]
     if like[0] == "packed" and not problem.foldable:
         alike = [e for e in alike if e.tile.packed] or alike
     if not alike:

@@ -18,7 +18,7 @@ from typing import Any
 from ghl_kernels import tiles
 from ghl_kernels.fold import Fold
 from ghl_kernels.problem import Problem
-from ghl_kernels.tiles import BY_TRITON, Entry, Tile, least_block
+from ghl_kernels.tiles import BY_OTHERS, BY_TRITON, Entry, Tile, least_block
 
 SHARED_MEMORY = 227 * 1024  # of a Hopper multiprocessor; where there is less the launch says so
 
@@ -97,8 +97,6 @@ TILES: dict[tuple[str, int], tuple[tuple[Shape, dict[str, Any]], ...]] = {
     ("depthwise", 32): (((4, 64, 16, 4, 2, 4), {}), ((8, 32, 16, 4, 2, 4), {})),
 }
 
-PATCHES_TILES = [dataclasses.replace(tiles.OF_PATCHES, programs=n) for n in (1, 2, 3)]
-
 
 @dataclasses.dataclass(frozen=True)
 class Attempt:
@@ -155,8 +153,9 @@ def candidates(
     entries = [Entry.for_layer(problem, present.strategy, present.tile)] if present else []
     entries += of_triton(problem, present, known, by_triton)
     entries += [Entry.for_layer(problem, strategy, tile) for strategy, tile in compiled]
-    by_library = [e for e in entries if e.strategy == "library"][:1]  # its tile is not used
-    return list(dict.fromkeys(e for e in entries if e.strategy != "library" or e in by_library))
+    first = {e.strategy: e for e in reversed(entries)}  # of those whose tile is not used
+    kept = (e for e in entries if e.strategy not in BY_OTHERS or e == first[e.strategy])
+    return list(dict.fromkeys(kept))
 
 
 def of_triton(

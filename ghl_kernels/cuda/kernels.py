@@ -17,7 +17,7 @@ from torch import Tensor
 from ghl_kernels import layout, tiles
 from ghl_kernels import library as libraries
 from ghl_kernels.compiled import code, logsumexp_by
-from ghl_kernels.fold import Fold, fold_images
+from ghl_kernels.fold import Fold
 from ghl_kernels.merges import Layer, foreach_merge_of, merge_of
 from ghl_kernels.pairs import Kernels, Task, as_it_lies
 from ghl_kernels.problem import Problem, dot_precision
@@ -213,7 +213,7 @@ def kernels(
     def folds(problem: Problem, tile: Tile) -> bool:
         return tiles.folds(problem)
 
-    return Kernels(tile, signal, of_rows, of_images, sum_splits, folds, fold_images)
+    return Kernels(tile, signal, of_rows, of_images, sum_splits, folds)
 
 
 def fill_layers(layers: Sequence[Layer], decay: str, gate: str, normalize: str) -> None:

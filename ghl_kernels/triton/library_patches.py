@@ -18,8 +18,7 @@ from ghl_kernels.composed import update_of
 from ghl_kernels.pairs import Kernels, Task, pair_by
 from ghl_kernels.problem import Problem
 from ghl_kernels.splits import Partials
-from ghl_kernels.tiles import ALIGNED, BY_PATCHES, Tile
-from ghl_kernels.triton.fold import fold_images
+from ghl_kernels.tiles import ALIGNED, Tile
 from ghl_kernels.triton.foreach_merge import foreach_merge
 from ghl_kernels.triton.logsumexp import logsumexp
 from ghl_kernels.triton.merge import merge
@@ -36,12 +35,11 @@ CHUNK = 4  # numbers of float32 that wide loads begin at a multiple of
 
 
 def tile_of(problem: Problem, w: Tensor) -> Tile:
-    """By which the rows are split; a table may have more programs for a multiprocessor."""
-    entry = tiles.find(problem, w.device, among=BY_PATCHES)
-    return entry.tile if entry else tiles.OF_PATCHES
+    """By which the rows are split, whatever the layer."""
+    return tiles.OF_PATCHES
 
 
-def rows_at_once(problem: Problem, splits: int = 1) -> int:
+def rows_at_once(problem: Problem, splits: int) -> int:
     """One of equal parts of the rows: ALIGNED rows for each split, or a multiple."""
     of_u = problem.rows * problem.neurons // SHARE
     most = min(LARGEST, max(SMALLEST, of_u)) // max(1, problem.columns)
@@ -102,9 +100,5 @@ def of_rows(task: Task, partials: Partials) -> None:
     of_images(task._replace(x=task.x[:, :, None, None]), partials)
 
 
-def never_folds(problem: Problem, tile: Tile) -> bool:
-    return False
-
-
-pair = pair_by(Kernels(tile_of, stored_u, of_rows, of_images, sum_splits, never_folds, fold_images))
+pair = pair_by(Kernels(tile_of, stored_u, of_rows, of_images, sum_splits))
 update = update_of(pair, merge)

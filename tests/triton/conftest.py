@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 
 from small_tiles import COMPILED, MANY_SPLITS, Form
 
-from ghl_kernels import splits, tiles
+from ghl_kernels import replay, splits, tiles
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -65,6 +65,16 @@ def use(monkeypatch: pytest.MonkeyPatch) -> Callable[[Form], None]:
 def small_tiles(use: Callable[[Form], None]) -> None:
     """Small tiles and several splits, for tests that do not choose; there is no table for a CPU."""
     use(MANY_SPLITS)
+
+
+@pytest.fixture
+def played(monkeypatch: pytest.MonkeyPatch, use: Callable) -> dict:
+    """Operators replay their calls here too; the tapes that there are."""
+    tapes: dict = {}
+    monkeypatch.setattr(replay, "_tapes", tapes)
+    monkeypatch.setattr(replay, "on_gpu", lambda t: True)
+    monkeypatch.setattr("torch.cuda.is_current_stream_capturing", lambda: False)
+    return tapes
 
 
 OWN = {name: getattr(tiles, name) for name in ("table", "nearest")}

@@ -151,13 +151,18 @@ LARGE: dict[str, Layer] = {
 }
 
 
+def skip_on_a_small_gpu() -> None:
+    """Of layers of more than 2**31 numbers, with what a comparison of them holds."""
+    if torch.cuda.get_device_properties().total_memory < 60e9:
+        pytest.skip("needs 60 GB of GPU memory")
+
+
 @gpu
 @pytest.mark.parametrize("name", LARGE)
 def test_more_than_two_billion_numbers(name: str, shipped: None, forced: Callable) -> None:
     """In x, or in y and g, with the last hundredth of the batch ten times the rest."""
     layer = LARGE[name]
-    if torch.cuda.get_device_properties().total_memory < 60e9:
-        pytest.skip("needs 60 GB of GPU memory")
+    skip_on_a_small_gpu()
     x, y, g, w = (random_half(t) for t in shapes_of(layer))
     assert max(x.numel(), y.numel()) > 2**31
     x[-(x.shape[0] // 100) :] *= 10

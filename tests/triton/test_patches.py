@@ -23,10 +23,9 @@ from cases import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_gpu import LARGE, assert_pair_in_parts, gpu, random_half, shapes_of
+from test_gpu import LARGE, assert_pair_in_parts, gpu, random_half, shapes_of, skip_on_a_small_gpu
 from test_pair import convolutions
 from test_pair_by_triton import LAYERS
-from test_replay import played  # noqa: F401, a fixture
 
 import ghl_kernels
 from ghl_kernels import Rule, dispatch, tiles, trial
@@ -41,6 +40,7 @@ DENSE = {name: one for name, one in LAYERS.items() if getattr(one, "groups", 1) 
 def small_shares(monkeypatch: pytest.MonkeyPatch) -> None:
     """Splits of layers as small as those of tests."""
     monkeypatch.setattr(library_patches, "FEWEST_ROWS", 1)
+    monkeypatch.setattr(tiles, "OF_PATCHES", dataclasses.replace(tiles.OF_PATCHES, block_m=4))
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Has so many rows laid at once, of any layer."""
 
     def use(rows: int) -> None:
-        monkeypatch.setattr(library_patches, "rows_at_once", lambda p, splits=1: min(rows, p.rows))
+        monkeypatch.setattr(library_patches, "rows_at_once", lambda p, splits: min(rows, p.rows))
 
     return use
 
@@ -118,7 +118,7 @@ def test_every_layout(layout: str, at_once: Callable) -> None:
 )
 def test_convolution_of_any_shape(layer: Conv, rows: int, parts: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(library_patches, "rows_at_once", lambda p, splits=1: min(rows, p.rows))
+        patch.setattr(library_patches, "rows_at_once", lambda p, splits: min(rows, p.rows))
         forms.Form(splits=parts).use(patch)
         assert_pair(layer, layer.tensors())
 
@@ -235,7 +235,7 @@ def test_a_tape_of_it_is_played(
     form: forms.Form,
     use: Callable,
     at_once: Callable,
-    played: dict,  # noqa: F811
+    played: dict,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Products that add to results, or to parts of the workspace, among its steps."""
@@ -253,13 +253,10 @@ def test_a_tape_of_it_is_played(
     assert "Played" in {type(one).__name__ for one in played.values()}
 
 
-def test_a_split_is_a_share_of_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As many as cuBLAS's programs fill a GPU with, as the table has it, or one by default."""
+def test_rows_are_split_by_programs_as_large_as_cublas_has() -> None:
     problem = problem_of(Conv(1, 96, (16, 16), 384, padding=(1, 1)), torch.float32)
-    w = torch.empty(384, 96, 3, 3)
-    assert tiles.programs(problem, tiles.OF_PATCHES) == 3 * 4
-    monkeypatch.setattr(tiles, "find", lambda *_, **__: None)
-    assert library_patches.tile_of(problem, w) == tiles.OF_PATCHES
+    tile = library_patches.tile_of(problem, torch.empty(0))
+    assert tiles.programs(problem, tile) == 3 * 4
 
 
 @gpu
@@ -289,8 +286,7 @@ def test_tf32_is_as_near_as_pytorchs(parts: int, forced: Callable, use: Callable
 @gpu
 def test_more_than_two_billion_numbers(shipped: None, forced: Callable) -> None:
     layer = LARGE["linear"]
-    if torch.cuda.get_device_properties().total_memory < 60e9:
-        pytest.skip("needs 60 GB of GPU memory")
+    skip_on_a_small_gpu()
     x, y, g, w = (random_half(shape).float() for shape in shapes_of(layer))
     x[-(x.shape[0] // 100) :] *= 10
     with forced("library_patches"):

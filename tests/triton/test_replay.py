@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -18,16 +17,6 @@ from torch import Tensor
 import ghl_kernels
 from ghl_kernels import Backend, Rule, dispatch, player, replay, trial
 from ghl_kernels.recorder import recorder
-
-
-@pytest.fixture
-def played(monkeypatch: pytest.MonkeyPatch, use: Callable) -> dict:
-    """Operators replay their calls here too; the tapes that there are."""
-    tapes: dict = {}
-    monkeypatch.setattr(replay, "_tapes", tapes)
-    monkeypatch.setattr(replay, "on_gpu", lambda t: True)
-    monkeypatch.setattr("torch.cuda.is_current_stream_capturing", lambda: False)
-    return tapes
 
 
 @layers

@@ -117,7 +117,8 @@ def test_patches_want_neurons_that_pay_for_them(monkeypatch: pytest.MonkeyPatch)
     ):  # fmt: skip
         problem = linear(rows, neurons, 64, torch.float32)
         assert tiles.find(problem, CPU, among=among) == wanted
-        assert tiles.find(problem, CPU, among=tiles.BY_PATCHES) == patches
+        alone = tiles.find(problem, CPU, among=tiles.BY_PATCHES)
+        assert alone == (patches if wanted == patches else None)
 
 
 def test_taps_that_do_not_divide_a_kernels_row_become_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,8 +40,8 @@ def compiled(formula: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 def names(layer: Layer, mode: str, device: torch.device) -> list[str]:
     """What a layer is measured by; `authors` is the published layer, in float32 as published."""
-    of_others = tiles.BY_PATCHES if mode == "bfloat16" else tiles.BY_SM90  # numbers of other bits
-    on_gpu = tuple(name for name in OURS if name not in of_others)
+    of_other_bits = tiles.BY_PATCHES if mode == "bfloat16" else tiles.BY_SM90
+    on_gpu = tuple(name for name in OURS if name not in of_other_bits)
     ours = on_gpu if device.type == "cuda" else ("ghl", *of_a_cpu())
     if mode != "bfloat16":
         return [*ours, "natural", "trick", *(["authors"] if layer.groups == 1 else [])]

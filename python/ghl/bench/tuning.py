@@ -178,8 +178,8 @@ def compile_all(
     What is not compiled when the time is over compiles when it is tried.
     """
     deadline = time.monotonic() + seconds
-    of_others = "library", *tiles.BY_PATCHES  # no tile of theirs is compiled
-    alike = {compiled_alike(*job): job for job in jobs if job[2].strategy not in of_others}
+    ours = (job for job in jobs if job[2].strategy not in tiles.BY_OTHERS)
+    alike = {compiled_alike(*job): job for job in ours}
     todo, failed = list(alike.values()), {}
     number = max(1, min(MOST_PROCESSES, (os.cpu_count() or 2) - 2, len(todo)))
     parts = [todo[i::number] for i in range(number)]
@@ -369,7 +369,7 @@ def tune_gpu(
         compiled = [
             (s, tile) for s in tiles.BY_CUDA if s in runs for tile in kernels.candidates(s, problem)
         ]
-        compiled += [(s, t) for s in tiles.BY_PATCHES if s in runs for t in tune.PATCHES_TILES]
+        compiled += [(s, tiles.OF_PATCHES) for s in tiles.BY_PATCHES if s in runs]
         by_triton = [s for s in tiles.BY_TRITON if s in runs]
         present = tiles.find(problem, device, among=tuple(runs))
         return tune.candidates(problem, present, base.entries, compiled, by_triton)
