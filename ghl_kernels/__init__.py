@@ -7,7 +7,7 @@ they compute; `backend`, `force` and `last` say and decide which implementation 
 from torch import Tensor
 
 from ghl_kernels import dispatch, library, ops, reference
-from ghl_kernels.dispatch import Backend, force, last
+from ghl_kernels.dispatch import Backend, force
 from ghl_kernels.problem import Problem
 from ghl_kernels.registration import current
 from ghl_kernels.rule import PRESETS, Rule, check_choice
@@ -31,3 +31,13 @@ def backend(operator: str, first: Tensor, problem: Problem | None = None) -> Bac
         )
     with current(first.device):
         return dispatch.choose(operator, first, problem)
+
+
+def last(operator: str) -> Backend | None:
+    """The implementation that ran the most recent call of `operator`, None before the first.
+
+    What layers call, `conv2d_pair_no_grad` say, counts as a call of `conv2d_pair`. Raises
+    ValueError for an unknown operator.
+    """
+    check_choice("operator", operator, ops.OPERATORS)
+    return dispatch.last(operator)

@@ -25,6 +25,11 @@ def logsumexp(y: Tensor, tau: float, dim: int) -> Tensor:
     return torch.logsumexp(y.to(sum_dtype(y.dtype)) / tau, dim)
 
 
+def logsumexp_backward(grad: Tensor, y: Tensor, lse: Tensor, tau: float, dim: int) -> Tensor:
+    share = torch.exp(y.to(lse.dtype) / tau - lse.unsqueeze(dim))
+    return (grad.unsqueeze(dim) * share / tau).to(y.dtype)
+
+
 def compete(y: Tensor, competition: str, tau: float) -> Tensor:
     """u in the dtype of y; the neurons compete along dimension 1."""
     if competition == "linear":

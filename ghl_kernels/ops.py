@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ghl_kernels import checks, dispatch, player
+from ghl_kernels import checks, composed, dispatch, player
 from ghl_kernels.checks import sum_dtype
 from ghl_kernels.composed import Triple, Triples
 from ghl_kernels.layout import from_rows
@@ -275,9 +275,7 @@ def logsumexp_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 def logsumexp_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
     y, lse = ctx.saved_tensors
-    tau, dim = ctx.tau, ctx.dim
-    share = torch.exp(y.to(lse.dtype) / tau - lse.unsqueeze(dim))
-    return (grad.unsqueeze(dim) * share / tau).to(y.dtype), None, None
+    return composed.logsumexp_backward(grad, y, lse, ctx.tau, ctx.dim), None, None
 
 
 # The public operators: what runs, and what it returns for tensors without data.

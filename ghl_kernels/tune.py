@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ghl_kernels import tiles
+from ghl_kernels.files import write_text
 from ghl_kernels.fold import Fold
 from ghl_kernels.problem import Problem
 from ghl_kernels.tiles import BY_OTHERS, BY_TRITON, Entry, Tile, least_block
@@ -240,14 +239,4 @@ def write(
         f'  "entries": [\n    {lines}\n  ]\n}}\n'
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
-    try:
-        with os.fdopen(descriptor, "w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_text(path, text, shared=True)

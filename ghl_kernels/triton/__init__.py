@@ -1,5 +1,6 @@
 """The operators on a GPU, by Triton: one kernel a file, one implementation a file.
 
-`fused`, `stored` and `library` are what the dispatcher picks from, by `ghl_kernels.tiles`.
+`fused`, `stored`, `library`, `library_patches` and `sm90_stored` are what the dispatcher picks
+from, by `ghl_kernels.tiles`.
 Importing its modules needs Triton; nothing outside them does.
 """

@@ -39,31 +39,24 @@ def cast_for_autocast(
     return cast(x), cast(w), None if b is None else cast(b)
 
 
-def save(ctx: Any, x: Tensor, w: Tensor, w_used: Tensor, b: Tensor | None, y: Tensor) -> None:
+def save(ctx: Any, x: Tensor, w: Tensor, b: Tensor | None, y: Tensor) -> None:
     """Keep what backward needs, and what tells `saved_output` whether y was overwritten since.
 
-    A traced graph has no in-place operations left, and there a copy that nothing needs is removed.
+    Of w, whose uses may be many, no copy in autocast's dtype. A traced graph has no in-place
+    operations left, and there a copy that nothing needs is removed.
     """
     # asked for here: dynamo has a backward that asks how a tensor lies copy every gradient first
     ctx.channels_last = is_channels_last(w)
     if torch.compiler.is_compiling():
-        ctx.save_for_backward(x, w, w_used, b, y.clone())
+        ctx.save_for_backward(x, w, b, y.clone())
         ctx.probe = None
         return
     # .data: no version check, or backward would refuse
-    ctx.save_for_backward(x, w, w_used, b, y.data)
+    ctx.save_for_backward(x, w, b, y.data)
     ctx.around = torch._C._current_graph_task_id()  # a backward that recomputes, or -1
     ctx.probe = y.detach()  # shares y's version counter...
     ctx.probe.data = y.new_empty(0)  # ...but not its memory
     ctx.version = y._version
-
-
-def owned(y: Tensor) -> Tensor:
-    """y with its memory but not as a view, which autograd would not let in-place operations touch.
-
-    F.linear of more or fewer than two dimensions returns a view of the matrix product.
-    """
-    return y if torch.compiler.is_compiling() or not y._is_view() else y.data
 
 
 def is_differentiated() -> bool:
@@ -93,8 +86,8 @@ def wanted(ctx: Any, totals: Tensor) -> Tensor | None:
 
 
 class LinearFunction(torch.autograd.Function):
-    """y = x wᵀ + b; hebbian and totals are leaves whose gradients are the sums of the rule, totals
-    None where nobody is to have them."""
+    """y = x wᵀ + b of rows x (M, C); hebbian and totals are leaves whose gradients are the sums of
+    the rule, totals None where nobody is to have them."""
 
     @staticmethod
     def forward(
@@ -109,28 +102,24 @@ class LinearFunction(torch.autograd.Function):
         totals_of: str,
     ) -> Tensor:
         x_used, w_used, b_used = cast_for_autocast(x, w, b)
-        y = owned(F.linear(x_used, w_used, b_used))
-        save(ctx, x_used, w, w_used, b, y)
+        y = F.linear(x_used, w_used, b_used)
+        save(ctx, x_used, w, b, y)
         ctx.rule = competition, tau, totals_of
         ctx.hebbian = None if torch.compiler.is_compiling() else hebbian
         return y
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
-        x, w, used, b, y = ctx.saved_tensors
-        if is_differentiated():  # its gradient is to reach w
-            used = w.to(x.dtype)
+        x, w, b, y = ctx.saved_tensors
         _, _, needs_x, _, needs_b, *_ = ctx.needs_input_grad
+        used = w.to(x.dtype)
         grad_x = g @ used if needs_x else None
-        rows = g.reshape(-1, g.shape[-1])
-        grad_b = rows.sum(0) if needs_b else None
+        grad_b = g.sum(0) if needs_b else None
         note_pair(ctx, w)
         y = saved_output(ctx, y, F.linear, x, used, b)
-        G, H0, totals = torch.ops.ghl_kernels.linear_pair_no_grad(
-            x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1]), rows, w, *ctx.rule
-        )
+        G, H0, totals = torch.ops.ghl_kernels.linear_pair_no_grad(x, y, g, w, *ctx.rule)
         if is_differentiated():
-            G = rows.mT @ x.reshape(-1, x.shape[-1])
+            G = g.mT @ x
         return as_rows(H0, ctx.channels_last), wanted(ctx, totals), grad_x, G, grad_b, *[None] * 3
 
 
@@ -155,7 +144,7 @@ class Conv2dFunction(torch.autograd.Function):
     ) -> Tensor:
         x_used, w_used, b_used = cast_for_autocast(x, w, b)
         y = F.conv2d(x_used, w_used, b_used, stride, padding, dilation, groups)
-        save(ctx, x_used, w, w_used, b, y)
+        save(ctx, x_used, w, b, y)
         ctx.geometry = stride, padding, dilation, groups
         ctx.rule = competition, tau, totals_of
         ctx.hebbian = None if torch.compiler.is_compiling() else hebbian
@@ -163,11 +152,10 @@ class Conv2dFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
-        x, w, used, b, y = ctx.saved_tensors
-        if is_differentiated():  # its gradient is to reach w
-            used = w.to(x.dtype)
+        x, w, b, y = ctx.saved_tensors
         stride, padding, dilation, groups = ctx.geometry
         _, _, needs_x, _, needs_b, *_ = ctx.needs_input_grad
+        used = w.to(x.dtype)
         grad_x, differentiable_G, grad_b = torch.ops.aten.convolution_backward(
             g, x, used, [w.shape[0]], stride, padding, dilation, False, [0, 0], groups,
             [needs_x, is_differentiated(), needs_b],
@@ -218,7 +206,11 @@ def signals(sums: RawSums) -> tuple[str, float, str]:
 def linear(x: Tensor, w: Tensor, b: Tensor | None, sums: RawSums) -> Tensor:
     """F.linear of x (..., in_features) whose backward feeds `sums`."""
     note_dtype(x, w, sums)
-    return LinearFunction.apply(sums.hebbian, sums.totals, x, behind_leaves(w), b, *signals(sums))
+    flat = x.dim() in (0, 2)  # 0 is an error of F.linear
+    rows = x if flat else x.reshape(-1, x.shape[-1])
+    y = LinearFunction.apply(sums.hebbian, sums.totals, rows, behind_leaves(w), b, *signals(sums))
+    # made a view here: autograd lets nobody change in place what a Function returns as one
+    return y if flat else y.view(*x.shape[:-1], y.shape[-1])
 
 
 def conv2d(

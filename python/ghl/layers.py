@@ -18,13 +18,20 @@ from ghl.sums import RawSums
 from ghl_kernels import Rule
 
 
+def check_module(model: object) -> None:
+    """Raise a TypeError for what is no network."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is {type(model).__name__}, must be an nn.Module")
+
+
 def is_transformed(x: Tensor) -> bool:
     """Whether no backward will fill weight.grad: a tracer or a transform of torch.func looks."""
+    if torch._C._are_functorch_transforms_active():
+        return True
     if torch.compiler.is_compiling():
         # is_exporting() is true of every graph in torch 2.11
         return torch.compiler._is_exporting_flag
-    traced = isinstance(x, torch.fx.Proxy) or torch.jit.is_tracing()
-    return traced or torch._C._functorch.peek_interpreter_stack() is not None
+    return isinstance(x, torch.fx.Proxy) or torch.jit.is_tracing()
 
 
 def padded(module: nn.Conv2d, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
@@ -113,6 +120,12 @@ class Plastic(nn.Module):
         """The sums this forward is to feed; None where the plain forward is all there is."""
         if not torch.is_grad_enabled() or is_transformed(x) or not self._learns:
             return None
+        if x.is_nested or x.layout != torch.strided:
+            what = "a nested tensor" if x.is_nested else x.layout
+            raise TypeError(
+                f"input of {type(self).__name__} is {what}, must be a dense tensor: give it the "
+                "values, or use ghl.unswap or rule='bp' here"
+            )
         sums = self._sums
         if sums is None or not sums.live or not self._are_of_weight(sums):
             check_whole(self)

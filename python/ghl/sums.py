@@ -130,19 +130,21 @@ class RawSums:
 
     def serves(self, weight: nn.Parameter, rule: Rule) -> bool:
         """Whether these sums still fit the weight, which `module.to()` may have changed."""
-        leaf = self.hebbian
         return (
             self.live
             and self.rule == rule
             and self._maker is _makers.get(weight, ImmediateSums)
-            and leaf.device == device_of(weight)
-            and leaf.dtype == sum_dtype(weight.dtype)
             and self.fits(weight)
         )
 
     def fits(self, weight: Tensor) -> bool:
-        """Whether the weight has as many numbers; `weight.data = ...` may change them."""
-        return self.hebbian.shape == (weight.shape[0], weight.shape[1:].numel())
+        """Whether they are as those of the weight would be: `weight.data = ...` may change it."""
+        leaf = self.hebbian
+        return (
+            leaf.shape == (weight.shape[0], weight.shape[1:].numel())
+            and leaf.dtype == sum_dtype(weight.dtype)
+            and leaf.device == device_of(weight)
+        )
 
     def release(self) -> None:
         """Take the hooks off: `weight.grad` is the ordinary gradient again."""

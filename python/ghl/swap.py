@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from ghl.layers import Conv2d, Linear, Plastic
+from ghl.layers import Conv2d, Linear, Plastic, check_module
 from ghl_kernels import Rule
 
 COUNTERPARTS: dict[type[nn.Module], type[Plastic]] = {nn.Conv2d: Conv2d, nn.Linear: Linear}
@@ -62,9 +62,9 @@ def swap(
     pattern that matches nothing, and for layers that share a weight under different rules.
     """
     rule = Rule.of(rule)
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}, must be an nn.Module")
+    check_module(model)
     types = check_types(types)
+    exclude = as_names("exclude", exclude)
     modules = dict(model.named_modules())
     layers = {name: module for name, module in modules.items() if isinstance(module, types)}
     named: dict[nn.Module, list[str]] = {}
@@ -73,7 +73,6 @@ def swap(
     if not layers:
         names = " or ".join(t.__name__ for t in types)
         raise ValueError(f"model is {type(model).__name__} without a {names} layer to swap")
-    exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
     if tau is not None and not isinstance(tau, (int, float, Mapping)):
         raise TypeError(f"tau is {tau!r}, must be a number or a {{layer name or pattern: number}}")
     taus = {"*": tau} if isinstance(tau, (int, float)) else dict(tau or {})
@@ -100,6 +99,7 @@ def unswap(model: nn.Module) -> list[str]:
 
     A subclass of one, as a parametrization makes it, keeps its class and gets the rule `bp`.
     """
+    check_module(model)
     plastic = [(n, m) for n, m in model.named_modules() if isinstance(m, Plastic)]
     for _, module in plastic:
         base = BASES.get(type(module))
@@ -117,9 +117,20 @@ def forget_rule(layer: Any) -> None:
         layer.__dict__.pop(attribute, None)
 
 
+def as_names(argument: str, given: str | Sequence[str]) -> tuple[str, ...]:
+    """One name or several; of what kind each is, `check_patterns` says."""
+    if isinstance(given, str):
+        return (given,)
+    if not isinstance(given, Iterable):
+        raise TypeError(f"{argument} is {given!r}, must be names or patterns of them")
+    return tuple(given)
+
+
 def check_types(
     types: type[nn.Module] | Sequence[type[nn.Module]],
 ) -> tuple[type[nn.Module], ...]:
+    if isinstance(types, str) or not isinstance(types, (type, Iterable)):
+        raise TypeError(f"types is {types!r}, must be of nn.Conv2d and nn.Linear")
     types = (types,) if isinstance(types, type) else tuple(types)
     for t in types:
         if t not in COUNTERPARTS:

@@ -72,6 +72,23 @@ def test_autocast_of_a_shared_layer():
     assert_update(weight, calls, Rule(), used=weight.bfloat16(), rounding=2e-6)
 
 
+def test_uses_of_a_weight_keep_one_copy_of_it_at_most():
+    """Each has the Parameter; what autocast computes with is for the forward."""
+    layer, kept = ghl.Linear(32, 32, bias=False), {}
+
+    def pack(t):
+        kept[t.untyped_storage().data_ptr()] = t
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        x = torch.randn(2, 32)
+        with torch.autocast("cpu", torch.bfloat16):
+            for _ in range(8):
+                x = layer(x)
+    large = [t for t in kept.values() if t.numel() >= layer.weight.numel()]
+    assert [t.dtype for t in large] == [torch.float32]
+
+
 def test_autocast_switched_between_steps():
     """The weight is rounded in the steps under autocast and only in those."""
     model, updates = net(), []

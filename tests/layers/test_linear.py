@@ -158,6 +158,26 @@ def test_complex_weights_are_refused():
         ghl.Linear(3, 4, dtype=torch.complex64)
 
 
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged, torch.sparse_coo], ids=str)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_inputs_that_are_not_dense_are_refused(layout):
+    """But where there is no update to be made."""
+    layer, rows = ghl.Linear(3, 4), [torch.randn(2, 3), torch.randn(1, 3)]
+    if layout == torch.sparse_coo:
+        x = rows[0].to_sparse()
+    else:
+        x = torch.nested.nested_tensor(rows, layout=layout)
+    with pytest.raises(TypeError, match=r"input of Linear is .*, must be a dense tensor"):
+        layer(x)
+    with torch.no_grad():
+        assert layer(x).size(0) == 2
+
+
+def test_no_dimension_is_an_error_of_linear():
+    with pytest.raises(RuntimeError, match="at least 1D"):
+        ghl.Linear(3, 4)(torch.tensor(1.0))
+
+
 def test_nan_reaches_the_update():
     """NaN in x is not hidden by the gate or the maximum."""
     torch.manual_seed(11)

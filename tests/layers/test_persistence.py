@@ -126,6 +126,19 @@ def test_weight_of_another_shape():
     assert torch.equal(layer.weight.grad, wanted.weight.grad)
 
 
+def test_weight_of_another_dtype():
+    """By .data, of which no layer hears: H0 is summed as the new weight's is."""
+    torch.manual_seed(5)
+    layer, wanted = ghl.Linear(4, 5, bias=False), ghl.Linear(4, 5, bias=False).double()
+    layer(torch.randn(3, 4)).sum().backward()
+    layer.zero_grad()
+    layer.weight.data = wanted.weight.data.clone()
+    x = torch.randn(3, 4, dtype=torch.float64)
+    for one in (layer, wanted):
+        one(x).square().sum().backward()
+    assert torch.equal(layer.weight.grad, wanted.weight.grad)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_conversion_to_another_dtype(dtype):
     """.to(dtype) gives the update of a model made in that dtype, and back again."""

@@ -246,13 +246,20 @@ def test_torchvision_model_with_the_arguments_of_the_design():
 
 def test_arguments_of_a_wrong_type_are_refused():
     model = nn.Sequential(nn.Conv2d(3, 4, 3))
-    with pytest.raises(TypeError, match=r"model is a list, must be an nn\.Module"):
+    with pytest.raises(TypeError, match=r"model is list, must be an nn\.Module"):
         ghl.swap([nn.Linear(3, 3)])
     with pytest.raises(TypeError, match=r"exclude has <class .*Linear'>, must have names or patt"):
         ghl.swap(small_net(), exclude=[nn.Linear])
     with pytest.raises(TypeError, match=r"tau is '0\.5', must be a number or"):
         ghl.swap(model, tau="0.5")
+    with pytest.raises(TypeError, match="exclude is None, must be names or patterns"):
+        ghl.swap(model, exclude=None)
+    for types in (None, "Conv2d"):
+        with pytest.raises(TypeError, match=rf"types is {types!r}, must be of nn\.Conv2d"):
+            ghl.swap(model, types=types)
     assert type(model[0]) is nn.Conv2d
+    with pytest.raises(TypeError, match=r"model is NoneType, must be an nn\.Module"):
+        ghl.unswap(None)
 
 
 def test_unswap_of_parametrized_layers():

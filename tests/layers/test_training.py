@@ -149,3 +149,8 @@ def test_param_groups_without_one_of_the_kinds():
     assert hebbian["lr"] == others["lr"] == 0.1
     with pytest.raises(ValueError, match="Linear without a trainable parameter"):
         ghl.param_groups(plain.requires_grad_(False), lr=0.1)
+    for option in ("lr_hebb", "wd_hebb"):
+        with pytest.raises(ValueError, match=rf"{option} is 0\.5, .* without a ghl layer"):
+            ghl.param_groups(plain, lr=0.1, **{option: 0.5})
+    with pytest.raises(TypeError, match=r"model is list, must be an nn\.Module"):
+        ghl.param_groups([plain], lr=0.1)

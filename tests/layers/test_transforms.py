@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+import torch._dynamo
 from torch import Tensor, nn
 
 import ghl
@@ -58,6 +61,26 @@ def test_torch_func(networks: tuple[nn.Module, nn.Module, Tensor]) -> None:
         for model in (swapped, plain)
     )
     torch.testing.assert_close(given, wanted)
+
+
+@pytest.mark.parametrize("transform", [torch.vmap, torch.func.jacrev])
+def test_torch_func_compiled(
+    networks: tuple[nn.Module, nn.Module, Tensor], transform: Callable[..., Any]
+) -> None:
+    """In one graph with the layers, and around a graph of theirs."""
+    plain, swapped, x = networks
+    one = x[:, None] if transform is torch.vmap else x
+    expected = transform(plain)(one)
+    around = torch.compile(swapped, backend="aot_eager")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        torch._dynamo.reset()
+        inside = transform(lambda x: swapped(x))
+        given = torch.compile(inside, backend="aot_eager", fullgraph=True)(one)
+    torch.testing.assert_close(given, expected)
+    torch.testing.assert_close(transform(around)(one), expected)
+    around(x).square().sum().backward()
+    assert swapped[0].weight.grad.abs().max() == 1
 
 
 def test_backward_is_the_rules_afterwards(networks: tuple[nn.Module, nn.Module, Tensor]) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from ghl.recipes import checkpoint
+from ghl_kernels import files
 
 RULE = {"gate": "sign", "tau": 1.0}
 
@@ -96,14 +97,14 @@ def test_nothing_in_it_is_executed(saved, capsys):
 
 def test_failing_write_keeps_the_old_file(tmp_path):
     path = tmp_path / "file"
-    checkpoint.write_text(path, "old")
+    files.write_text(path, "old")
 
     def write(file):
         file.write(b"half of the n")
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        checkpoint.write_atomic(path, write)
+        files.write_atomic(path, write)
     assert path.read_text() == "old"
 
 

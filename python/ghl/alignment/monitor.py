@@ -28,6 +28,7 @@ from ghl.alignment.sums import Use
 from ghl.alignment.targets import Target, find_targets
 from ghl.alignment.track import Track
 from ghl.hooks import Hook, Switched, weak
+from ghl.layers import check_module
 from ghl_kernels import Rule
 from ghl_kernels.rule import check_choice
 
@@ -84,8 +85,7 @@ class Monitor:
         distributed: bool = True,
         start: int = 0,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model is {type(model).__name__}, must be an nn.Module")
+        check_module(model)
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise ValueError(f"every is {every!r}, must be an integer of at least 1")
         if isinstance(start, bool) or not isinstance(start, int) or start < 0:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import csv
 import importlib.util
 import io
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from types import TracebackType
 from typing import Any, Protocol, TextIO
 
 from ghl.alignment.statistics import NUMBERS, PARTS
+from ghl_kernels.files import write_atomic, write_text
 
 Report = Mapping[str, Mapping[str, Any]]
 
@@ -112,10 +112,9 @@ def continue_csv(path: Path, columns: Sequence[str], start: int | None) -> TextI
     kept = read_csv(path) if path.exists() else []
     if start is not None:
         kept = [row for row in kept if int(row["step"]) < start]
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", newline="") as file:
-        write_rows(file, [columns, *(list(row.values()) for row in kept)])
-    os.replace(partial, path)
+    text = io.StringIO()
+    write_rows(text, [columns, *(list(row.values()) for row in kept)])
+    write_text(path, text.getvalue())
     return path.open("a", newline="")
 
 
@@ -141,9 +140,8 @@ class Parquet:
         import pyarrow.parquet
 
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self._path.with_name(self._path.name + ".partial")
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(self._rows), partial)
-        os.replace(partial, self._path)
+        content = pyarrow.Table.from_pylist(self._rows)
+        write_atomic(self._path, lambda file: pyarrow.parquet.write_table(content, file))
 
 
 class TensorBoard:

@@ -15,6 +15,7 @@ import torch
 
 from ghl.bench.measure import Row
 from ghl_kernels import player
+from ghl_kernels.files import write_text
 from ghl_kernels.source_hash import gpu_source_hash
 
 SCHEMA = 1
@@ -91,9 +92,7 @@ def resumed(path: Path, here: dict[str, Any]) -> dict[str, Any]:
 def write_json(path: Path, content: object) -> None:
     """Atomically, so that a run that is stopped leaves the last whole file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    temporary.replace(path)
+    write_text(path, json.dumps(content, indent=1) + "\n", shared=True)
 
 
 def table(rows: Sequence[Row]) -> list[str]:

@@ -1,18 +1,18 @@
-"""Files that a killed process cannot leave half written, and the checkpoints among them.
+"""Checkpoints, and the states of generators in them.
 
 What a checkpoint means to a run is the trainer's business; here it is a dictionary with a version.
 """
 
-import os
 import pickle
 import random
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
+
+from ghl_kernels.files import write_atomic
 
 VERSION = 3
 TENSORS = ("model", "optimizer", "average", "sharded")
@@ -22,30 +22,6 @@ FIELDS = frozenset(("version", "arch", "rule", "data", *TENSORS, *PROGRESS))
 
 class NotWritten(ValueError):
     """The disk is full, and the checkpoint before is still the last one."""
-
-
-def write_atomic(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Replace `path` by what `write` puts out; a kill leaves all of the old or of the new."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-    except BaseException:
-        partial.unlink(missing_ok=True)  # a full disk has no room for half a file
-        raise
-    os.replace(partial, path)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace `path` by `text`, atomically."""
-    write_atomic(path, lambda file: file.write(text.encode()))
 
 
 def save(path: Path, state: dict[str, Any]) -> None:

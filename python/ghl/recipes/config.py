@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ghl.recipes.checkpoint import write_text
 from ghl.recipes.data import SOURCES, source
 from ghl.recipes.errors import check_choice, check_integer, check_number, inside, option
 from ghl.recipes.models import architecture
 from ghl.recipes.optimizers import OPTIMIZERS
+from ghl_kernels.files import write_text
 from ghl_kernels.rule import CHOICES, PRESETS
 
 LAYERS: dict[str, tuple[type[nn.Module], ...]] = {

@@ -10,9 +10,9 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ghl.recipes.checkpoint import write_atomic
 from ghl.recipes.disk import told_if_full
 from ghl.recipes.metrics import Row
+from ghl_kernels.files import write_atomic
 
 COLORS = ("#1f77b4", "#d62728", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b")
 

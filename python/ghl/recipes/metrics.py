@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
-from ghl.recipes.checkpoint import write_text
+from ghl_kernels.files import write_text
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ import torch
 from tqdm import tqdm
 
 from ghl.recipes import interrupts
-from ghl.recipes.checkpoint import write_text
+from ghl_kernels.files import write_text
 
 _computing = threading.Lock()
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ghl.recipes.checkpoint import write_text
+from ghl_kernels.files import write_text
 
 HEAD = (
     "# Hebbian dynamics in regularized learning, reproduced",
