@@ -133,16 +133,20 @@ void pair(Tensor x, Tensor y, Tensor g, Tensor G, Tensor H0, Tensor totals,
   p.H0 = dense(H0, sum_dtype(p.dtype), elements);
   p.totals = dense(totals, sum_dtype(p.dtype), neurons + 1);
   p.channels_last = channels_last;
-  const Workspace workspace(kernels().pair_workspace_bytes(p, threads().count));
-  kernels().pair(p, threads(), workspace.get());
+  const Kernels& chosen = kernels();  // once: another thread may choose others
+  const Threads here = threads();
+  const Workspace workspace(chosen.pair_workspace_bytes(p, here.count));
+  chosen.pair(p, here, workspace.get());
 }
 
 void logsumexp(Tensor y, Tensor lse, double tau) {
   LogsumexpParams p{activation(y), tau, dtype_of(y), nullptr};
   STD_TORCH_CHECK(p.y.size[1] > 0, "y has no neurons");
   p.lse = dense(lse, sum_dtype(p.dtype), p.y.size[0] * p.y.size[2] * p.y.size[3]);
-  const Workspace workspace(kernels().logsumexp_workspace_bytes(p, threads().count));
-  kernels().logsumexp(p, threads(), workspace.get());
+  const Kernels& chosen = kernels();
+  const Threads here = threads();
+  const Workspace workspace(chosen.logsumexp_workspace_bytes(p, here.count));
+  chosen.logsumexp(p, here, workspace.get());
 }
 
 void merge(Tensor G, Tensor H0, Tensor totals, Tensor w, Tensor update, Tensor neurons,

@@ -144,13 +144,15 @@ class PairKernel {
     const int64_t sums = (k1 - k0) * geometry_.columns;
     if (!geometry_.direct)
       clear(task.image, geometry_.channels * geometry_.height * geometry_.width);
-    clear(task.G + k0 * geometry_.columns, sums);
-    clear(task.H0 + k0 * geometry_.columns, sums);
     clear(task.totals + k0, k1 - k0);
+    if (row0 >= row1) {  // else the first tile's are the sums' first
+      clear(task.G + k0 * geometry_.columns, sums);
+      clear(task.H0 + k0 * geometry_.columns, sums);
+    }
 
     Patches<In, T> patches(p_, task.image, task.panels);
     for (int64_t row = row0; row < row1; row += kTileRows)
-      sum_tile(index, k0, k1, row, minimum(kTileRows, row1 - row), patches);
+      sum_tile(index, k0, k1, row, minimum(kTileRows, row1 - row), row > row0, patches);
   }
 
   template <class E>
@@ -158,7 +160,7 @@ class PairKernel {
     __builtin_memset(data, 0, count * sizeof(E));
   }
 
-  void sum_tile(int64_t index, int64_t k0, int64_t k1, int64_t row0, int64_t rows,
+  void sum_tile(int64_t index, int64_t k0, int64_t k1, int64_t row0, int64_t rows, bool add,
                 Patches<In, T>& patches) {
     const Task& task = tasks_[index];
     RowStatistics<T> statistics =
@@ -184,7 +186,7 @@ class PairKernel {
       const int64_t group = first / group_neurons_ - group0;
       for (int64_t column = 0; column < geometry_.columns; column += kPanel<T>)
         for (const Product& p : products)
-          sum_panel(p, k0, first, last, rows, patches.panel(group, column), column);
+          sum_panel(p, k0, first, last, rows, patches.panel(group, column), column, add);
     });
   }
 
@@ -200,12 +202,13 @@ class PairKernel {
   }
 
   void sum_panel(const Product& p, int64_t k0, int64_t first, int64_t last, int64_t rows,
-                 const T* panel, int64_t column) {
+                 const T* panel, int64_t column, bool add) {
     const int64_t columns = minimum(kPanel<T>, geometry_.columns - column);
     for (int64_t k = first; k < last; k += kMicroNeurons) {
       const int64_t neurons = minimum(kMicroNeurons, last - k);
       T* sums = p.sums + k * geometry_.columns + neurons * column;
-      multiply_microtile(rows, p.signal + (k - k0) * kNeuronStride, panel, sums, neurons, columns);
+      multiply_microtile(rows, p.signal + (k - k0) * kNeuronStride, panel, sums, neurons, columns,
+                         add);
     }
   }
 
@@ -243,15 +246,23 @@ class PairKernel {
     }
   }
 
-  // One panel of a microtile to its place in the rows, in the weight's order.
+  // One panel of a microtile to its place in the rows, in the weight's order: all channels of a tap
+  // after the other, or all taps of a channel.
   void scatter_panel(const T* panel, int64_t neurons, int64_t column, T* rows) const {
     const int64_t columns = minimum(kPanel<T>, geometry_.columns - column);
     const int64_t taps = p_.channels_last ? 1 : p_.kernel_size[0] * p_.kernel_size[1];
     const int64_t channels = geometry_.columns / taps;
-    for (int64_t c = 0; c < columns; ++c) {
-      const int64_t to = (column + c) % channels * taps + (column + c) / channels;
-      for (int64_t k = 0; k < neurons; ++k)
-        rows[k * geometry_.columns + to] = panel[k * columns + c];
+    for (int64_t k = 0; k < neurons; ++k, panel += columns, rows += geometry_.columns) {
+      if (taps == 1) {
+        __builtin_memcpy(rows + column, panel, columns * sizeof(T));
+        continue;
+      }
+      int64_t to = column % channels * taps + column / channels;
+      for (int64_t c = 0; c < columns; ++c) {
+        rows[to] = panel[c];
+        to += taps;
+        if (to >= geometry_.columns) to -= geometry_.columns - 1;  // the next tap
+      }
     }
   }
 

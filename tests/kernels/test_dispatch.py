@@ -74,6 +74,24 @@ def test_groups_of_few_neurons_are_composed_on_a_cpu(some_library: None) -> None
     assert name(2, fewest - 1) == "composed"
 
 
+def test_unknown_operators_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"operator is 'merg', .*did you mean 'merge'"):
+        ghl_kernels.last("merg")
+
+
+def test_few_rows_are_composed_on_a_cpu(some_library: None) -> None:
+    """Where its products have the precision of ours; what merges has no rows."""
+
+    def name(rows: int, dtype: torch.dtype) -> str:
+        few = dataclasses.replace(problem(), rows=rows, dtype=dtype)
+        return ghl_kernels.backend("conv2d_pair", torch.zeros(1), few).name
+
+    fewest = dispatch.FEWEST_ROWS
+    assert name(fewest, torch.float32) == name(1, torch.bfloat16) == "native"
+    assert name(fewest - 1, torch.float32) == name(1, torch.float64) == "composed"
+    assert ghl_kernels.backend("merge", torch.zeros(1)).name == "native"
+
+
 def test_a_problem_is_read_from_the_tensors_of_a_layer() -> None:
     x, y, g, w = Conv(2, 6, (7, 5), 15, (3, 2), (2, 1), (0, 1), groups=3).tensors()
     of_conv = Problem.of_conv2d(x, y, g, w, (2, 1), (0, 1), (1, 1), 3)
