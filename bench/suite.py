@@ -106,7 +106,7 @@ def stages(work: Path, out: Path, dry: bool) -> list[Stage]:
         Stage("train_step", eager, 60, 25, checks=False, environment=tables, skipped=no_gpu),
         Stage("train_step_captured", captured, 60, 25, checks=False, environment=tables,
               skipped=no_gpu),
-        Stage("monitor", tuple(monitor), 60, 30, checks=False, skipped=no_gpu),
+        Stage("monitor", tuple(monitor), 80, 30, checks=False, skipped=no_gpu),
         # last, because it ends at any time with what it has
         Stage("measure", (*measured, "--seconds", "{seconds}"), 400, 130, environment=tables),
     ]  # fmt: skip
