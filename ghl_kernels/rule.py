@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import numbers
 from collections.abc import Collection
 
 CHOICES = {
@@ -29,9 +30,9 @@ def check_choice(argument: str, value: object, choices: Collection[str]) -> None
 
 def check_tau(tau: object) -> None:
     """Raise TypeError or ValueError unless it is a number, finite and greater than 0."""
-    if isinstance(tau, bool) or not isinstance(tau, int | float):
+    if isinstance(tau, bool) or not isinstance(tau, numbers.Real):
         raise TypeError(f"tau is {tau!r}, must be a number")
-    if not 0 < tau < float("inf"):
+    if not 0 < float(tau) < float("inf"):
         raise ValueError(f"tau is {tau!r}, must be finite and greater than 0")
 
 

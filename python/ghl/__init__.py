@@ -4,6 +4,7 @@ Kernels and operators are `ghl_kernels`; recipes and the command line are loaded
 """
 
 import importlib
+import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 from ghl.layers import Conv2d, Linear
@@ -22,9 +23,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """What takes a second to import (sharded tensors, for one), when it is first used."""
+    """What takes long to import (sharded tensors: a second) or look up, when it is first used."""
     if name == "alignment":
         return importlib.import_module("ghl.alignment")
+    if name == "__version__":
+        return importlib.metadata.version("ghl-kernels")
     if name == "synchronize":
         return importlib.import_module("ghl.deferred").synchronize
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -5,6 +5,7 @@ called.
 """
 
 import argparse
+import importlib.metadata
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -257,6 +258,9 @@ def parser() -> argparse.ArgumentParser:
     """The parser of all sub-commands; `command` in its result is the chosen Command."""
     top = argparse.ArgumentParser(
         prog="ghl", description="Global-guided Hebbian learning: train, evaluate, inspect."
+    )
+    top.add_argument(
+        "--version", action="version", version="ghl " + importlib.metadata.version("ghl-kernels")
     )
     chosen = top.add_subparsers(metavar="COMMAND", required=True)
     for command in COMMANDS:

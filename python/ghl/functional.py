@@ -170,12 +170,13 @@ class Conv2dFunction(torch.autograd.Function):
         return as_rows(H0, ctx.channels_last), wanted(ctx, totals), grad_x, G, grad_b, *[None] * 7
 
 
-def note_dtype(x: Tensor, w: Tensor, sums: RawSums) -> None:
-    """Tell the merge in which dtype this forward uses the weight.
+def note_use(x: Tensor, w: Tensor, sums: RawSums) -> None:
+    """Tell the merge in which dtype and order of memory this forward uses the weight.
 
     Whatever it was told before: asked in a traced forward, that would be a guard which fails in a
     second step under autocast, and all of a model was compiled twice.
     """
+    sums.channels_last = is_channels_last(w)
     sums.compute_dtype = w.dtype if w.dtype == torch.float64 else autocast_dtype(x) or w.dtype
 
 
@@ -205,7 +206,7 @@ def signals(sums: RawSums) -> tuple[str, float, str]:
 
 def linear(x: Tensor, w: Tensor, b: Tensor | None, sums: RawSums) -> Tensor:
     """F.linear of x (..., in_features) whose backward feeds `sums`."""
-    note_dtype(x, w, sums)
+    note_use(x, w, sums)
     flat = x.dim() in (0, 2)  # 0 is an error of F.linear
     rows = x if flat else x.reshape(-1, x.shape[-1])
     y = LinearFunction.apply(sums.hebbian, sums.totals, rows, behind_leaves(w), b, *signals(sums))
@@ -224,7 +225,7 @@ def conv2d(
     sums: RawSums,
 ) -> Tensor:
     """F.conv2d of x (N, C, H, W) whose backward feeds `sums`."""
-    note_dtype(x, w, sums)
+    note_use(x, w, sums)
     return Conv2dFunction.apply(
         sums.hebbian, sums.totals, x, behind_leaves(w), b, stride, padding, dilation, groups,
         *signals(sums),

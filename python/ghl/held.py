@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.utils.hooks import unserializable_hook
 
 from ghl.guards import is_update
-from ghl.sums import RawSums
+from ghl.sums import RawSums, described
 from ghl_kernels import Rule
 from ghl_kernels.layout import is_channels_last
 
@@ -63,12 +64,13 @@ def is_owed(weight: Tensor) -> bool:
     return grad is not None and not is_update(grad) and bool(local(grad).any())
 
 
-def check_zeroed(grad: Tensor) -> None:
+def check_zeroed(weight: Tensor | None, grad: Tensor) -> None:
     """Raise unless an update was zeroed in place; a GPU aborts by itself, where a version has told
     that somebody changed it."""
+    whose = "" if weight is None else f"of {described(weight)} "
     message = (
-        "weight.grad still holds the update of the last step, to which a backward must not add: "
-        "call optimizer.zero_grad() after every optimizer.step()"
+        f"weight.grad {whose}still holds the update of the last step, to which a backward must not "
+        "add: call zero_grad() of its optimizer after every step of it"
     )
     grad_here = local(grad)
     if is_unchanged(grad) and (grad_here is grad or grad_here.any()):  # see ShardedSums._left
@@ -108,6 +110,8 @@ class HeldSums(RawSums):
     begin is called with these sums before the first of a backward's gradients is added.
     """
 
+    held = True
+
     def __init__(self, weight: nn.Parameter, rule: Rule, begin: Begin) -> None:
         super().__init__(weight, rule)
         self._half: str | None = None  # which of G and H0 has come without the other; not of shards
@@ -123,6 +127,7 @@ class HeldSums(RawSums):
         owner = weakref.ref(self)  # a leaf and its owner in a cycle would never be collected
 
         def arrives(name: str) -> Any:
+            @unserializable_hook
             def arrive(grad: Tensor) -> None:
                 if (sums := owner()) is not None and sums.live:
                     sums._arrive(name, begin)
@@ -157,7 +162,7 @@ class HeldSums(RawSums):
             self._incomplete = DROPPED
         if not self.sharded:
             channels_last = is_channels_last(weight)
-            if self._channels_last not in (None, channels_last):
+            if not {self._channels_last, self.channels_last} <= {None, channels_last}:
                 self._incomplete = REORDERED
             self._channels_last = channels_last
 
@@ -202,7 +207,7 @@ class HeldSums(RawSums):
     @torch.no_grad()
     def _free(self, update: Tensor) -> None:
         """Let a gradient that was an update, and was zeroed in place, be one again."""
-        check_zeroed(update)
+        check_zeroed(self._weight(), update)
         del update._ghl_update  # type: ignore[attr-defined]
         self.drop()
 

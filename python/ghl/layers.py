@@ -137,18 +137,23 @@ class Plastic(nn.Module):
         return sums.sharded or (sums.fits(self.weight) and self._summed is self.weight)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        if hasattr(self._parameters.get("weight"), "device_mesh") and "_rule" in self.__dict__:
-            self._let_go_of_shard()
+        self._let_go_of_exchanged()
         result = super()._apply(fn, recurse)
         self._follow_weight()
         return result
 
-    def _let_go_of_shard(self) -> None:
-        """A shard is exchanged for another in place, but not while anything refers to it weakly."""
-        if self._sums is not None and self._sums.sharded:
+    def _let_go_of_exchanged(self) -> None:
+        """A shard, or with a flag of torch's any weight, is exchanged for another in place, but not
+        while anything refers to it weakly."""
+        weight = self._parameters.get("weight")
+        in_place = torch.__future__.get_swap_module_params_on_conversion()
+        if "_rule" not in self.__dict__ or not (in_place or hasattr(weight, "device_mesh")):
+            return
+        if self._sums is not None and self._sums.held:
             raise RuntimeError(
-                "a weight that is sharded and synchronized cannot be moved or converted: call "
-                "remove() on the handle of ghl.synchronize before, and ghl.synchronize afterwards"
+                "a weight that is synchronized cannot be moved or converted in place (a sharded "
+                "one, or with set_swap_module_params_on_conversion): call remove() on the handle "
+                "of ghl.synchronize before, and ghl.synchronize afterwards"
             )
         sums: Any = RawSums.latest(self.weight)
         for layer in [self] if sums is None else [self, *sums.layers]:
@@ -156,6 +161,8 @@ class Plastic(nn.Module):
         RawSums.forget(self.weight)
 
     def _load_from_state_dict(self, *args: Any) -> None:
+        if torch.__future__.get_swap_module_params_on_conversion():
+            self._let_go_of_exchanged()
         super()._load_from_state_dict(*args)
         self._follow_weight()
 

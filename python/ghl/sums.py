@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import unserializable_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ghl.guards import check_alone, is_update, mark_update
@@ -48,13 +49,24 @@ def described(weight: Tensor) -> str:
     return " ".join([*map(repr, sorted(names)), str(tuple(weight.shape))])
 
 
+TOLD = 4  # weights that an error names
+
+CHANGED = (
+    "a layer was synchronized, converted or given another rule between a forward and its backward, "
+    "whose sums would be lost: do that before the forward"
+)
+
+
 def without_sums(weights: Sequence[Tensor]) -> str:
     """What is said of weights with a gradient that must not pass for an update."""
+    names = [described(weight) for weight in weights[:TOLD]]
+    more = f" and {len(weights) - TOLD} others" if len(weights) > TOLD else ""
     return (
-        f"weight.grad of {', '.join(map(described, weights))} holds an ordinary gradient, because "
-        "no layer with a rule gave the sums for an update: call backward() without inputs=, use "
-        "the weight through its layer, not a trace of it, and let a penalty on gradients share "
-        "the backward of a loss (or give the layer rule='bp', or leave it out of the swap)"
+        f"weight.grad of {', '.join(names)}{more} holds an ordinary gradient, because no layer "
+        "with a rule gave the sums for an update: call backward() without inputs=, use the weight "
+        "through its layer, not a trace of it, and let a penalty on gradients share the backward "
+        "of a loss (or give the layer rule='bp', or leave it out of the swap: exclude=['*attn*'] "
+        "where attention uses weights without calling their layers)"
     )
 
 
@@ -64,10 +76,12 @@ class RawSums:
     hebbian (out_channels, rest) and totals (out_channels + 1) are leaves whose gradients are H0,
     in the memory order of the weight, and the sums of u with the number of rows; totals is None
     where these sums do without.
-    compute_dtype: the dtype in which the latest forward used the weight.
+    compute_dtype, channels_last: the dtype and memory order in which the latest forward used the
+    weight.
     """
 
     sharded = False  # whether forwards see another tensor than the weight
+    held = False  # until a step, by ghl.synchronize
 
     def __init__(self, weight: nn.Parameter, rule: Rule) -> None:
         self.rule = rule
@@ -76,6 +90,7 @@ class RawSums:
         self.live = True
         self.layers: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self.compute_dtype = weight.dtype
+        self.channels_last: bool | None = None
         self._weight = weakref.ref(weight)
         self._maker: Callable[..., RawSums] = _makers.get(weight, ImmediateSums)
         self._hooks: list[Any] = []
@@ -86,6 +101,10 @@ class RawSums:
         self.hebbian = number.expand(out_channels, torch.Size(rest).numel()).requires_grad_()
         self.totals: Any = number.expand(out_channels + 1).requires_grad_()
         self.hebbian._ghl_weight = weakref.ref(weight)  # type: ignore[attr-defined]
+
+    def __deepcopy__(self, memo: dict) -> None:
+        """None: a copy of a layer makes sums of its own weight. A parametrized one copies all that
+        it has, whatever Plastic.__getstate__ says."""
 
     @classmethod
     def of(cls, weight: nn.Parameter, rule: Rule, layer: nn.Module) -> RawSums:
@@ -163,10 +182,7 @@ def check_pair(hebbian: Tensor, used: Tensor) -> None:
     present = RawSums.present(weight)
     replaced = present is not None and present.hebbian is not hebbian
     if replaced or is_channels_last(weight) != is_channels_last(used):
-        raise RuntimeError(
-            "a layer was synchronized, converted or given another rule between a forward and its "
-            "backward, whose sums would be lost: do that before the forward"
-        )
+        raise RuntimeError(CHANGED)
 
 
 class ImmediateSums(RawSums):
@@ -182,9 +198,11 @@ class ImmediateSums(RawSums):
         leaves = {name: leaf for name, leaf in leaves.items() if leaf is not None}
         self._awaited = {"G"} if rule.gate == "sign_only" else {"G", *leaves}
         self._before: Tensor | None = None  # whether weight.grad was in the way of a backward
-        self._handed_out = False  # an update, which zero_grad has not taken away since
+        # an update; or numbers of before, which zero_grad has not taken away since
+        self._handed_out = weight.grad is not None
         owner = weakref.ref(self)
 
+        @unserializable_hook
         def look(gradient: Tensor) -> None:
             if (sums := owner()) is not None:
                 sums._look()
@@ -227,16 +245,16 @@ class ImmediateSums(RawSums):
         if not self.layers:
             return
         if before is not None and before:
-            self._refuse("a copy of an update")
+            self._refuse("a copy of an update, or a gradient of before its rule,")
         check_alone(weight)
         self._arrive("G", weight.grad)
         if not self._arrived:
             return
         if len(weight._post_accumulate_grad_hooks) > 1:  # type: ignore[attr-defined]
             raise RuntimeError(
-                "weight has a post-accumulate-grad hook of its own, which would see the ordinary "
-                "gradient: under torch.compile sums may arrive after the gradient; run this layer "
-                "without torch.compile, or use the update after backward()"
+                f"weight {described(weight)} has a post-accumulate-grad hook of its own, which "
+                "would see the ordinary gradient: under torch.compile sums may arrive after the "
+                "gradient; run this layer without torch.compile, or use the update after backward()"
             )
         torch.autograd.Variable._execution_engine.queue_callback(self._check_complete)
 
@@ -252,7 +270,8 @@ class ImmediateSums(RawSums):
             "updates must not be added: call optimizer.zero_grad() (set_to_none=True, the default) "
             "before every backward, or for gradient accumulation call ghl.synchronize(model, "
             "optimizer) once before training; a weight that the optimizer does not have wants "
-            "model.zero_grad(), requires_grad_(False) or rule='bp'"
+            "model.zero_grad(), requires_grad_(False) or rule='bp' (a reentrant checkpoint is a "
+            "backward of its own)"
         )
 
     def _check_complete(self) -> None:
@@ -282,6 +301,8 @@ class ImmediateSums(RawSums):
         self._arrived[name] = sums
         weight = self._weight()
         if weight is not None and self._awaited <= self._arrived.keys():
+            if self.channels_last not in (None, is_channels_last(weight)):
+                raise RuntimeError(CHANGED)  # which check_pair does not see of a compiled graph
             arrived, self._arrived = self._arrived, {}
             weight.grad = self._merge(weight.detach(), arrived)
 

@@ -10,12 +10,15 @@ import dataclasses
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from numbers import Real
 from typing import Any
 
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from ghl.guards import is_update
 from ghl.layers import Conv2d, Linear, Plastic, check_module
+from ghl.sums import RawSums
 from ghl_kernels import Rule
 
 COUNTERPARTS: dict[type[nn.Module], type[Plastic]] = {nn.Conv2d: Conv2d, nn.Linear: Linear}
@@ -55,7 +58,8 @@ def swap(
         they may compute differently.
     exclude: names or patterns of layers to leave as they are, or of modules that hold them.
 
-    Layers that already have a rule get the new one. Of a weight that other layers use without a
+    Layers that already have a rule get the new one. A frozen layer is left as it is, also once it
+    is thawed: freeze it after the swap, or swap again. Of a weight that other layers use without a
     rule, an nn.Embedding say, G is of all uses and H of the layers that have one.
 
     Raises ValueError, before anything changes, for a model with nothing to swap, for a name or
@@ -73,13 +77,14 @@ def swap(
     if not layers:
         names = " or ".join(t.__name__ for t in types)
         raise ValueError(f"model is {type(model).__name__} without a {names} layer to swap")
-    if tau is not None and not isinstance(tau, (int, float, Mapping)):
+    if tau is not None and not isinstance(tau, (Real, Mapping)):
         raise TypeError(f"tau is {tau!r}, must be a number or a {{layer name or pattern: number}}")
-    taus = {"*": tau} if isinstance(tau, (int, float)) else dict(tau or {})
+    taus = {"*": tau} if isinstance(tau, Real) else dict(tau or {})
     check_patterns("exclude", exclude, [n for names in named.values() for n in names], "module")
     check_patterns("tau", taus, [n for m in layers.values() for n in named[m]], "layer")
 
     skipped = {n: why for n, m in layers.items() if (why := reason_to_skip(m, named[m], exclude))}
+    skipped |= of_functions(modules, types)
     swapped = {n: with_tau(rule, named[m], taus) for n, m in layers.items() if n not in skipped}
     if not swapped:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
@@ -97,7 +102,8 @@ def swap(
 def unswap(model: nn.Module) -> list[str]:
     """Turn every ghl layer of `model` back into its torch.nn base, in place; returns names.
 
-    A subclass of one, as a parametrization makes it, keeps its class and gets the rule `bp`.
+    A subclass of one, as a parametrization makes it, keeps its class and gets the rule `bp`. An
+    update in weight.grad, to which ordinary gradients must not be added, is dropped.
     """
     check_module(model)
     plastic = [(n, m) for n, m in model.named_modules() if isinstance(m, Plastic)]
@@ -112,7 +118,12 @@ def unswap(model: nn.Module) -> list[str]:
 
 
 def forget_rule(layer: Any) -> None:
+    weight = layer._parameters.get("weight")
     layer._detach()
+    if weight is not None and RawSums.present(weight) is None:
+        RawSums.forget(weight)
+        if is_update(weight.grad):
+            weight.grad = None
     for attribute in ("_rule", "_sums", "_summed", "_swapped_as"):
         layer.__dict__.pop(attribute, None)
 
@@ -195,6 +206,17 @@ def reason_to_skip(module: nn.Module, names: Sequence[str], exclude: Sequence[st
     if not weight.requires_grad:
         return "its weight is frozen"
     return None
+
+
+def of_functions(
+    modules: Mapping[str, nn.Module], types: tuple[type[nn.Module], ...]
+) -> dict[str, str]:
+    """What is no layer, though one of these types would compute the same, with the reason."""
+    return {
+        f"{name}.in_proj".lstrip("."): "is computed by a function, not by a layer"
+        for name, module in modules.items()
+        if nn.Linear in types and isinstance(module, nn.MultiheadAttention)
+    }
 
 
 def with_tau(rule: Rule, names: Sequence[str], taus: Mapping[str, float]) -> Rule:

@@ -14,6 +14,8 @@ def stepping(optimizer: Any) -> Optimizer:
     found = optimizer
     while (inner := inside(found)) is not None:
         found = inner
+    if isinstance(found, Optimizer) and hasattr(found, "_optimizer_step_pre_hooks"):
+        found._patch_step_function()  # as zero_grad does where no __init__ has: timm's Lookahead
     if not (isinstance(found, Optimizer) and steps_with_hooks(found)):
         kind = type(optimizer).__name__
         raise TypeError(f"optimizer is a {kind}, must be a torch.optim.Optimizer, or hold one")

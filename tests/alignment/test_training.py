@@ -286,6 +286,23 @@ def test_a_step_within_a_step_is_one():
         assert found["update"]["inner"] == pytest.approx(float((change * B).sum()))
 
 
+def test_an_evaluation_with_a_graph_is_no_use():
+    """Whose gradient would be missed; that of a probe in the middle of a step."""
+    model, x = nn.Sequential(nn.Linear(4, 3)), torch.randn(5, 4)
+    optimizer, reports = torch.optim.SGD(model.parameters(), 0.0), []
+    with Monitor(model) as monitor:
+        for evaluates in (False, True):
+            if evaluates:
+                model.eval()(x)
+                model.train()
+            optimizer.zero_grad()
+            model(x).square().sum().backward()
+            optimizer.step()
+            reports.append(monitor.report()["0"])
+    assert not {"layer"} & reports[1]["gaps"].keys()
+    assert reports[0]["batch"]["cosine"] == reports[1]["batch"]["cosine"]
+
+
 def test_a_step_that_raised_is_forgotten():
     model = nn.Sequential(nn.Linear(3, 2))
     optimizer = torch.optim.SGD(model.parameters(), 0.1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 
 from ghl_kernels import PRESETS, Rule
@@ -80,9 +81,10 @@ def test_tau_must_be_a_number(tau: object) -> None:
         Rule(tau=tau)
 
 
-def test_integer_tau_is_the_same_rule() -> None:
-    assert Rule(tau=2) == Rule(tau=2.0)
-    assert isinstance(Rule(tau=2).tau, float)
+@pytest.mark.parametrize("tau", [2, np.float32(2), np.int64(2)])
+def test_a_number_of_another_kind_is_the_same_rule(tau: float) -> None:
+    assert Rule(tau=tau) == Rule(tau=2.0)
+    assert type(Rule(tau=tau).tau) is float
 
 
 def test_rules_are_immutable_and_hashable() -> None:

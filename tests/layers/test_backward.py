@@ -67,6 +67,24 @@ def test_gradient_set_before_the_first_backward():
     assert layer.weight.grad.eq(-1).all()
 
 
+@pytest.mark.parametrize("by", ["swap", "rule"])
+def test_gradient_of_before_the_rule_is_not_merged(by):
+    """It has no H0; zeros are none."""
+    torch.manual_seed(2)
+    layer = nn.Linear(5, 4) if by == "swap" else ghl.Linear(5, 4, rule="bp")
+    net, x = nn.Sequential(layer), torch.randn(7, 5)
+    net(x).square().sum().backward()
+    if by == "swap":
+        ghl.swap(net, types=nn.Linear)
+    else:
+        layer.rule = "ghl"
+    with pytest.raises(RuntimeError, match="a gradient of before its rule, when another backward"):
+        net(x).square().sum().backward()
+    net.zero_grad(set_to_none=False)
+    net(x).square().sum().backward()
+    assert layer.weight.grad.abs().max() == 1
+
+
 def test_a_weight_frozen_since_the_forward_has_no_gradient():
     layer = ghl.Linear(4, 3)
     loss = layer(torch.randn(5, 4)).square().sum()

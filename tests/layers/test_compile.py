@@ -164,6 +164,19 @@ def test_after_a_state_was_assigned():
         torch.testing.assert_close(given[name], expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("synchronized", [False, True])
+def test_memory_format_changed_between_a_forward_and_its_backward(synchronized):
+    model = nn.Sequential(ghl.Conv2d(3, 8, 3), nn.ReLU(), ghl.Conv2d(8, 4, 3))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    if synchronized:
+        ghl.synchronize(model, optimizer)
+    loss = torch.compile(model)(torch.randn(2, 3, 9, 9)).square().sum()
+    model.to(memory_format=torch.channels_last)
+    with pytest.raises(RuntimeError, match=r"sums would be lost|memory format"):
+        loss.backward()
+        optimizer.step()
+
+
 def test_no_grad():
     """Without gradients the traced model is the plain one."""
     model, x = small_net(), torch.randn(INPUTS[small_net])

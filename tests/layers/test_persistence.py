@@ -74,6 +74,51 @@ def test_copy_is_complete_and_separate(copied, used):
     assert model[0].rule == RULE
 
 
+class Twice(nn.Module):
+    def forward(self, b):
+        return 2 * b
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_copy_of_a_layer_with_a_parametrized_bias(compiled):
+    """It is copied by torch's class, with all that a layer has."""
+    model, x = nn.Sequential(ghl.Linear(4, 3)), torch.randn(5, 4)
+    nn.utils.parametrize.register_parametrization(model[0], "bias", Twice())
+    twin, found = copy.deepcopy(model), []
+    for one in (model, twin):
+        run = torch.compile(one, backend="aot_eager") if compiled else one
+        run(x).square().sum().backward()
+        found.append(one[0].weight.grad)
+    assert torch.equal(*found) and found[0].abs().max() == 1
+
+
+@pytest.fixture
+def exchanged_in_place():
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    yield
+    torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+def test_conversion_that_exchanges_tensors_in_place(exchanged_in_place):
+    """torch exchanges nothing that has weak references."""
+    made, model = net(torch.float64), net()
+    made.load_state_dict(model.state_dict())
+    updates(model)
+    model.double().load_state_dict(made.state_dict())
+    for a, b in zip(updates(model, torch.float64), updates(made, torch.float64), strict=True):
+        assert torch.equal(a, b)
+    model.zero_grad()
+    ghl.unswap(model)
+    model.float()
+    ghl.swap(model)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    handle = ghl.synchronize(model, optimizer)
+    with pytest.raises(RuntimeError, match=r"converted in place.*: call remove\(\)"):
+        model.double()
+    handle.remove()
+    model.double()
+
+
 @pytest.mark.parametrize("copied", COPIES)
 def test_tied_weights_stay_tied(copied):
     """Copies of layers with one weight share one weight and its sums."""

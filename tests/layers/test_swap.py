@@ -273,3 +273,24 @@ def test_unswap_of_parametrized_layers():
     (3 * model[0](torch.ones(1, 4))).sum().backward()
     assert model[0].weight.grad.eq(3).all()
     model[1](torch.ones(1, 1, 4, 4)).sum().backward()
+
+
+def test_unswap_drops_an_update():
+    """A later backward adds an ordinary gradient to none."""
+    net, x = nn.Sequential(nn.Linear(4, 3)), torch.randn(5, 4)
+    net(x).square().sum().backward()
+    expected = net[0].weight.grad
+    net.zero_grad()
+    ghl.swap(net, types=nn.Linear)
+    net(x).square().sum().backward()
+    ghl.unswap(net)
+    assert net[0].weight.grad is None
+    net(x).square().sum().backward()
+    assert torch.equal(net[0].weight.grad, expected)
+
+
+def test_a_report_names_what_attention_computes_without_layers():
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    report = ghl.swap(layer, types=nn.Linear)
+    assert report.skipped["self_attn.in_proj"] == "is computed by a function, not by a layer"
+    assert "self_attn.in_proj" not in ghl.swap(nn.Conv2d(1, 1, 1)).skipped

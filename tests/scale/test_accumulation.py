@@ -223,7 +223,7 @@ def test_forgotten_zero_grad_is_an_error():
     model, optimizer, _ = synchronized()
     backward(model, "conv", 0)
     optimizer.step()
-    with pytest.raises(RuntimeError, match=r"call optimizer.zero_grad\(\) after every"):
+    with pytest.raises(RuntimeError, match=r"call zero_grad\(\) of its optimizer after"):
         backward(model, "conv", 1)
     optimizer.zero_grad()
     backward(model, "conv", 1)

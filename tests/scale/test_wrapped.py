@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+import timm.optim
 from torch import nn
 from torch.optim import SGD, Optimizer
 
@@ -60,6 +61,20 @@ def test_updates_are_those_of_the_optimizer_inside(around):
             optimizer.step()
         found.append(grads(model))
     assert_close(*found)
+
+
+def test_an_optimizer_that_has_yet_to_see_its_first_zero_grad():
+    """timm's Lookahead calls no __init__ of Optimizer's, which makes steps call hooks."""
+    model = make("conv")
+    optimizer = timm.optim.Lookahead(SGD(model.parameters(), 0.02))
+    ghl.synchronize(model, optimizer)
+    backward(model, "conv", 0)
+    optimizer.step()
+    reference = make("conv")
+    ghl.synchronize(reference, inner := SGD(reference.parameters(), 0.02))
+    backward(reference, "conv", 0)
+    inner.step()
+    assert_close(grads(model), grads(reference))
 
 
 class Own(SGD):

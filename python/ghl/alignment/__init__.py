@@ -3,6 +3,7 @@
 `Monitor` measures any model while it trains; where measurements go is in `sinks`.
 """
 
+from ghl.alignment import sinks
 from ghl.alignment.monitor import Monitor
 
-__all__ = ["Monitor"]
+__all__ = ["Monitor", "sinks"]

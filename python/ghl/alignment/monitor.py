@@ -299,7 +299,7 @@ class Monitor:
             sums.add(use, None)
             return
         recomputed = torch._C._current_graph_task_id() != -1  # by activation checkpointing
-        sums.uses += not recomputed
+        sums.uses += training and not recomputed  # of an evaluation no gradient need come
         if use.leaf.requires_grad and track in self._accumulating:
             self._accumulating[track].turn(True)
         if not use.leaf.requires_grad:

@@ -273,8 +273,9 @@ class Trainer:
         """What the rule trains, as a run tells it."""
         layers = [m for m in self.model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
         ours = [m for m in layers if isinstance(m, Plastic)]
-        numbers, own = (sum(m.weight.numel() for m in some) for some in (layers, ours))
-        return f"{len(ours)} of {len(layers)} layers with {own / numbers:.1%} of their weights"
+        own = sum(m.weight.numel() for m in ours)
+        numbers = sum(p.numel() for p in self.model.parameters() if p.dim() > 1)
+        return f"{len(ours)} of {len(layers)} layers with {own / numbers:.1%} of all weights"
 
     def rule_fields(self) -> dict[str, Any]:
         """The four choices of the rule, and its temperature as the settings give it."""
