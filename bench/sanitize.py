@@ -21,9 +21,10 @@ import ghl_kernels
 from ghl.bench.check import Expected, wrong_sums
 from ghl.bench.clock import precision
 from ghl.bench.layers import Layer
-from ghl_kernels import Problem, composed, dispatch, splits, tiles
+from ghl_kernels import Problem, composed, dispatch, splits
 from ghl_kernels.cuda import kernels
-from ghl_kernels.tiles import Entry, Tile
+from ghl_kernels.tuning import tiles
+from ghl_kernels.tuning.tiles import Entry, Tile
 
 LAYERS = (
     Layer("linear, whole rows", 1000, 72, 40, linear=True),

@@ -27,7 +27,7 @@ from bench.step_profile import of_gpu
 from ghl.bench.clock import Timing
 from ghl.bench.report import provenance, write_json
 from ghl.recipes import models
-from ghl_kernels.tiles import gpu_name
+from ghl_kernels.tuning.tiles import gpu_name
 
 CLASSES = 1000
 TAU = 1.0

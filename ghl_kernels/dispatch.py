@@ -20,12 +20,13 @@ import torch
 from torch import Tensor
 
 from ghl_kernels import library as libraries
-from ghl_kernels import player, tiles, trial
 from ghl_kernels.cuda import kernels
 from ghl_kernels.library import Library
 from ghl_kernels.problem import Problem, dot_precision
 from ghl_kernels.rule import check_choice
-from ghl_kernels.tiles import BY_CUDA, BY_PATCHES, BY_SM90, BY_TRITON, Entry
+from ghl_kernels.tapes import player
+from ghl_kernels.tuning import tiles, trial
+from ghl_kernels.tuning.tiles import BY_CUDA, BY_PATCHES, BY_SM90, BY_TRITON, Entry
 
 IMPLEMENTATIONS = {
     "native": "ghl_kernels.native",

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ghl_kernels import checks, composed, dispatch, player
+from ghl_kernels import checks, composed, dispatch
 from ghl_kernels.checks import sum_dtype
 from ghl_kernels.composed import Triple, Triples
 from ghl_kernels.layout import from_rows
@@ -23,8 +23,9 @@ from ghl_kernels.registration import (
     on_their_device,
     without_derivative,
 )
-from ghl_kernels.replay import replayed
 from ghl_kernels.rule import CHOICES, check_choice, check_tau, totals_for
+from ghl_kernels.tapes import player
+from ghl_kernels.tapes.replay import replayed
 
 Tensors = Sequence[Tensor]
 Geometry = tuple[Sequence[int], Sequence[int], Sequence[int], int]  # stride to groups

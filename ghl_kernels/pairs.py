@@ -17,7 +17,7 @@ from ghl_kernels.composed import Triple
 from ghl_kernels.fold import Fold, fold_images
 from ghl_kernels.problem import Problem
 from ghl_kernels.splits import Partials
-from ghl_kernels.tiles import Tile
+from ghl_kernels.tuning.tiles import Tile
 
 
 class Task(NamedTuple):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ghl_kernels.layout import empty_rows, is_channels_last, like_weight
 from ghl_kernels.problem import Problem
-from ghl_kernels.tiles import Tile, programs
+from ghl_kernels.tuning.tiles import Tile, programs
 
 FEWEST_BLOCKS = 4  # of rows that a split is worth
 STRINGING = 1.08  # times the work of a GPU evenly filled that are worth the parts it takes

@@ -21,8 +21,9 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
 
 import ghl_kernels
-from ghl_kernels import composed, dispatch, fold, layout, library, merges, native, splits, tape
+from ghl_kernels import composed, dispatch, fold, layout, library, merges, native, splits
 from ghl_kernels.cuda import kernels
+from ghl_kernels.tapes import tape
 
 settings.register_profile(
     "ghl",

@@ -60,8 +60,8 @@ const Driver& driver() {
 
 extern "C" {
 
-// One parameter, as ghl_kernels/launches.py has it. Numbers are bytes; an address is that of a
-// tensor of the call plus an offset; a tensor map describes what lies at such an address, its
+// One parameter, as ghl_kernels/tapes/launches.py has it. Numbers are bytes; an address is that of
+// a tensor of the call plus an offset; a tensor map describes what lies at such an address, its
 // dimensions from the innermost on.
 struct GhlParameter {
   enum Kind : int32_t { kNumber, kAddress, kTensorMap };

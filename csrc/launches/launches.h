@@ -1,4 +1,4 @@
-// What csrc/replay and ghl_kernels/launches.py have of this library.
+// What csrc/replay and ghl_kernels/tapes/launches.py have of this library.
 #pragma once
 
 #include <cstdint>

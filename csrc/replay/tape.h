@@ -1,6 +1,6 @@
 // The steps of a call, done again for other tensors that lie alike, without Python.
 //
-// What ghl_kernels/tape.py plays where this was not built; it says there what a tape is.
+// What ghl_kernels/tapes/tape.py plays where this was not built; it says there what a tape is.
 #pragma once
 
 #include <ATen/core/dispatch/Dispatcher.h>

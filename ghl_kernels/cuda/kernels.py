@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ghl_kernels import layout, tiles
+from ghl_kernels import layout
 from ghl_kernels import library as libraries
 from ghl_kernels.compiled import code, logsumexp_by
 from ghl_kernels.fold import Fold
@@ -22,7 +22,8 @@ from ghl_kernels.merges import Layer, foreach_merge_of, merge_of
 from ghl_kernels.pairs import Kernels, Task, as_it_lies
 from ghl_kernels.problem import Problem, dot_precision
 from ghl_kernels.splits import Partials
-from ghl_kernels.tiles import BY_SM90, Entry, Tile
+from ghl_kernels.tuning import tiles
+from ghl_kernels.tuning.tiles import BY_SM90, Entry, Tile
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # in the order of csrc/cuda/params.h
 MOST_TILES = 16  # that are asked for; the numbers of tiles have no gaps

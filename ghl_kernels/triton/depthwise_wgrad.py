@@ -13,11 +13,11 @@ import triton.language as tl
 
 from ghl_kernels.pairs import Task
 from ghl_kernels.splits import Partials
-from ghl_kernels.tiles import programs
 from ghl_kernels.triton.competition import u_of_tile
 from ghl_kernels.triton.conv_wgrad import first_taps, image_arguments, is_on_image
 from ghl_kernels.triton.launch import launch
 from ghl_kernels.triton.logsumexp import Statistics, statistics
+from ghl_kernels.tuning.tiles import programs
 
 
 @triton.jit(do_not_specialize=["M"])  # a smaller last batch is no new kernel

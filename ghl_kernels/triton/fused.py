@@ -9,12 +9,11 @@ from typing import Any
 
 from torch import Tensor
 
-from ghl_kernels import layout, tiles
+from ghl_kernels import layout
 from ghl_kernels.composed import update_of
 from ghl_kernels.pairs import Kernels, Task, as_it_lies, pair_by
 from ghl_kernels.problem import Problem
 from ghl_kernels.splits import Partials
-from ghl_kernels.tiles import Tile
 from ghl_kernels.triton.conv_wgrad import conv_wgrad
 from ghl_kernels.triton.depthwise_wgrad import depthwise_wgrad
 from ghl_kernels.triton.fold import fold_images
@@ -23,6 +22,8 @@ from ghl_kernels.triton.linear_wgrad import linear_wgrad
 from ghl_kernels.triton.logsumexp import logsumexp
 from ghl_kernels.triton.merge import merge
 from ghl_kernels.triton.split_k import sum_splits
+from ghl_kernels.tuning import tiles
+from ghl_kernels.tuning.tiles import Tile
 
 __all__ = ["foreach_merge", "logsumexp", "merge", "pair", "update"]
 

@@ -8,8 +8,8 @@ from typing import Any
 from torch.utils._python_dispatch import _disable_current_modes
 from triton import knobs
 
-from ghl_kernels.launches import ADDRESS, Kernel, Kind, TensorMap
-from ghl_kernels.recorder import recorder
+from ghl_kernels.tapes.launches import ADDRESS, Kernel, Kind, TensorMap
+from ghl_kernels.tapes.recorder import recorder
 
 CODES = {
     "i1": "b", "i8": "b", "i16": "h", "i32": "i", "i64": "q",

@@ -13,18 +13,19 @@ import itertools
 import torch
 from torch import Tensor
 
-from ghl_kernels import layout, tiles
+from ghl_kernels import layout
 from ghl_kernels.composed import update_of
 from ghl_kernels.pairs import Kernels, Task, pair_by
 from ghl_kernels.problem import Problem
 from ghl_kernels.splits import Partials
-from ghl_kernels.tiles import ALIGNED, Tile
 from ghl_kernels.triton.foreach_merge import foreach_merge
 from ghl_kernels.triton.logsumexp import logsumexp
 from ghl_kernels.triton.merge import merge
 from ghl_kernels.triton.patches import empty_patches, lay_patches
 from ghl_kernels.triton.split_k import sum_splits
 from ghl_kernels.triton.stored import stored_u
+from ghl_kernels.tuning import tiles
+from ghl_kernels.tuning.tiles import ALIGNED, Tile
 
 __all__ = ["foreach_merge", "logsumexp", "merge", "pair", "update"]
 

@@ -22,11 +22,11 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ghl_kernels.pairs import Task
 from ghl_kernels.problem import dot_precision
 from ghl_kernels.splits import Partials
-from ghl_kernels.tiles import programs
 from ghl_kernels.triton.competition import exponent_scale, u_of_tile
 from ghl_kernels.triton.launch import launch
 from ghl_kernels.triton.logsumexp import Statistics, statistics
 from ghl_kernels.triton.split_k import without_spills
+from ghl_kernels.tuning.tiles import programs
 
 
 @triton.jit

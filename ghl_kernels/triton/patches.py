@@ -14,8 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ghl_kernels.problem import Problem
-from ghl_kernels.tiles import ALIGNED
 from ghl_kernels.triton.launch import launch
+from ghl_kernels.tuning.tiles import ALIGNED
 
 BLOCK_ROWS, LARGEST_BLOCK_CHANNELS = 128, 32
 

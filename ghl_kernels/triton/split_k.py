@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ghl_kernels.problem import Problem, dot_precision
 from ghl_kernels.splits import Partials
-from ghl_kernels.tiles import ALIGNED, Tile
 from ghl_kernels.triton.launch import launch
+from ghl_kernels.tuning.tiles import ALIGNED, Tile
 
 BLOCK_NUMBERS = 128
 MOST_SPLITS_AT_ONCE = 64

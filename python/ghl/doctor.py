@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 import ghl_kernels
-from ghl_kernels import launches, library, player
+from ghl_kernels import library
 from ghl_kernels.library import Library
+from ghl_kernels.tapes import launches, player
 
 PACKAGES = ("ghl-kernels", "torch", "torchvision", "triton", "numpy", "scikit-learn", "matplotlib")
 FLOATS = {"cpu": torch.float32, "cuda": torch.bfloat16}

@@ -1,6 +1,6 @@
 """What ranks do together: add up tensors in few messages, and make sure that they agree.
 
-Which tensors these are is `ghl.merging`'s business, and when is `ghl.deferred`'s.
+Which tensors these are is `ghl.deferred.merging`'s business, and when is `ghl.deferred`'s.
 """
 
 from __future__ import annotations

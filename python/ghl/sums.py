@@ -3,7 +3,7 @@
 The sums are linear in the data, the merge is not: however often a layer is used in a forward,
 autograd adds its sums, and the update is made where gradients of a weight have been accumulated.
 H0 and totals ride through autograd as gradients of two leaves that own no memory. Sums that
-outlive a backward are `ghl.held`.
+outlive a backward are `ghl.deferred.held`.
 """
 
 from __future__ import annotations

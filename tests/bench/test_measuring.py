@@ -17,8 +17,9 @@ from ghl.bench.implementations import call, names
 from ghl.bench.layers import Layer
 from ghl.bench.measure import Bench, Row, summarize
 from ghl.bench.report import cell, refusals, table
-from ghl_kernels import composed, tiles
-from ghl_kernels.tiles import Entry, Tile
+from ghl_kernels import composed
+from ghl_kernels.tuning import tiles
+from ghl_kernels.tuning.tiles import Entry, Tile
 
 CPU = torch.device("cpu")
 CONV = Layer("conv", 2, 5, 7, (6, 5), (3, 3), (2, 2), (1, 1), tau=0.5, count=3)

@@ -19,10 +19,11 @@ from ghl.bench.clock import WallClock
 from ghl.bench.layers import Layer, layers_of
 from ghl.bench.tuning import Tuned, compile_all, compiled_alike, layers_to_tune, tune_layers
 from ghl.cli import WORKLOADS
-from ghl_kernels import Problem, dispatch, tiles, tune
-from ghl_kernels.tiles import Entry, Table, Tile
+from ghl_kernels import Problem, dispatch
 from ghl_kernels.triton import fused, stored
-from ghl_kernels.tune import Attempt
+from ghl_kernels.tuning import tiles, tune
+from ghl_kernels.tuning.tiles import Entry, Table, Tile
+from ghl_kernels.tuning.tune import Attempt
 
 SHIPPED = Table.read(tiles.SHIPPED / "sm90.json")
 HALF = Table("16 bits", None, tuple(e for e in SHIPPED.entries if e.bits == 16))

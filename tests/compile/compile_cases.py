@@ -15,15 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ghl_kernels import tiles
 from ghl_kernels.fold import Fold
 from ghl_kernels.problem import Problem
-from ghl_kernels.tiles import SHIPPED, Entry, Table, Tile
 from ghl_kernels.triton import fused, merge, store_u, stored
 from ghl_kernels.triton.fold import fold_images
 from ghl_kernels.triton.foreach_merge import foreach_merge
 from ghl_kernels.triton.patches import empty_patches, lay_patches
-from ghl_kernels.tune import TILES
+from ghl_kernels.tuning import tiles
+from ghl_kernels.tuning.tiles import SHIPPED, Entry, Table, Tile
+from ghl_kernels.tuning.tune import TILES
 
 ARCHITECTURES = (80, 90, 100)
 DTYPES = {16: torch.bfloat16, 32: torch.float32}

@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from ghl_kernels.tiles import Tile
+from ghl_kernels.tuning.tiles import Tile
 
 WORKERS = 2
 EVENTS = (

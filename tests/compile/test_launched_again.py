@@ -14,7 +14,7 @@ import pytest
 from compile_cases import OTHERS, WGRAD
 from test_compiled_kernels import HERE, environment_with
 
-from ghl_kernels import launches, player
+from ghl_kernels.tapes import launches, player
 
 compiler = shutil.which("c++") or shutil.which("g++")
 pytestmark = [

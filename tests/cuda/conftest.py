@@ -18,11 +18,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))  # cases, and checks of results
 
-from ghl_kernels import dispatch, library, splits, tiles
+from ghl_kernels import dispatch, library, splits
 from ghl_kernels.cuda import kernels
 from ghl_kernels.library import Library
 from ghl_kernels.problem import Problem
-from ghl_kernels.tiles import Table, Tile
+from ghl_kernels.tuning import tiles
+from ghl_kernels.tuning.tiles import Table, Tile
 
 ROOT = Path(__file__).parents[2]
 BUILD = ROOT / "build" / "emulated"

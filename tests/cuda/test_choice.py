@@ -10,10 +10,11 @@ import pytest
 import torch
 
 import ghl_kernels
-from ghl_kernels import Backend, Problem, dispatch, library, tiles, trial
+from ghl_kernels import Backend, Problem, dispatch, library
 from ghl_kernels.cuda import kernels
 from ghl_kernels.library import Library
-from ghl_kernels.tiles import Entry, Table, Tile
+from ghl_kernels.tuning import tiles, trial
+from ghl_kernels.tuning.tiles import Entry, Table, Tile
 
 GPU = torch.device("cuda", 0)
 HALF = torch.float16

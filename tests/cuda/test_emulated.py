@@ -11,10 +11,11 @@ import torch
 from cases import LAYOUTS, Conv, Layer, Linear, assert_pair, problem_of
 
 import ghl_kernels
-from ghl_kernels import Problem, Rule, composed, tiles
+from ghl_kernels import Problem, Rule, composed
 from ghl_kernels.cuda import kernels
 from ghl_kernels.pairs import Task
 from ghl_kernels.splits import Partials
+from ghl_kernels.tuning import tiles
 
 pytestmark = pytest.mark.usefixtures("emulated")
 HALF, BFLOAT, FLOAT = torch.float16, torch.bfloat16, torch.float32

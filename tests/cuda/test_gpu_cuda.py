@@ -12,9 +12,10 @@ import torch
 from cases import Conv, Layer, Linear, assert_pair, problem_of
 
 import ghl_kernels
-from ghl_kernels import Rule, dispatch, splits, tiles
+from ghl_kernels import Rule, dispatch, splits
 from ghl_kernels.cuda import kernels
-from ghl_kernels.tiles import Entry
+from ghl_kernels.tuning import tiles
+from ghl_kernels.tuning.tiles import Entry
 
 DTYPES = torch.float32, torch.bfloat16, torch.float16
 LAYERS: dict[str, Layer] = {

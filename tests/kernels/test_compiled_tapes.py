@@ -9,8 +9,8 @@ import torch
 from test_player import assert_same
 from torch import Tensor
 
-from ghl_kernels import player, tape
-from ghl_kernels.recorder import record
+from ghl_kernels.tapes import player, tape
+from ghl_kernels.tapes.recorder import record
 
 pytestmark = pytest.mark.skipif(player.module() is None, reason="csrc/replay is not built for this")
 

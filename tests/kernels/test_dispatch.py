@@ -15,9 +15,10 @@ import torch
 from cases import Conv, Linear
 
 import ghl_kernels
-from ghl_kernels import Backend, Problem, Rule, dispatch, library, tiles, trial
+from ghl_kernels import Backend, Problem, Rule, dispatch, library
 from ghl_kernels.library import Library
 from ghl_kernels.ops import OPERATORS
+from ghl_kernels.tuning import tiles, trial
 
 LINEAR = Linear(4, 3, 5)
 
@@ -146,7 +147,7 @@ def on_gpu(dtype: torch.dtype = torch.float16) -> SimpleNamespace:
 @pytest.fixture
 def hopper(compiled: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that has warned of nothing, with a GPU of capability 9.0 whose trials succeed."""
-    from ghl_kernels import tiles, trial
+    from ghl_kernels.tuning import tiles, trial
 
     monkeypatch.setattr(dispatch, "_warned", set())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
@@ -193,11 +194,11 @@ def test_sizes_beyond_32_bits_are_composed_and_said_once(
 def test_a_failed_trial_is_composed_and_said_once(
     hopper: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ghl_kernels.trial.failure", lambda *arguments: "a trial raised")
+    monkeypatch.setattr(trial, "failure", lambda *arguments: "a trial raised")
     with pytest.warns(UserWarning, match="composes PyTorch's operators: a trial raised"):
         backend = ghl_kernels.backend("conv2d_pair", on_gpu(), problem())
     assert backend == Backend("composed", "a trial raised")
-    monkeypatch.setattr("ghl_kernels.trial.failure_of_sums", lambda *arguments: "a merge did")
+    monkeypatch.setattr(trial, "failure_of_sums", lambda *arguments: "a merge did")
     with pytest.warns(UserWarning, match="composes PyTorch's operators: a merge did"):
         assert ghl_kernels.backend("merge", on_gpu()) == Backend("composed", "a merge did")
 

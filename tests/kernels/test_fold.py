@@ -10,11 +10,12 @@ from cases import Conv, problem_of
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ghl_kernels import Problem, fold, splits, tiles
+from ghl_kernels import Problem, fold, splits
 from ghl_kernels.composed import weight_gradient
 from ghl_kernels.fold import Fold, fold_images
-from ghl_kernels.tiles import Tile
-from ghl_kernels.tune import TILES, useful
+from ghl_kernels.tuning import tiles
+from ghl_kernels.tuning.tiles import Tile
+from ghl_kernels.tuning.tune import TILES, useful
 
 RESNET = Problem(256 * 112 * 112, 64, 3, torch.bfloat16, (7, 7), (2, 2), padding=(3, 3))
 VGG = Problem(256 * 224 * 224, 64, 3, torch.bfloat16, (3, 3), padding=(1, 1))

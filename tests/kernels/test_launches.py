@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from ghl_kernels import launches, library, player
-from ghl_kernels.launches import ADDRESS, Address, Described, Kernel, TensorMap
+from ghl_kernels import library
+from ghl_kernels.tapes import launches, player
+from ghl_kernels.tapes.launches import ADDRESS, Address, Described, Kernel, TensorMap
 
 NAME = "libghl_kernels_launches.so"
 KERNEL = Kernel(1, (1, 1, 1), 32, 0, (ADDRESS, "i"), None, lambda: False)

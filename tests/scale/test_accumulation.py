@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import ghl
-from ghl.held import HeldSums
+from ghl.deferred.held import HeldSums
 from ghl.sums import RawSums
 
 from .nets import STEPS, alone, backward, batch, loss_of, make, sgd, synchronized, train

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import ghl
-from ghl import refusals
+from ghl.deferred import refusals
 
 from .nets import backward, batch, grads, loss_of, make, sgd
 from .world import assert_close

@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import ghl
-from ghl import held
+from ghl.deferred import held
 
 from .nets import BOTH, backward, batch, grads, loss_of, make, sgd, synchronized
 from .world import assert_close

@@ -18,7 +18,9 @@ pytest.importorskip("triton")
 
 from small_tiles import COMPILED, MANY_SPLITS, Form
 
-from ghl_kernels import replay, splits, tiles
+from ghl_kernels import splits
+from ghl_kernels.tapes import replay
+from ghl_kernels.tuning import tiles
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -12,9 +12,10 @@ import pytest
 import torch
 import triton
 
-from ghl_kernels import dispatch, splits, tiles
+from ghl_kernels import dispatch, splits
 from ghl_kernels.problem import Problem
-from ghl_kernels.tiles import Entry, Table, Tile
+from ghl_kernels.tuning import tiles
+from ghl_kernels.tuning.tiles import Entry, Table, Tile
 
 nearest = tiles.nearest.__wrapped__  # without a memory that outlives a test
 KINDS = ("pointwise", "conv", "packed", "depthwise")

@@ -16,11 +16,12 @@ from small_tiles import Form
 from test_fold import foldable_layers
 from torch import Tensor
 
-from ghl_kernels import Problem, Rule, fold, pairs, tiles, trial
+from ghl_kernels import Problem, Rule, fold, pairs
 from ghl_kernels.dispatch import IMPLEMENTATIONS
 from ghl_kernels.fold import Fold
-from ghl_kernels.tiles import Entry, Table
 from ghl_kernels.triton.fold import fold_images
+from ghl_kernels.tuning import tiles, trial
+from ghl_kernels.tuning.tiles import Entry, Table
 
 Use = Callable[[Form], None]
 BY_PRODUCTS = ("triton", "triton_stored")

@@ -16,8 +16,9 @@ from small_tiles import COMPILED
 from torch import Tensor
 
 import ghl_kernels
-from ghl_kernels import Rule, dispatch, tiles
-from ghl_kernels.tiles import BY_SM90, Entry, Table
+from ghl_kernels import Rule, dispatch
+from ghl_kernels.tuning import tiles
+from ghl_kernels.tuning.tiles import BY_SM90, Entry, Table
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 SIXTEEN_BITS = [torch.bfloat16, torch.float16]

@@ -17,8 +17,8 @@ from torch import Tensor
 import ghl
 import ghl_kernels
 from ghl_kernels import dispatch
-from ghl_kernels.tiles import BY_SM90
 from ghl_kernels.triton import foreach_merge as many
+from ghl_kernels.tuning.tiles import BY_SM90
 
 STEPS: dict[str, Layer] = {
     "linear": Linear(20000, 256, 100),

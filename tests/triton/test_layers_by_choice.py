@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 import ghl
-from ghl_kernels import Backend, Problem, Rule, dispatch, trial
-from ghl_kernels.tiles import BY_CUDA, BY_TRITON
+from ghl_kernels import Backend, Problem, Rule, dispatch
+from ghl_kernels.tuning import trial
+from ghl_kernels.tuning.tiles import BY_CUDA, BY_TRITON
 
 SUMS = {"conv2d_pair", "linear_pair"}
 RULES = {

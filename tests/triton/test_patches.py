@@ -28,10 +28,11 @@ from test_pair import convolutions
 from test_pair_by_triton import LAYERS
 
 import ghl_kernels
-from ghl_kernels import Rule, dispatch, tiles, trial
+from ghl_kernels import Rule, dispatch
 from ghl_kernels.rule import CHOICES
 from ghl_kernels.triton import library_patches
 from ghl_kernels.triton.patches import empty_patches, lay_patches
+from ghl_kernels.tuning import tiles, trial
 
 DENSE = {name: one for name, one in LAYERS.items() if getattr(one, "groups", 1) == 1}
 

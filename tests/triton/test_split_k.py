@@ -16,9 +16,9 @@ from small_tiles import Form
 from ghl_kernels import Problem, Rule
 from ghl_kernels import splits as dividing
 from ghl_kernels.problem import dot_precision
-from ghl_kernels.tiles import Tile
-from ghl_kernels.tiles import programs as count_programs
 from ghl_kernels.triton import split_k
+from ghl_kernels.tuning.tiles import Tile
+from ghl_kernels.tuning.tiles import programs as count_programs
 
 LAYERS: dict[str, Layer] = {
     "linear": Linear(140, 17, 18),

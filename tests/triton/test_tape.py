@@ -15,9 +15,10 @@ from test_gpu_steps import assert_same
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from ghl_kernels import Rule, dispatch, force, launches, ops, player, tape
-from ghl_kernels.recorder import record, recorder
-from ghl_kernels.tiles import BY_CUDA, BY_TRITON
+from ghl_kernels import Rule, dispatch, force, ops
+from ghl_kernels.tapes import launches, player, tape
+from ghl_kernels.tapes.recorder import record, recorder
+from ghl_kernels.tuning.tiles import BY_CUDA, BY_TRITON
 
 LAYERS: dict[str, Layer] = {
     "linear": Linear(24, 18, 10),

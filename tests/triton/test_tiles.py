@@ -11,8 +11,9 @@ import pytest
 import small_tiles
 import torch
 
-from ghl_kernels import Problem, tiles, tune
-from ghl_kernels.tiles import Entry, Table, Tile
+from ghl_kernels import Problem
+from ghl_kernels.tuning import tiles, tune
+from ghl_kernels.tuning.tiles import Entry, Table, Tile
 
 TILE = Tile(16, 16, 16, 4, 2)
 CPU = torch.device("cpu")

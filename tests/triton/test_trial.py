@@ -9,11 +9,12 @@ import pytest
 import torch
 from small_tiles import ONE_TILE, Form
 
-from ghl_kernels import Problem, tiles, trial
+from ghl_kernels import Problem
 from ghl_kernels.dispatch import IMPLEMENTATIONS
 from ghl_kernels.pairs import Task
 from ghl_kernels.splits import Partials
 from ghl_kernels.triton import conv_wgrad, fused
+from ghl_kernels.tuning import tiles, trial
 
 FLOAT = torch.float32
 PROBLEMS = {

@@ -17,7 +17,8 @@ from torch import Tensor
 import ghl_kernels
 from ghl.bench import formulas
 from ghl.bench.layers import Layer
-from ghl_kernels import dispatch, tiles
+from ghl_kernels import dispatch
+from ghl_kernels.tuning import tiles
 
 FORCED = tiles.STRATEGIES
 OURS = ("ghl", *FORCED)

@@ -25,7 +25,7 @@ from ghl.bench.implementations import (
     ours_call,
 )  # fmt: skip
 from ghl.bench.layers import Layer, layers_of
-from ghl_kernels import tiles
+from ghl_kernels.tuning import tiles
 
 Row = dict[str, Any]
 ALONE = tuple(name for name in OURS if name != "ghl")

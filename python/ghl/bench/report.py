@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from ghl.bench.measure import Row
-from ghl_kernels import player
 from ghl_kernels.files import write_text
 from ghl_kernels.source_hash import gpu_source_hash
+from ghl_kernels.tapes import player
 
 SCHEMA = 1
 ROOT = Path(__file__).resolve().parents[3]

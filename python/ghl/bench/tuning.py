@@ -1,4 +1,4 @@
-"""`ghl bench tune`: tries the candidates of `ghl_kernels.tune` on the GPU at hand.
+"""`ghl bench tune`: tries the candidates of `ghl_kernels.tuning.tune` on the GPU at hand.
 
 Triton's kernels are compiled beforehand by several processes, because that takes ten times as long
 as timing; kernels compiled ahead of time run there once. A candidate that fails there, or of the
@@ -26,9 +26,10 @@ from ghl.bench.clock import MODES, Clock, precision
 from ghl.bench.implementations import Tensors, ours_call
 from ghl.bench.layers import Layer, layers_of
 from ghl.bench.report import provenance
-from ghl_kernels import Problem, dispatch, tiles, tune
+from ghl_kernels import Problem, dispatch
 from ghl_kernels.cuda import kernels
-from ghl_kernels.tune import Attempt, Entry
+from ghl_kernels.tuning import tiles, tune
+from ghl_kernels.tuning.tune import Attempt, Entry
 
 COMPILE_BATCH = 16  # images: sizes and strides of the kernel's arguments stay as divisible by 16
 COMPILE_ROWS = 4096

@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 import ghl
-from ghl.held import local
+from ghl.deferred.held import local
 from ghl.layers import Plastic
 from ghl.recipes import interrupts, models, optimizers
 from ghl.recipes.checkpoint import random_states, restore_random_states, seed_everything

@@ -22,8 +22,8 @@ from typing import Any
 
 import torch
 
-from ghl_kernels import player
 from ghl_kernels.problem import Problem
+from ghl_kernels.tapes import player
 
 SHIPPED = Path(__file__).parent / "tables"
 BY_TRITON = ("triton", "triton_stored", "library")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
-from ghl.held import REPLACED, Begin, HeldSums, Taken, local
+from ghl.deferred.held import REPLACED, Begin, HeldSums, Taken, local
 from ghl.sums import RawSums
 from ghl_kernels import Rule
 

@@ -15,10 +15,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from ghl import ranks
+from ghl.deferred.held import REPLACED, is_owed
+from ghl.deferred.shards import is_sharded
 from ghl.guards import is_update
-from ghl.held import REPLACED, is_owed
 from ghl.layers import Plastic
-from ghl.shards import is_sharded
 from ghl.sums import ImmediateSums, RawSums, described
 from ghl_kernels import Rule
 

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ghl.shards import is_sharded
+from ghl.deferred.shards import is_sharded
 
 
 def group_of(model: nn.Module, group: Any) -> Any:

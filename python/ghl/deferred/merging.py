@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ghl import ranks
+from ghl.deferred.held import HeldSums, local, note_versions
 from ghl.guards import is_update, mark_update
-from ghl.held import HeldSums, local, note_versions
 from ghl.sums import without_sums
 from ghl_kernels import Rule
 from ghl_kernels.composed import gated, sign

@@ -13,11 +13,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ghl_kernels import tiles
 from ghl_kernels.files import write_text
 from ghl_kernels.fold import Fold
 from ghl_kernels.problem import Problem
-from ghl_kernels.tiles import BY_OTHERS, BY_TRITON, Entry, Tile, least_block
+from ghl_kernels.tuning import tiles
+from ghl_kernels.tuning.tiles import BY_OTHERS, BY_TRITON, Entry, Tile, least_block
 
 SHARED_MEMORY = 227 * 1024  # of a Hopper multiprocessor; where there is less the launch says so
 

@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ghl_kernels import dispatch, player
+from ghl_kernels import dispatch
 from ghl_kernels.dispatch import Backend
-from ghl_kernels.recorder import record, recorder
-from ghl_kernels.tape import Tape
+from ghl_kernels.tapes import player
+from ghl_kernels.tapes.recorder import record, recorder
+from ghl_kernels.tapes.tape import Tape
 
 MOST_TAPES = 4096
 TENSORS = 4  # the first arguments: x, y, g and w, or G, H0, totals and w, or lists of these

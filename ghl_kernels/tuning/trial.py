@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ghl_kernels import composed, tiles
+from ghl_kernels import composed
 from ghl_kernels.checks import output_size
 from ghl_kernels.problem import Problem, dot_precision
-from ghl_kernels.tiles import Entry
+from ghl_kernels.tuning import tiles
+from ghl_kernels.tuning.tiles import Entry
 
 BATCH, SIZE = 4, 16
 WEIGHT = 65, 33, 3, 3  # of the layer whose sums are merged

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ghl_kernels.launches import Address, Described, Kernel, planned
+from ghl_kernels.tapes.launches import Address, Described, Kernel, planned
 
 ALIGNMENT = 256  # bytes from one tensor to the next in common memory
 SMALL = 2**20  # bytes; larger tensors have memory of their own, which is given back on its own

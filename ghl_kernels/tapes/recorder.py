@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ghl_kernels.launches import Kernel
-from ghl_kernels.tape import Address, Descriptor, Slot, Step, Tape, flat
+from ghl_kernels.tapes.launches import Kernel
+from ghl_kernels.tapes.tape import Address, Descriptor, Slot, Step, Tape, flat
 
 PRIMITIVE = bool, int, float, complex
 PLAIN = (

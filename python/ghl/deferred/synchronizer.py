@@ -1,6 +1,6 @@
 """`ghl.synchronize`: updates made once a step, from the sums over all micro-batches and ranks.
 
-The update is then the same however the batch is cut. What is held until then is `ghl.held`'s.
+The update is then the same however the batch is cut. What is held until then is that of `held.py`.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ghl import merging, others, ranks, refusals
-from ghl.groups import check_one_group, group_of, wrappers_of
+from ghl import ranks
+from ghl.deferred import merging, others, refusals
+from ghl.deferred.groups import check_one_group, group_of, wrappers_of
+from ghl.deferred.held import HeldSums, capturing, is_owed, note_versions
+from ghl.deferred.shards import ShardedSums, is_on_neurons, is_sharded
+from ghl.deferred.wrapped import check_wrapper, is_managed, stepping
 from ghl.guards import is_update
-from ghl.held import HeldSums, capturing, is_owed, note_versions
 from ghl.hooks import Hook, once_gradients_are_made, weak
 from ghl.layers import Plastic
-from ghl.shards import ShardedSums, is_on_neurons, is_sharded
 from ghl.sums import RawSums, device_of
-from ghl.wrapped import check_wrapper, is_managed, stepping
 from ghl_kernels.layout import is_channels_last
 
 _of_weight: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # to a weakref of its handle

@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 
-from ghl_kernels import launches, library
-from ghl_kernels.tape import Allocation, Instruction, Release, Slot, Step, Tape, laid_out
+from ghl_kernels import library
+from ghl_kernels.tapes import launches
+from ghl_kernels.tapes.tape import Allocation, Instruction, Release, Slot, Step, Tape, laid_out
 
 REFUSED = RuntimeError, TypeError, ValueError  # of a value that is no argument of that operator
 

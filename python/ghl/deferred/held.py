@@ -1,7 +1,7 @@
 """Sums that are held over backwards, beside `weight.grad` as it stands, until an optimizer's step.
 
 Whatever is done with G (DDP, FSDP, a GradScaler, clipping) is left to those who do it. When a held
-sum is stale is decided here; ranks are added up and sums merged in `ghl.merging`.
+sum is stale is decided here; ranks are added up and sums merged in `ghl.deferred.merging`.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ghl.held import HeldSums, is_owed
+from ghl.deferred.held import HeldSums, is_owed
 from ghl.sums import RawSums
 
 living: weakref.WeakSet[Any] = weakref.WeakSet()  # Synchronizers
