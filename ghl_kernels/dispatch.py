@@ -58,7 +58,7 @@ class Backend:
 
 NATIVE_DEVICES = ("cpu",)
 FEWEST_GROUP_NEURONS = 8  # below it PyTorch's grouped kernels are faster: bench/FACTS.md
-FEWEST_ROWS = 128  # below it its products are, and as precise in float32 and float64
+FEWEST_ROWS = 128  # below it its matrix products are, as precise in float32 and float64
 LARGEST = 2**31 - 2**17  # 32-bit numbers that a step over the last tile cannot overflow
 MOST_GROUPS = 65535  # blocks in the third dimension of a grid
 MOST_SETTLED = 4096  # calls alike whose implementation is remembered
@@ -217,7 +217,7 @@ def too_few(problem: Problem) -> str | None:
     """Why a layer's products are faster by PyTorch's operators than by the native kernels."""
     if problem.groups > 1 and problem.neurons < FEWEST_GROUP_NEURONS:
         return f"groups of {problem.neurons} are too few neurons for a tile"
-    if problem.rows < FEWEST_ROWS and problem.dtype.itemsize >= 4:
+    if problem.linear and problem.rows < FEWEST_ROWS and problem.dtype.itemsize >= 4:
         return f"{problem.rows} rows are too few for a pass over the weight's sums"
     return None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO
@@ -11,10 +12,10 @@ from typing import IO
 def write_atomic(path: Path, write: Callable[[IO[bytes]], object], shared: bool = False) -> None:
     """Replace `path` by what `write` puts out; a kill leaves all of the old or of the new.
 
-    shared: other processes may replace it at the same time.
+    shared: others, threads or processes, may replace it at the same time.
     """
-    process = f".{os.getpid()}" if shared else ""  # else a later run overwrites what a kill left
-    partial = path.with_name(f"{path.name}{process}.partial")
+    own = f".{uuid.uuid4().hex}" if shared else ""  # else a later run overwrites what a kill left
+    partial = path.with_name(f"{path.name}{own}.partial")
     try:
         with partial.open("wb") as file:
             write(file)

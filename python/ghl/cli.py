@@ -40,6 +40,16 @@ class WithDefaults(argparse.HelpFormatter):
         return f"{action.help} ({value})" if told else action.help
 
 
+class Version(argparse.Action):
+    """Looked up when it is asked for: a checkout that was not installed has none."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *given: Any) -> None:
+        try:
+            parser.exit(message=f"ghl {importlib.metadata.version('ghl-kernels')}\n")
+        except importlib.metadata.PackageNotFoundError:
+            parser.error("ghl-kernels is not installed: its version is in pyproject.toml")
+
+
 def train_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `ghl train`; those not given are left to the defaults of arch and rule."""
     parser.formatter_class = WithDefaults
@@ -259,9 +269,7 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="ghl", description="Global-guided Hebbian learning: train, evaluate, inspect."
     )
-    top.add_argument(
-        "--version", action="version", version="ghl " + importlib.metadata.version("ghl-kernels")
-    )
+    top.add_argument("--version", action=Version, nargs=0, help="show it and exit")
     chosen = top.add_subparsers(metavar="COMMAND", required=True)
     for command in COMMANDS:
         sub = chosen.add_parser(command.name, help=command.help, description=command.help)

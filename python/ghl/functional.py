@@ -27,16 +27,9 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device)
 
 
-def cast_for_autocast(
-    x: Tensor, w: Tensor, b: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Each tensor in the dtype autocast would use for it here; as it is without autocast."""
-    dtype = autocast_dtype(x)
-
-    def cast(t: Tensor) -> Tensor:
-        return t if dtype is None or t.dtype == torch.float64 else t.to(dtype)
-
-    return cast(x), cast(w), None if b is None else cast(b)
+def used_as(t: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """A tensor in the dtype autocast would use for it."""
+    return t if dtype is None or t.dtype == torch.float64 else t.to(dtype)
 
 
 def save(ctx: Any, x: Tensor, w: Tensor, b: Tensor | None, y: Tensor) -> None:
@@ -73,8 +66,11 @@ def saved_output(
     b: Tensor | None,
     *geometry: Any,
 ) -> Tensor:
-    """The y that forward returned; the operation again where it was overwritten since."""
-    if ctx.probe is None or ctx.probe._version == ctx.version:
+    """The y that forward returned; the operation again where it was overwritten since, or where
+    compiled autograd traces an eager forward's backward and versions tell nothing."""
+    if ctx.probe is None:
+        return y
+    if not torch.compiler.is_compiling() and ctx.probe._version == ctx.version:
         return y
     with torch.no_grad():
         return operation(x, w, None if b is None else b.to(x.dtype), *geometry)
@@ -101,9 +97,9 @@ class LinearFunction(torch.autograd.Function):
         tau: float,
         totals_of: str,
     ) -> Tensor:
-        x_used, w_used, b_used = cast_for_autocast(x, w, b)
-        y = F.linear(x_used, w_used, b_used)
-        save(ctx, x_used, w, b, y)
+        dtype = autocast_dtype(x)
+        y = F.linear(x, used_as(w, dtype), None if b is None else used_as(b, dtype))
+        save(ctx, x, w, b, y)
         ctx.rule = competition, tau, totals_of
         ctx.hebbian = None if torch.compiler.is_compiling() else hebbian
         return y
@@ -142,9 +138,10 @@ class Conv2dFunction(torch.autograd.Function):
         tau: float,
         totals_of: str,
     ) -> Tensor:
-        x_used, w_used, b_used = cast_for_autocast(x, w, b)
-        y = F.conv2d(x_used, w_used, b_used, stride, padding, dilation, groups)
-        save(ctx, x_used, w, b, y)
+        dtype = autocast_dtype(x)
+        b_used = None if b is None else used_as(b, dtype)
+        y = F.conv2d(x, used_as(w, dtype), b_used, stride, padding, dilation, groups)
+        save(ctx, x, w, b, y)
         ctx.geometry = stride, padding, dilation, groups
         ctx.rule = competition, tau, totals_of
         ctx.hebbian = None if torch.compiler.is_compiling() else hebbian
@@ -170,14 +167,17 @@ class Conv2dFunction(torch.autograd.Function):
         return as_rows(H0, ctx.channels_last), wanted(ctx, totals), grad_x, G, grad_b, *[None] * 7
 
 
-def note_use(x: Tensor, w: Tensor, sums: RawSums) -> None:
-    """Tell the merge in which dtype and order of memory this forward uses the weight.
+def prepared(x: Tensor, w: Tensor, sums: RawSums) -> Tensor:
+    """x as the forward uses it; its cast is no part of the Function, or graphs of gradients would
+    end there. The merge is told in which dtype and order of memory this forward uses the weight.
 
     Whatever it was told before: asked in a traced forward, that would be a guard which fails in a
     second step under autocast, and all of a model was compiled twice.
     """
+    dtype = autocast_dtype(x)
     sums.channels_last = is_channels_last(w)
-    sums.compute_dtype = w.dtype if w.dtype == torch.float64 else autocast_dtype(x) or w.dtype
+    sums.compute_dtype = w.dtype if w.dtype == torch.float64 else dtype or w.dtype
+    return used_as(x, dtype)
 
 
 def behind_leaves(w: Tensor) -> Tensor:
@@ -206,9 +206,9 @@ def signals(sums: RawSums) -> tuple[str, float, str]:
 
 def linear(x: Tensor, w: Tensor, b: Tensor | None, sums: RawSums) -> Tensor:
     """F.linear of x (..., in_features) whose backward feeds `sums`."""
-    note_use(x, w, sums)
+    x = prepared(x, w, sums)
     flat = x.dim() in (0, 2)  # 0 is an error of F.linear
-    rows = x if flat else x.reshape(-1, x.shape[-1])
+    rows = x if flat else x.reshape(x.shape[:-1].numel(), x.shape[-1])
     y = LinearFunction.apply(sums.hebbian, sums.totals, rows, behind_leaves(w), b, *signals(sums))
     # made a view here: autograd lets nobody change in place what a Function returns as one
     return y if flat else y.view(*x.shape[:-1], y.shape[-1])
@@ -225,7 +225,7 @@ def conv2d(
     sums: RawSums,
 ) -> Tensor:
     """F.conv2d of x (N, C, H, W) whose backward feeds `sums`."""
-    note_use(x, w, sums)
+    x = prepared(x, w, sums)
     return Conv2dFunction.apply(
         sums.hebbian, sums.totals, x, behind_leaves(w), b, stride, padding, dilation, groups,
         *signals(sums),

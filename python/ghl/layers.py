@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ghl import functional
-from ghl.guards import check_whole
+from ghl.guards import check_whole, is_update
+from ghl.hooks import nothing
 from ghl.sums import RawSums
 from ghl_kernels import Rule
 
@@ -56,7 +57,10 @@ class Plastic(nn.Module):
 
     @property
     def rule(self) -> Rule:
-        """The layer's rule; may be set to a Rule or a preset's name."""
+        """The layer's rule; may be set to a Rule or a preset's name.
+
+        Set to one with the gate `gradient`, an update in weight.grad is dropped.
+        """
         return self._rule
 
     @rule.setter
@@ -73,6 +77,14 @@ class Plastic(nn.Module):
                 self._rule = former
                 self._attach()
             raise
+        if former is not None and self._rule.gate == "gradient":
+            self._drop_update()
+
+    def _drop_update(self) -> None:
+        """Where no rule is left that would keep ordinary gradients from being added to it."""
+        weight = self._parameters.get("weight")
+        if weight is not None and RawSums.present(weight) is None and is_update(weight.grad):
+            weight.grad = None
 
     def _attach(self) -> None:
         """Make or share the sums of the present weight, if it will have an update."""
@@ -120,18 +132,20 @@ class Plastic(nn.Module):
         """The sums this forward is to feed; None where the plain forward is all there is."""
         if not torch.is_grad_enabled() or is_transformed(x) or not self._learns:
             return None
+        sums = self._sums
+        if sums is None or not sums.live or not self._are_of_weight(sums):
+            check_whole(self)
+            self._attach_beside()
+            sums = self._sums
+        if self._rule.gate == "sign_only":
+            return None
         if x.is_nested or x.layout != torch.strided:
             what = "a nested tensor" if x.is_nested else x.layout
             raise TypeError(
                 f"input of {type(self).__name__} is {what}, must be a dense tensor: give it the "
                 "values, or use ghl.unswap or rule='bp' here"
             )
-        sums = self._sums
-        if sums is None or not sums.live or not self._are_of_weight(sums):
-            check_whole(self)
-            self._attach_beside()
-            sums = self._sums
-        return None if self._rule.gate == "sign_only" else sums
+        return sums
 
     def _are_of_weight(self, sums: RawSums) -> bool:
         return sums.sharded or (sums.fits(self.weight) and self._summed is self.weight)
@@ -147,7 +161,8 @@ class Plastic(nn.Module):
         while anything refers to it weakly."""
         weight = self._parameters.get("weight")
         in_place = torch.__future__.get_swap_module_params_on_conversion()
-        if "_rule" not in self.__dict__ or not (in_place or hasattr(weight, "device_mesh")):
+        exchanged = in_place or hasattr(weight, "device_mesh")
+        if "_rule" not in self.__dict__ or weight is None or not exchanged:
             return
         if self._sums is not None and self._sums.held:
             raise RuntimeError(
@@ -159,6 +174,11 @@ class Plastic(nn.Module):
         for layer in [self] if sums is None else [self, *sums.layers]:
             layer._detach()
         RawSums.forget(self.weight)
+        if sums is not None:
+            sums.hebbian._ghl_weight = nothing
+        for hooks in ("_backward_hooks", "_post_accumulate_grad_hooks") if in_place else ():
+            if not getattr(weight, hooks):  # left empty, new ones would not be called
+                setattr(weight, hooks, None)
 
     def _load_from_state_dict(self, *args: Any) -> None:
         if torch.__future__.get_swap_module_params_on_conversion():

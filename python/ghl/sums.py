@@ -153,6 +153,7 @@ class RawSums:
             self.live
             and self.rule == rule
             and self._maker is _makers.get(weight, ImmediateSums)
+            and self.channels_last in (None, is_channels_last(weight))
             and self.fits(weight)
         )
 
@@ -302,7 +303,7 @@ class ImmediateSums(RawSums):
         weight = self._weight()
         if weight is not None and self._awaited <= self._arrived.keys():
             if self.channels_last not in (None, is_channels_last(weight)):
-                raise RuntimeError(CHANGED)  # which check_pair does not see of a compiled graph
+                raise RuntimeError(CHANGED)  # check_pair does not see it of a compiled graph
             arrived, self._arrived = self._arrived, {}
             weight.grad = self._merge(weight.detach(), arrived)
 

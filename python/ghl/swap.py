@@ -16,7 +16,6 @@ from typing import Any
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from ghl.guards import is_update
 from ghl.layers import Conv2d, Linear, Plastic, check_module
 from ghl.sums import RawSums
 from ghl_kernels import Rule
@@ -120,10 +119,9 @@ def unswap(model: nn.Module) -> list[str]:
 def forget_rule(layer: Any) -> None:
     weight = layer._parameters.get("weight")
     layer._detach()
+    layer._drop_update()
     if weight is not None and RawSums.present(weight) is None:
         RawSums.forget(weight)
-        if is_update(weight.grad):
-            weight.grad = None
     for attribute in ("_rule", "_sums", "_summed", "_swapped_as"):
         layer.__dict__.pop(attribute, None)
 

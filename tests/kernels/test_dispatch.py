@@ -81,14 +81,15 @@ def test_unknown_operators_are_refused() -> None:
 
 
 def test_few_rows_are_composed_on_a_cpu(some_library: None) -> None:
-    """Where its products have the precision of ours; what merges has no rows."""
+    """Of a linear layer, where its products have the precision of ours; merges have no rows."""
 
-    def name(rows: int, dtype: torch.dtype) -> str:
-        few = dataclasses.replace(problem(), rows=rows, dtype=dtype)
-        return ghl_kernels.backend("conv2d_pair", torch.zeros(1), few).name
+    def name(rows: int, dtype: torch.dtype, linear: bool = True) -> str:
+        few = dataclasses.replace(problem(), rows=rows, dtype=dtype, linear=linear)
+        return ghl_kernels.backend("linear_pair", torch.zeros(1), few).name
 
     fewest = dispatch.FEWEST_ROWS
     assert name(fewest, torch.float32) == name(1, torch.bfloat16) == "native"
+    assert name(1, torch.float32, linear=False) == "native"
     assert name(fewest - 1, torch.float32) == name(1, torch.float64) == "composed"
     assert ghl_kernels.backend("merge", torch.zeros(1)).name == "native"
 

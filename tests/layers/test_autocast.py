@@ -147,3 +147,20 @@ def test_a_weight_with_gaps_in_the_order_of_channels_last(synchronized):
         optimizer.step()
         updates.append(layer.weight.grad)
     torch.testing.assert_close(*updates, check_stride=False)
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, nn.Conv2d])
+def test_a_graph_of_gradients_reaches_the_input(kind):
+    """Through the cast that autocast makes of it."""
+    torch.manual_seed(3)
+    layer = nn.Linear(6, 4) if kind is nn.Linear else nn.Conv2d(2, 4, 3)
+    swapped = copy.deepcopy(layer)
+    ghl.swap(swapped, types=kind)
+    shape, found = (8, 6) if kind is nn.Linear else (3, 2, 5, 5), []
+    for one in (layer, swapped):
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            y = one(x)
+        (G,) = torch.autograd.grad(y.float().sin().sum(), one.weight, create_graph=True)
+        found.append(torch.autograd.grad(G.square().sum(), x)[0].flatten())
+    assert torch.cosine_similarity(*found, dim=0) > 0.999

@@ -350,6 +350,20 @@ def test_compiled_autograd():
     assert_all_equal(updates(model), expected)
 
 
+def test_compiled_autograd_after_an_operation_in_place():
+    """Traced, versions tell nothing of what has overwritten an output."""
+    torch.manual_seed(4)
+    layers = [ghl.Conv2d(3, 4, 3), nn.ReLU(inplace=True), ghl.Conv2d(4, 2, 3)]
+    model, x = nn.Sequential(*layers), torch.randn(2, 3, 7, 7)
+    model(x).square().sum().backward()
+    expected = [layer.weight.grad for layer in (model[0], model[2])]
+    model.zero_grad()
+    loss = model(x).square().sum()
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+        loss.backward()
+    assert_all_equal([layer.weight.grad for layer in (model[0], model[2])], expected)
+
+
 def test_totals_travel_only_where_a_rule_needs_them():
     for rule in ("ghl", ghl.Rule(normalize="mean"), ghl.Rule(decay="instar")):
         layer = ghl.Linear(3, 2, rule=rule)

@@ -171,11 +171,17 @@ def test_inputs_that_are_not_dense_are_refused(layout):
         layer(x)
     with torch.no_grad():
         assert layer(x).size(0) == 2
+    layer.rule = "sign"
+    y = layer(x)
+    (y.values() if y.layout == torch.jagged else torch.cat([*y.unbind()])).sum().backward()
+    assert layer.weight.grad.abs().max() == 1
 
 
 def test_no_dimension_is_an_error_of_linear():
     with pytest.raises(RuntimeError, match="at least 1D"):
         ghl.Linear(3, 4)(torch.tensor(1.0))
+    with pytest.raises(RuntimeError, match=r"cannot be multiplied \(6x0 and 3x4\)"):
+        ghl.Linear(3, 4)(torch.zeros(2, 3, 0))
 
 
 def test_nan_reaches_the_update():

@@ -275,15 +275,30 @@ def test_unswap_of_parametrized_layers():
     model[1](torch.ones(1, 1, 4, 4)).sum().backward()
 
 
-def test_unswap_drops_an_update():
+class Double(nn.Module):
+    def forward(self, b):
+        return 2 * b
+
+
+@pytest.mark.parametrize("how", ["unswap", "unswap of a parametrized layer", "rule"])
+def test_an_update_is_dropped_with_the_rule(how):
     """A later backward adds an ordinary gradient to none."""
     net, x = nn.Sequential(nn.Linear(4, 3)), torch.randn(5, 4)
+    if "parametrized" in how:
+        nn.utils.parametrize.register_parametrization(net[0], "bias", Double())
     net(x).square().sum().backward()
     expected = net[0].weight.grad
     net.zero_grad()
+    if "parametrized" in how:
+        nn.utils.parametrize.remove_parametrizations(net[0], "bias", leave_parametrized=False)
     ghl.swap(net, types=nn.Linear)
+    if "parametrized" in how:
+        nn.utils.parametrize.register_parametrization(net[0], "bias", Double())
     net(x).square().sum().backward()
-    ghl.unswap(net)
+    if how == "rule":
+        net[0].rule = "bp"
+    else:
+        ghl.unswap(net)
     assert net[0].weight.grad is None
     net(x).square().sum().backward()
     assert torch.equal(net[0].weight.grad, expected)

@@ -2,6 +2,7 @@
 
 import errno
 import random
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -106,6 +107,19 @@ def test_failing_write_keeps_the_old_file(tmp_path):
     with pytest.raises(OSError, match="disk full"):
         files.write_atomic(path, write)
     assert path.read_text() == "old"
+
+
+def test_a_shared_file_is_replaced_by_several_at_once(tmp_path):
+    path = tmp_path / "file"
+
+    def write(number):
+        for _ in range(20):
+            files.write_text(path, str(number) * 4096, shared=True)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, range(4)))
+    assert len(path.read_text()) == 4096 and len(set(path.read_text())) == 1
+    assert [*tmp_path.iterdir()] == [path]
 
 
 def test_a_full_disk_is_told_as_one_and_keeps_no_half_checkpoint(saved):

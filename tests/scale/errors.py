@@ -146,7 +146,7 @@ def sums_lost_on_one_rank(rank: int, world: int) -> None:
     loss_of(wrapped(x), target).backward()
     if rank == 1:
         model.first[0].to(memory_format=torch.channels_last)
-    message = "another memory format" if rank == 1 else "another rank could not"
+    message = "whose sums are gone" if rank == 1 else "another rank could not"
     assert_raises(RuntimeError, message, optimizer.step)
     model.first[0].to(memory_format=torch.contiguous_format)
     optimizer.zero_grad()

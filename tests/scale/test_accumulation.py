@@ -311,6 +311,13 @@ def test_remove():
     assert_close(train(model, optimizer), alone("conv"))
 
 
+def test_remove_after_unswap():
+    model, _, handle = synchronized()
+    ghl.unswap(model)
+    handle.remove()
+    model(batch("conv", 0)[0]).sum().backward()
+
+
 def test_what_synchronize_refuses():
     model, optimizer, handle = synchronized()
     assert repr(handle) == "Synchronizer(3 weights, 1 rank)"

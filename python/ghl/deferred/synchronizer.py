@@ -276,7 +276,8 @@ class Synchronizer:
 
     def _attach(self) -> None:
         for layer in self._layers:
-            layer._attach()
+            if isinstance(layer, Plastic):  # unswap may have been there
+                layer._attach()
 
     def __repr__(self) -> str:
         sharded = sum(is_sharded(weight) for weight in self._weights.values())
