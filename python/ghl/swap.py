@@ -83,7 +83,8 @@ def swap(
     check_patterns("tau", taus, [n for m in layers.values() for n in named[m]], "layer")
 
     skipped = {n: why for n, m in layers.items() if (why := reason_to_skip(m, named[m], exclude))}
-    skipped |= of_functions(modules, types)
+    if nn.Linear in types:
+        skipped |= of_functions(modules, exclude)
     swapped = {n: with_tau(rule, named[m], taus) for n, m in layers.items() if n not in skipped}
     if not swapped:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
@@ -186,11 +187,16 @@ def other_kind(module: nn.Module) -> str:
     return f"is a {name}, which may compute differently from its base"
 
 
-def reason_to_skip(module: nn.Module, names: Sequence[str], exclude: Sequence[str]) -> str | None:
-    """Why a layer, which may have several names, is left as it is; None when it can be swapped."""
+def is_excluded(names: Sequence[str], exclude: Sequence[str]) -> bool:
+    """Whether a module of these names is, or one that holds it."""
     parts = [name.split(".") for name in names]
     holders = [".".join(some[:n]) for some in parts for n in range(1, len(some) + 1)]
-    if any(fnmatchcase(holder, pattern) for holder in holders for pattern in exclude):
+    return any(fnmatchcase(holder, pattern) for holder in holders for pattern in exclude)
+
+
+def reason_to_skip(module: nn.Module, names: Sequence[str], exclude: Sequence[str]) -> str | None:
+    """Why a layer, which may have several names, is left as it is; None when it can be swapped."""
+    if is_excluded(names, exclude):
         return "excluded"
     weight = module._parameters.get("weight")
     if weight is not None and is_lazy(weight):
@@ -206,14 +212,13 @@ def reason_to_skip(module: nn.Module, names: Sequence[str], exclude: Sequence[st
     return None
 
 
-def of_functions(
-    modules: Mapping[str, nn.Module], types: tuple[type[nn.Module], ...]
-) -> dict[str, str]:
-    """What is no layer, though one of these types would compute the same, with the reason."""
+def of_functions(modules: Mapping[str, nn.Module], exclude: Sequence[str]) -> dict[str, str]:
+    """What attention computes without a layer, and why it is left as it is."""
+    function = "is computed by a function, not by a layer"
     return {
-        f"{name}.in_proj".lstrip("."): "is computed by a function, not by a layer"
+        f"{name}.in_proj".lstrip("."): "excluded" if is_excluded([name], exclude) else function
         for name, module in modules.items()
-        if nn.Linear in types and isinstance(module, nn.MultiheadAttention)
+        if isinstance(module, nn.MultiheadAttention)
     }
 
 

@@ -308,4 +308,6 @@ def test_a_report_names_what_attention_computes_without_layers():
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
     report = ghl.swap(layer, types=nn.Linear)
     assert report.skipped["self_attn.in_proj"] == "is computed by a function, not by a layer"
+    report = ghl.swap(layer, types=nn.Linear, exclude="*attn")
+    assert report.skipped["self_attn.in_proj"] == "excluded"
     assert "self_attn.in_proj" not in ghl.swap(nn.Conv2d(1, 1, 1)).skipped
