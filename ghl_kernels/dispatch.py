@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ghl_kernels import library as libraries
+from ghl_kernels import native
 from ghl_kernels.cuda import kernels
 from ghl_kernels.library import Library
 from ghl_kernels.problem import Problem, dot_precision
@@ -56,9 +57,6 @@ class Backend:
     reason: str
 
 
-NATIVE_DEVICES = ("cpu",)
-FEWEST_GROUP_NEURONS = 8  # below it PyTorch's grouped kernels are faster: bench/FACTS.md
-FEWEST_ROWS = 128  # below it its matrix products are, as precise in float32 and float64
 LARGEST = 2**31 - 2**17  # 32-bit numbers that a step over the last tile cannot overflow
 MOST_GROUPS = 65535  # blocks in the third dimension of a grid
 MOST_SETTLED = 4096  # calls alike whose implementation is remembered
@@ -90,7 +88,7 @@ def forget() -> None:
 def native_unavailable(device: torch.device) -> str | None:
     """Why the C++ kernels cannot run on a device; None if they can."""
     compiled = libraries.serving(device.type)
-    if compiled is None or device.type not in NATIVE_DEVICES:
+    if compiled is None or device.type != "cpu":
         return f"there are no native kernels for {device.type}"
     return compiled.reason
 
@@ -207,19 +205,9 @@ def choose(operator: str, first: Tensor, problem: Problem | None = None) -> Back
     reason = native_unavailable(first.device)
     if reason:
         return Backend("composed", reason)
-    few = None if problem is None else too_few(problem)
-    if few:
+    if problem is not None and (few := native.too_few(problem)):
         return Backend("composed", few)
     return Backend("native", f"compiled kernels for {first.device.type} are loaded")
-
-
-def too_few(problem: Problem) -> str | None:
-    """Why a layer's products are faster by PyTorch's operators than by the native kernels."""
-    if problem.groups > 1 and problem.neurons < FEWEST_GROUP_NEURONS:
-        return f"groups of {problem.neurons} are too few neurons for a tile"
-    if problem.linear and problem.rows < FEWEST_ROWS and problem.dtype.itemsize >= 4:
-        return f"{problem.rows} rows are too few for a pass over the weight's sums"
-    return None
 
 
 def choose_on_gpu(operator: str, first: Tensor, problem: Problem | None) -> Backend:

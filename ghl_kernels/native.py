@@ -18,7 +18,20 @@ from ghl_kernels.composed import Triple
 from ghl_kernels.layout import empty_rows, in_order_of, like_weight
 from ghl_kernels.problem import Problem
 
+FEWEST_GROUP_NEURONS = 8  # below it PyTorch's grouped kernels are faster: bench/FACTS.md
+FEWEST_ROWS = 128  # below it PyTorch's products of matrices are
+
 logsumexp = logsumexp_by("native")
+
+
+def too_few(problem: Problem) -> str | None:
+    """Why a layer's products are faster by PyTorch's operators, with no less precision; None if
+    they are not."""
+    if problem.groups > 1 and problem.neurons < FEWEST_GROUP_NEURONS:
+        return f"groups of {problem.neurons} are too few neurons for a tile"
+    if problem.linear and problem.rows < FEWEST_ROWS and problem.dtype.itemsize >= 4:
+        return f"{problem.rows} rows are too few for a pass over the weight's sums"
+    return None
 
 
 def pair(problem: Problem, x: Tensor, y: Tensor, g: Tensor, w: Tensor, tau: float) -> Triple:

@@ -15,7 +15,7 @@ import torch
 from cases import Conv, Linear
 
 import ghl_kernels
-from ghl_kernels import Backend, Problem, Rule, dispatch, library
+from ghl_kernels import Backend, Problem, Rule, dispatch, library, native
 from ghl_kernels.library import Library
 from ghl_kernels.ops import OPERATORS
 from ghl_kernels.tuning import tiles, trial
@@ -70,7 +70,7 @@ def test_groups_of_few_neurons_are_composed_on_a_cpu(some_library: None) -> None
     def name(groups: int, neurons: int) -> str:
         return ghl_kernels.backend("conv2d_pair", torch.zeros(1), problem(groups, neurons)).name
 
-    fewest = dispatch.FEWEST_GROUP_NEURONS
+    fewest = native.FEWEST_GROUP_NEURONS
     assert name(1, 1) == name(2, fewest) == "native"
     assert name(2, fewest - 1) == "composed"
 
@@ -87,7 +87,7 @@ def test_few_rows_are_composed_on_a_cpu(some_library: None) -> None:
         few = dataclasses.replace(problem(), rows=rows, dtype=dtype, linear=linear)
         return ghl_kernels.backend("linear_pair", torch.zeros(1), few).name
 
-    fewest = dispatch.FEWEST_ROWS
+    fewest = native.FEWEST_ROWS
     assert name(fewest, torch.float32) == name(1, torch.bfloat16) == "native"
     assert name(1, torch.float32, linear=False) == "native"
     assert name(fewest - 1, torch.float32) == name(1, torch.float64) == "composed"

@@ -2,10 +2,10 @@
 
 import pytest
 
-from ghl_kernels import dispatch
+from ghl_kernels import native
 
 
 @pytest.fixture(autouse=True)
 def kernels_of_ours(monkeypatch):
     """Layers of tests have fewer rows than those that PyTorch's products are for on a CPU."""
-    monkeypatch.setattr(dispatch, "FEWEST_ROWS", 0)
+    monkeypatch.setattr(native, "FEWEST_ROWS", 0)
