@@ -93,11 +93,13 @@ def pairs(
             expected = truth(layer, tensors, competition)
             there = tuple(t.to(device) for t in tensors)
             for name in names:
-                if dispatch.unavailable(name, there[0], layer.problem(*there)):
+                problem = layer.problem(*there, competition)
+                if dispatch.unavailable(name, there[0], problem):
                     continue  # groups that Hopper's kernels have no copies for
+                totals = "rows" if name == kernels.EXCHANGED else "sums"
                 with ghl_kernels.force(name), precision("tf32"), tile_for(kind, device):
                     G, H0, _ = getattr(torch.ops.ghl_kernels, operator)(
-                        *there, *geometry, competition, layer.tau
+                        *there, *geometry, competition, layer.tau, totals
                     )
                 wrong = wrong_sums(G.cpu(), H0.cpu(), expected, mode)
                 yield f"{layer.name}, {competition}, {name}", wrong
@@ -168,7 +170,8 @@ def patches(device: torch.device) -> Iterator[tuple[str, str | None]]:
 
 def results(device: torch.device, names: tuple[str, ...]) -> Iterator[tuple[str, str | None]]:
     yield from pairs(device, MODES[device.type], names)
-    yield from (strung(device, MODES[device.type], n) for n in names if n in tiles.BY_SM90)
+    boxes = [name for name in names if name in tiles.BY_SM90 and name != kernels.EXCHANGED]
+    yield from (strung(device, MODES[device.type], name) for name in boxes)
     if "triton" in names:
         yield from patches(device)
     for name in names:

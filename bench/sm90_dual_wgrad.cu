@@ -1,8 +1,8 @@
 // Times sm90_dual_wgrad.cu alone, without Python, on layers of ResNet-50 at batch 256 in bf16:
 //   nvcc -std=c++17 -O3 -gencode arch=compute_90a,code=sm_90a bench/sm90_dual_wgrad.cu
-// Of each layer and tile, with statistics given and made in the tile: milliseconds (the median of
-// 20 launches after 5; only layers whose inputs fit in the L2 cache read them from there),
-// TFLOP/s, and GB/s of x, y and g read once.
+// Of each layer and tile, with u, its statistics or nothing given, or u exchanged: milliseconds (the median of 20
+// launches after 5; only layers whose inputs fit in the L2 cache read them from there), TFLOP/s,
+// and GB/s of x, y and g read once.
 #include <algorithm>
 #include <cstdio>
 #include <vector>
@@ -23,6 +23,9 @@ constexpr Layer kLayers[] = {{"1x1 64 to 64, 56", 64, 64, 56, 1, 1},
                              {"1x1 64 to 256, 56", 256, 64, 56, 1, 1},
                              {"1x1 256 to 64, 56", 64, 256, 56, 1, 1},
                              {"1x1 512 to 128, 28", 128, 512, 28, 1, 1},
+                             {"1x1 128 to 512, 28", 512, 128, 28, 1, 1},
+                             {"1x1 256 to 1024, 14", 1024, 256, 14, 1, 1},
+                             {"1x1 1024 to 256, 14", 256, 1024, 14, 1, 1},
                              {"1x1 256 to 512, 56/2", 512, 256, 56, 1, 2},
                              {"3x3 64, 56", 64, 64, 56, 3, 1},
                              {"3x3 128, 28", 128, 128, 28, 3, 1},
@@ -69,6 +72,30 @@ float milliseconds(const DualWgradParams& p, int tile) {
   return times[10];
 }
 
+// How the rows are shared out, as ghl_kernels/splits.py does; the clusters that all tiles have.
+int share_out(DualWgradParams& p, const Tile& tile, int processors, bool exchanges) {
+  const auto of = sm90::geometry(p, tile.columns / 64, tile.cluster);
+  const int tiles = of.neuron_tiles * of.column_tiles, at_once = processors / tile.cluster;
+  const int blocks = (p.rows + 63) / 64, splits = std::max(1, std::min(at_once / tiles, blocks / 4));
+  const int share = (blocks + splits - 1) / splits;
+  const int strung = std::max(4, (tiles * blocks + at_once - 1) / at_once);
+  p.rows_per_split = share * 64, p.splits = (blocks + share - 1) / share;
+  const int rounds = (tiles * p.splits + at_once - 1) / at_once;
+  if (!exchanges && blocks / strung && blocks % strung && rounds * share > 1.08 * strung)
+    p.rows_per_split = strung * 64, p.splits = blocks / strung + 2;
+  return tiles;
+}
+
+struct Signal {
+  const char* name;
+  Competition competition;
+  bool in_tile, exchanges;
+};
+constexpr Signal kSignals[] = {{"u given", Competition::linear, false, false},
+                               {"statistics", Competition::softmax, false, false},
+                               {"in tile", Competition::softmax, true, false},
+                               {"exchanged", Competition::softmax, false, true}};
+
 void time_layer(const Layer& l, int processors) {
   DualWgradParams p{};
   const int out = (l.in_size - 1) / l.stride + 1, taps = l.kernel * l.kernel;
@@ -87,24 +114,26 @@ void time_layer(const Layer& l, int processors) {
   auto* statistics = allocate<float>(2 * size_t(p.rows));
   cudaMemset(statistics, 0, 8 * size_t(p.rows));
   for (int tile = 0; tile < kSm90DualWgradTiles; ++tile) {
-    const int blocks = sm90_dual_wgrad_blocks(p, tile), row_blocks = (p.rows + 63) / 64;
-    const int splits = std::max(1, std::min(processors / blocks, row_blocks / 4));
-    p.rows_per_split = (row_blocks + splits - 1) / splits * 64;
-    p.splits = (p.rows + p.rows_per_split - 1) / p.rows_per_split;
-    const size_t sums = size_t(p.splits) * l.neurons * l.channels * taps;
-    p.G = allocate<float>(sums), p.H0 = allocate<float>(sums);
-    for (bool in_tile : {false, true}) {
-      if (in_tile && l.neurons > sm90_dual_wgrad_tile(tile).neurons) continue;
-      p.statistics = {in_tile ? nullptr : statistics, statistics + p.rows, nullptr};
+    const Tile of = sm90_dual_wgrad_tile(tile);
+    if (of.cluster > (l.neurons + 63) / 64) continue;
+    for (const Signal& signal : kSignals) {
+      if (signal.exchanges != of.exchanges) continue;
+      const int clusters = share_out(p, of, processors, signal.exchanges);
+      if (signal.in_tile && (l.neurons > 64 || of.cluster > 1)) continue;
+      if (signal.exchanges && clusters > processors) continue;
+      const size_t sums = size_t(p.splits) * l.neurons * l.channels * taps;
+      p.G = allocate<float>(sums), p.H0 = allocate<float>(sums);
+      p.exchange = signal.exchanges ? allocate<char>(sm90_exchange_bytes(p.neurons, p.splits)) : nullptr;
+      p.competition = signal.competition;
+      p.statistics = {signal.in_tile ? nullptr : statistics, statistics + p.rows, nullptr};
       const double ms = milliseconds(p, tile);
       std::printf(
-          "%-22s tile %d, %3d blocks of threads x %3d splits, %s: %7.3f ms %6.1f TFLOP/s "
-          "%6.0f GB/s\n",
-          l.name, tile, blocks, p.splits, in_tile ? "in tile" : "given  ", ms,
+          "%-22s tile %d, %3d clusters x %2d splits, %-10s: %7.4f ms %6.1f TFLOP/s %6.0f GB/s\n",
+          l.name, tile, clusters, p.splits, signal.name, ms,
           4e-9 * p.rows * l.neurons * l.channels * taps / ms,
           2e-6 * (x_count + 2.0 * y_count) / ms);
+      cudaFree(p.G), cudaFree(p.H0), cudaFree(p.exchange);
     }
-    cudaFree(p.G), cudaFree(p.H0);
   }
   for (const void* memory : {p.x.data, p.y.data, p.g.data}) cudaFree(const_cast<void*>(memory));
   cudaFree(statistics);

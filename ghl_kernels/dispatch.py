@@ -39,6 +39,7 @@ IMPLEMENTATIONS = {
     "cuda": "ghl_kernels.cuda.fused",
     "cuda_sm90": "ghl_kernels.cuda.sm90",
     "cuda_sm90_stored": "ghl_kernels.triton.sm90_stored",
+    "cuda_sm90_exchanged": "ghl_kernels.cuda.sm90_exchanged",
 }
 
 
@@ -50,7 +51,8 @@ class Backend:
     u written once and Triton's products; `library` u written once and cuBLAS's or cuDNN's;
     `library_patches` the same with x laid out as cuBLAS multiplies it fastest in TF32; `cuda`
     kernels compiled ahead of time, u only in registers; `cuda_sm90` the same by Hopper's own
-    instructions, u in shared memory; `cuda_sm90_stored` u written once by Triton and its products.
+    instructions, u in shared memory; `cuda_sm90_stored` u written once by Triton and its products;
+    `cuda_sm90_exchanged` u made once by all blocks of threads together, chunk by chunk in L2.
     """
 
     name: str
@@ -151,7 +153,10 @@ def cuda_unavailable(name: str, first: Tensor, problem: Problem | None) -> str |
     capability = torch.cuda.get_device_capability(first.device)
     if name in BY_SM90:
         without = triton_unavailable(first, problem) if name == "cuda_sm90_stored" else None
-        return without or sm90_unavailable(compiled, capability, problem)
+        without = without or sm90_unavailable(compiled, capability, problem)
+        if without is None and name == kernels.EXCHANGED and problem is not None:
+            return kernels.not_exchanged(problem)
+        return without
     return libraries.unfit(compiled, capability)
 
 

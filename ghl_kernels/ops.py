@@ -62,7 +62,8 @@ SCHEMAS = (
     "pair.cuda(Tensor x, Tensor y, Tensor g, Tensor? largest, Tensor? inverse, Tensor? winner, "
     "Tensor(a!) G, Tensor(b!) H0, Tensor(c!)? u_sums, int[] kernel_size, int[] stride, "
     "int[] padding, int[] dilation, int[] out_size, int groups, int competition, float tau, "
-    "bool channels_last, bool tf32, int splits, int rows_per_split, int tile, bool sm90) -> ()",
+    "bool channels_last, bool tf32, int splits, int rows_per_split, int tile, bool sm90, "
+    "Tensor(d!)? exchange) -> ()",
     "sum_splits.cuda(Tensor G_parts, Tensor H0_parts, Tensor? u_parts, Tensor(a!) G, "
     "Tensor(b!) H0, Tensor(c!)? u_sums, int splits) -> ()",
 )

@@ -37,7 +37,7 @@ def split_rows(problem: Problem, tile: Tile, device: torch.device) -> tuple[int,
     u that a composition of PyTorch's operators would store, with what is held beside it; where u is
     stored here too, that comes on top. Tiles of boxes may be strung together, see `strung_rows`.
     """
-    at_once = processors(device) * tile.programs
+    at_once = processors(device) * tile.programs // tile.cluster
     wanted = at_once // programs(problem, tile)
     by_rows = problem.rows // (FEWEST_BLOCKS * tile.block_m)
     stored = problem.rows * problem.all_neurons * problem.dtype.itemsize
@@ -46,7 +46,7 @@ def split_rows(problem: Problem, tile: Tile, device: torch.device) -> tuple[int,
     rows = -(-problem.rows // splits)
     rows = -(-rows // tile.block_m) * tile.block_m
     splits = -(-problem.rows // rows)
-    strung = strung_rows(problem, tile, at_once) if tile.box else None
+    strung = strung_rows(problem, tile, at_once) if tile.box and not tile.resident else None
     if strung and strung[0] <= by_memory:
         rounds = -(-programs(problem, tile) * splits // at_once)
         if rounds * rows > STRINGING * strung[1]:

@@ -85,8 +85,15 @@ struct Copy {
   int bytes;
 };
 
+// The blocks of a cluster, which run at once.
+struct Cluster {
+  std::unique_ptr<Barrier> barrier;
+  std::vector<Block*> blocks;
+};
+
 struct Thread {
   Block* block;
+  Cluster* cluster;
   Barrier* grid;
   int lane;
   Warp* warp;
@@ -296,12 +303,14 @@ inline void synchronize_grid() {
 
 namespace emulation {
 
-// Runs kernel() on threads of `block` and coordinates of `grid`; the blocks one after another, or
+// Runs kernel() on threads of `block` and coordinates of `grid`; the clusters one after another, or
 // all at once for a cooperative launch.
 inline void launch(dim3 grid, unsigned threads, size_t shared_bytes,
-                   const std::function<void()>& kernel, bool cooperative = false) {
+                   const std::function<void()>& kernel, bool cooperative = false,
+                   unsigned cluster_size = 1) {
   const unsigned blocks = grid.x * grid.y * grid.z;
   Barrier whole_grid(blocks * threads);
+  Cluster cluster;
   std::vector<std::thread> running;
   std::vector<std::unique_ptr<Block>> block_of;
   const auto join = [&] {
@@ -310,10 +319,19 @@ inline void launch(dim3 grid, unsigned threads, size_t shared_bytes,
     block_of.clear();
   };
   for (unsigned b = 0; b < blocks; ++b) {
-    block_of.push_back(std::make_unique<Block>(threads, shared_bytes));
+    if (b % cluster_size == 0) {
+      if (!cooperative) join();
+      cluster.barrier = std::make_unique<Barrier>(cluster_size * threads);
+      cluster.blocks.clear();
+      for (unsigned i = 0; i < cluster_size; ++i) {
+        block_of.push_back(std::make_unique<Block>(threads, shared_bytes));
+        cluster.blocks.push_back(block_of.back().get());
+      }
+    }
     for (unsigned t = 0; t < threads; ++t) {
-      running.emplace_back([&, b, t, block = block_of.back().get()] {
-        Thread thread{block, &whole_grid, int(t % kLanes), block->warps[t / kLanes].get()};
+      running.emplace_back([&, b, t, block = cluster.blocks[b % cluster_size]] {
+        Thread thread{block, &cluster, &whole_grid, int(t % kLanes),
+                      block->warps[t / kLanes].get()};
         current = &thread;
         threadIdx = {t, 0, 0};
         blockDim = {threads, 1, 1};
@@ -322,7 +340,6 @@ inline void launch(dim3 grid, unsigned threads, size_t shared_bytes,
         kernel();
       });
     }
-    if (!cooperative) join();
   }
   join();
 }

@@ -228,11 +228,23 @@ void check_splits(const DualWgradParams& p, const Tile& tile, int64_t number, bo
   STD_TORCH_CHECK(covers, p.splits, " splits of ", p.rows_per_split, " rows do not cover ", p.rows);
 }
 
+// The memory of an exchange.
+void* exchange_of(const Device& device, const Tensor& t, const DualWgradParams& p) {
+  int64_t bytes = 0;
+#ifdef GHL_SM90
+  bytes = sm90_exchange_bytes(p.neurons, p.splits);
+#endif
+  void* memory = dense<void>(device, t, ScalarType::Byte, bytes);
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(memory) % 16 == 0,
+                  "an exchange must begin at a multiple of 16 bytes");
+  return memory;
+}
+
 void pair(Tensor x, Tensor y, Tensor g, MaybeTensor largest, MaybeTensor inverse,
           MaybeTensor winner, Tensor G, Tensor H0, MaybeTensor u_sums, Integers kernel_size,
           Integers stride, Integers padding, Integers dilation, Integers out_size, int64_t groups,
           int64_t competition, double tau, bool channels_last, bool tf32, int64_t splits,
-          int64_t rows_per_split, int64_t tile_number, bool sm90) {
+          int64_t rows_per_split, int64_t tile_number, bool sm90, MaybeTensor exchange) {
   const Device device(x);
   DualWgradParams p = layer_of(x, y, kernel_size, stride, padding, dilation, out_size, groups);
   if (p.rows == 0 || p.channels == 0) return;
@@ -249,9 +261,12 @@ void pair(Tensor x, Tensor y, Tensor g, MaybeTensor largest, MaybeTensor inverse
   p.rows_per_split = narrow(rows_per_split);
   p.channels_last = channels_last;
   const Tile tile = tile_of(tile_number, p.dtype, p.precision, is_pointwise(p), sm90);
+  STD_TORCH_CHECK(bool(exchange) == tile.exchanges, "this tile ",
+                  exchange ? "exchanges nothing" : "needs memory to exchange u by");
+  if (exchange) p.exchange = exchange_of(device, *exchange, p);
   check_splits(p, tile, tile_number, sm90);
-  const bool whole_rows = p.groups == 1 && p.neurons <= tile.neurons;
-  STD_TORCH_CHECK(largest || whole_rows || p.competition == Competition::linear,
+  const bool whole_rows = p.groups == 1 && p.neurons <= tile.neurons && tile.cluster == 1;
+  STD_TORCH_CHECK(largest || whole_rows || exchange || p.competition == Competition::linear,
                   "largest is absent, must be given where a tile does not hold whole rows of y");
   const int64_t weights = neurons * p.channels * p.kernel_h * p.kernel_w;
   p.G = floats(device, G, splits * weights);
@@ -343,13 +358,23 @@ GHL_EXPORT const char* ghl_kernels_cuda_architectures() {
   return GHL_CUDA_ARCHITECTURES;
 }
 
-// The tile of that number as rows, neurons, columns, threads, stages, bytes of shared memory; no
-// rows where it is not compiled for such a layer.
+// The tile of that number as rows, neurons, columns, threads, stages, bytes of shared memory,
+// blocks of a cluster, whether it exchanges u; no rows where it is not compiled for such a layer.
 GHL_EXPORT void ghl_kernels_cuda_tile(int number, int dtype, bool tf32, bool pointwise, bool sm90,
                                       int* fields) {
   using namespace ghl::cuda;
   const Precision precision = tf32 ? Precision::tf32 : Precision::tf32x3;
   const Tile t = tile_of(number, static_cast<Dtype>(dtype), precision, pointwise, sm90);
-  const int known[] = {t.rows, t.neurons, t.columns, t.threads, t.stages, t.shared_bytes};
+  const int known[] = {t.rows,   t.neurons,      t.columns, t.threads,
+                       t.stages, t.shared_bytes, t.cluster, t.exchanges};
   std::copy(std::begin(known), std::end(known), fields);
+}
+
+// The bytes of memory that blocks of threads exchange u by.
+GHL_EXPORT int64_t ghl_kernels_cuda_exchange_bytes(int neurons, int splits) {
+#ifdef GHL_SM90
+  return ghl::cuda::sm90_exchange_bytes(neurons, splits);
+#else
+  return 0;
+#endif
 }

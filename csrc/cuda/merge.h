@@ -1,5 +1,5 @@
-// The merge of all layers of a model in one cooperative launch: from G, H0 and totals to the
-// updates and statistics.
+// The merge of all layers of a model in one cooperative launch, of one layer in two launches: from
+// G, H0 and totals to the updates and statistics.
 //
 // Cost: reads G, H0 and w (10 bytes a weight with a 16-bit w) twice and writes the update; about
 // 60 operations a weight. What the first pass reads of a neuron for s, it reads again from L1 or L2
@@ -7,8 +7,9 @@
 // Bytes under way at the 768 threads an SM that the registers allow, with a 16-bit w: 74 KB of H0
 // and w for s, 61 KB of all three after.
 //
-// One layer alone spares the grid a wait: each block finds max|H| of all neurons for itself. Of
-// many, one block does for each layer, and leaves it in the place of the first neuron's.
+// One layer alone spares the grid its waits: each block of the second launch finds max|H| of all
+// neurons for itself. Of many, one block does for each layer, and leaves it in the place of the
+// first neuron's.
 //
 // For: any number of layers, of any sizes and dtypes together. A neuron is measured by a warp, or a
 // block where it has many weights, never by more: its sums do not depend on the size of the grid,
@@ -284,34 +285,52 @@ GHL_DEVICE void combine_task(const MergeLayer& layer, int32_t task, Decay decay,
   if (fours < end) combine<1, ALONE>(layer, fours, end, decay, gate, normalize);
 }
 
-template <int CAPACITY>
-GHL_KERNEL void GHL_LAUNCH_BOUNDS(kMergeThreads, 3)
-    merge_kernel(GHL_CONSTANT_ARGUMENT MergeTable<CAPACITY> table) {
-  constexpr bool kAlone = CAPACITY == 1;
+template <class Table>
+GHL_DEVICE void measure_all(const Table& table) {
   const int threads = blockDim.x;
   deal_out(
       table, false, [&](const MergeLayer& layer) { return measure_tasks(layer, threads); },
       [&](const MergeLayer& layer, int32_t task) { measure_task(layer, task, table.decay); });
-  synchronize_grid();
-  if constexpr (kAlone) {
-    const MergeLayer& layer = table.layers[0];
-    const float largest = blockIdx.x == 0 ? summarize(layer) : largest_of(layer);
-    __syncthreads();  // the reduction's shared memory has been read
-    if (threadIdx.x == 0) largest_of_block() = largest;
-    __syncthreads();
-  } else {
-    for (int32_t i = blockIdx.x; i < table.count; i += gridDim.x) {
-      const MergeLayer& layer = table.layers[i];
-      const float largest = summarize(layer);
-      if (threadIdx.x == 0 && layer.out_channels > 0) layer.scratch[layer.out_channels] = largest;
-    }
-    synchronize_grid();
-  }
+}
+
+template <bool ALONE, class Table>
+GHL_DEVICE void combine_all(const Table& table) {
+  const int threads = blockDim.x;
   deal_out(
       table, true, [&](const MergeLayer& layer) { return combine_tasks(layer, threads); },
       [&](const MergeLayer& layer, int32_t task) {
-        combine_task<kAlone>(layer, task, table.decay, table.gate, table.normalize);
+        combine_task<ALONE>(layer, task, table.decay, table.gate, table.normalize);
       });
+}
+
+template <int CAPACITY>
+GHL_KERNEL void GHL_LAUNCH_BOUNDS(kMergeThreads, 3)
+    merge_kernel(GHL_CONSTANT_ARGUMENT MergeTable<CAPACITY> table) {
+  measure_all(table);
+  synchronize_grid();
+  for (int32_t i = blockIdx.x; i < table.count; i += gridDim.x) {
+    const MergeLayer& layer = table.layers[i];
+    const float largest = summarize(layer);
+    if (threadIdx.x == 0 && layer.out_channels > 0) layer.scratch[layer.out_channels] = largest;
+  }
+  synchronize_grid();
+  combine_all<false>(table);
+}
+
+// The two launches of one layer alone.
+GHL_KERNEL void GHL_LAUNCH_BOUNDS(kMergeThreads, 3)
+    measure_kernel(GHL_CONSTANT_ARGUMENT MergeTable<1> table) {
+  measure_all(table);
+}
+
+GHL_KERNEL void GHL_LAUNCH_BOUNDS(kMergeThreads, 3)
+    combine_kernel(GHL_CONSTANT_ARGUMENT MergeTable<1> table) {
+  const MergeLayer& layer = table.layers[0];
+  const float largest = blockIdx.x == 0 ? summarize(layer) : largest_of(layer);
+  __syncthreads();  // the reduction's shared memory has been read
+  if (threadIdx.x == 0) largest_of_block() = largest;
+  __syncthreads();
+  combine_all<true>(table);
 }
 
 constexpr int32_t merge_shared_bytes(int threads) {

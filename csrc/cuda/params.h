@@ -63,16 +63,20 @@ struct DualWgradParams {
   Statistics statistics;  // null: whole rows of y lie in a tile, and the kernel makes them itself
   float *G, *H0;          // (splits, groups * neurons, columns)
   float* u_sums;          // (splits, groups * neurons), or null where nobody asks
+  void* exchange;  // memory for blocks of threads to exchange u by, or null (sm90_exchange.h)
   int32_t splits;
   int32_t rows_per_split;  // a multiple of the tile's rows
   bool channels_last;  // a row of the weight is (kernel_h, kernel_w, channels), else (.., kh, kw)
 };
 
 // How a weight-gradient kernel cuts its work: a block has `rows` by `neurons` of y and g and `rows`
-// by `columns` of x in shared memory at once, `stages` times over.
+// by `columns` of x in shared memory at once, `stages` times over. `cluster` blocks have neurons
+// that follow one another, and the same x; `exchanges`: u, see sm90_exchange.h.
 struct Tile {
   int32_t rows, neurons, columns, threads, stages;
   int32_t shared_bytes;
+  int32_t cluster = 1;
+  bool exchanges = false;
 };
 
 // Whether a row of x is the channels of one position, and nothing else.

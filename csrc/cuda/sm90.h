@@ -1,5 +1,5 @@
 // Hopper's own instructions (sm_90a): barriers in shared memory, the copy engine (TMA), warpgroup
-// products (wgmma), registers that change hands.
+// products (wgmma), registers that change hands, clusters of blocks.
 //
 // Each is named as in the PTX ISA, whose sections' numbers move. `sm90_emulation.h` runs the same
 // names on the host by their documented meaning. Descriptors and addresses are arithmetic, in
@@ -37,6 +37,26 @@ GHL_DEVICE void barrier_arrive(uint64_t* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier))
                : "memory");
 }
+// The same at the barrier that lies there in the shared memory of the cluster's block `rank`.
+// Orders nothing between blocks, as copies and products need it: with .release.cluster it waits for
+// all memory of the GPU each time, which took as long as the products.
+GHL_DEVICE void barrier_arrive_at(uint64_t* barrier, int rank) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 there;\n"
+      "mapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [there];\n"
+      "}" ::"r"(shared_address(barrier)),
+      "r"(rank)
+      : "memory");
+}
+// Of all threads of a cluster; what any of them wrote before is seen by all.
+GHL_DEVICE void synchronize_cluster() {
+  asm volatile(
+      "barrier.cluster.arrive.release;\n"
+      "barrier.cluster.wait.acquire;" ::
+          : "memory");
+}
 // Arrives, and announces bytes that the copy engine will report.
 GHL_DEVICE void barrier_expect(uint64_t* barrier, uint32_t bytes) {
   asm volatile(
@@ -60,17 +80,36 @@ GHL_DEVICE bool phase_ended(uint64_t* barrier, uint32_t parity) {
 }
 // With GHL_WAIT_LIMIT, so many polls are a deadlock and end the kernel with an error: for the first
 // runs of a change.
-GHL_DEVICE void barrier_wait(uint64_t* barrier, uint32_t parity) {
+template <class Ready>
+GHL_DEVICE void wait_until(const Ready& ready) {
 #ifdef GHL_WAIT_LIMIT
   int polls = 0;
-  while (!phase_ended(barrier, parity) && ++polls < GHL_WAIT_LIMIT) {
+  while (!ready() && ++polls < GHL_WAIT_LIMIT) {
   }
   // an illegal store, because a trap makes ptxas serialise the products
   if (polls == GHL_WAIT_LIMIT) asm volatile("st.global.u32 [%0], %1;" ::"l"(0ll), "r"(0));
 #else
-  while (!phase_ended(barrier, parity)) {
+  while (!ready()) {
   }
 #endif
+}
+GHL_DEVICE void barrier_wait(uint64_t* barrier, uint32_t parity) {
+  wait_until([=] { return phase_ended(barrier, parity); });
+}
+
+// What this thread knows to be written to global memory is there for copies that others begin once
+// they know of it from this thread.
+GHL_DEVICE void global_written() {
+  asm volatile("fence.proxy.async.global;" ::: "memory");
+}
+// Counts one; whoever reads the count knows what this thread did.
+GHL_DEVICE void count_up(int32_t* counter) {
+  asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(counter) : "memory");
+}
+GHL_DEVICE int32_t counted(const int32_t* counter) {
+  int32_t count;
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(count) : "l"(counter) : "memory");
+  return count;
 }
 
 // What this thread has written to shared memory is there for products and the copy engine.
@@ -84,26 +123,47 @@ GHL_DEVICE void prefetch_map(const TensorMap* map) {
 
 // cp.async.bulk.tensor: a box of a matrix, innermost coordinate first; zeros outside it. An
 // innermost coordinate that is no multiple of 16 bytes is an illegal instruction (seen on an H100).
+// To the same place in all BLOCKS of the cluster, each of whose barriers there is told of the
+// bytes.
+template <int BLOCKS>
 GHL_DEVICE void load_box(void* shared, const TensorMap* map, uint64_t* barrier, int32_t column,
                          int32_t row) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
-      "[%0], [%1, {%3, %4}], [%2];" ::"r"(shared_address(shared)),
-      "l"(map), "r"(shared_address(barrier)), "r"(column), "r"(row)
-      : "memory");
+  if (BLOCKS > 1)
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+        ".multicast::cluster [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(shared_address(shared)),
+        "l"(map), "r"(shared_address(barrier)), "r"(column), "r"(row),
+        "h"(uint16_t((1 << BLOCKS) - 1))
+        : "memory");
+  else
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
+        "[%0], [%1, {%3, %4}], [%2];" ::"r"(shared_address(shared)),
+        "l"(map), "r"(shared_address(barrier)), "r"(column), "r"(row)
+        : "memory");
 }
 
 // The same in im2col mode ("Tensors", "im2col mode"): pixels from (n, h, w) on in the order of the
 // bounding box, each moved by the offsets of a tap; zeros where that is outside the image or n
 // beyond the last.
+template <int BLOCKS>
 GHL_DEVICE void load_patches(void* shared, const TensorMap* map, uint64_t* barrier, int32_t channel,
                              int32_t w, int32_t h, int32_t n, uint16_t tap_w, uint16_t tap_h) {
-  asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.im2col.mbarrier::complete_tx::bytes "
-      "[%0], [%1, {%3, %4, %5, %6}], [%2], {%7, %8};" ::"r"(shared_address(shared)),
-      "l"(map), "r"(shared_address(barrier)), "r"(channel), "r"(w), "r"(h), "r"(n), "h"(tap_w),
-      "h"(tap_h)
-      : "memory");
+  if (BLOCKS > 1)
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.im2col.mbarrier::complete_tx::bytes"
+        ".multicast::cluster [%0], [%1, {%3, %4, %5, %6}], [%2], {%7, %8}, %9;" ::"r"(
+            shared_address(shared)),
+        "l"(map), "r"(shared_address(barrier)), "r"(channel), "r"(w), "r"(h), "r"(n), "h"(tap_w),
+        "h"(tap_h), "h"(uint16_t((1 << BLOCKS) - 1))
+        : "memory");
+  else
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.im2col.mbarrier::complete_tx::bytes "
+        "[%0], [%1, {%3, %4, %5, %6}], [%2], {%7, %8};" ::"r"(shared_address(shared)),
+        "l"(map), "r"(shared_address(barrier)), "r"(channel), "r"(w), "r"(h), "r"(n), "h"(tap_w),
+        "h"(tap_h)
+        : "memory");
 }
 
 // wgmma ("Asynchronous Warpgroup Level Matrix Instructions"). Between a product and the wait that
@@ -180,14 +240,13 @@ GHL_MULTIPLY_BOTH(128, 256, 128, 129)
 #undef GHL_SUMS_32
 #undef GHL_SUMS_8
 
-// setmaxnreg: of a whole warpgroup, which keeps N registers a thread from here on.
-template <int N>
-GHL_DEVICE void give_registers() {
-  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
-}
-template <int N>
-GHL_DEVICE void take_registers() {
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
+// setmaxnreg: of a whole warpgroup, whose threads have had OLD registers and have NEW from here on.
+template <int OLD, int NEW>
+GHL_DEVICE void change_registers() {
+  if (NEW > OLD)
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(NEW));
+  else
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(NEW));
 }
 
 // The larger of two pairs of 16-bit numbers each; a number rather than NaN.
@@ -200,6 +259,26 @@ GHL_DEVICE uint32_t larger(uint32_t a, uint32_t b, float16) {
   uint32_t pair;
   asm("max.f16x2 %0, %1, %2;" : "=r"(pair) : "r"(a), "r"(b));
   return pair;
+}
+
+// A pointer that the compiler does not take apart, to add to its parts instead.
+template <class T>
+GHL_DEVICE T* as_it_is(T* pointer) {
+  asm volatile("" : "+l"(pointer));
+  return pointer;
+}
+// 16 bytes that nobody writes, and that are not asked for again.
+GHL_DEVICE uint4 load_once(const void* global) {
+  uint4 v;
+  asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+      : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+      : "l"(global));
+  return v;
+}
+GHL_DEVICE void store_global(void* global, uint4 v) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(global), "r"(v.x), "r"(v.y),
+               "r"(v.z), "r"(v.w)
+               : "memory");
 }
 
 // x, which all lanes of the warp agree on, in a form that the compiler knows they do.

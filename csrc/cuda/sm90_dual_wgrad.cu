@@ -80,49 +80,77 @@ cudaError_t launch(const DualWgradArguments& a, cudaStream_t stream) {
     if (error == cudaSuccess) prepared.fetch_or(bit);
   }
   if (error != cudaSuccess) return error;
-  kernel<<<unsigned(a.schedule.blocks_of_threads()), kThreads, shared_bytes, stream>>>(a);
-  return cudaGetLastError();
+  cudaLaunchAttribute attribute{};
+  if (Shape::EXCHANGES) {
+    attribute.id = cudaLaunchAttributeCooperative;
+    attribute.val.cooperative = 1;
+  } else {
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {Shape::CLUSTER, 1, 1};
+  }
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(unsigned(a.schedule.blocks_of_threads()) * Shape::CLUSTER);
+  config.blockDim = dim3(Shape::THREADS);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &attribute, config.numAttrs = Shape::EXCHANGES || Shape::CLUSTER > 1;
+  return cudaLaunchKernelEx(&config, kernel, a);
 }
 
 template <class T, class Shape>
 cudaError_t launch_competition(const DualWgradArguments& a, cudaStream_t stream) {
-  switch (a.p.competition) {
-    case Competition::softmax: return launch<T, Shape, Competition::softmax>(a, stream);
-    case Competition::linear: return launch<T, Shape, Competition::linear>(a, stream);
-    case Competition::hard: return launch<T, Shape, Competition::hard>(a, stream);
-    case Competition::softhebb: return launch<T, Shape, Competition::softhebb>(a, stream);
+  if constexpr (Shape::EXCHANGES) {
+    return launch<T, Shape, Competition::softmax>(a, stream);
+  } else {
+    switch (a.p.competition) {
+      case Competition::softmax: return launch<T, Shape, Competition::softmax>(a, stream);
+      case Competition::linear: return launch<T, Shape, Competition::linear>(a, stream);
+      case Competition::hard: return launch<T, Shape, Competition::hard>(a, stream);
+      case Competition::softhebb: return launch<T, Shape, Competition::softhebb>(a, stream);
+    }
+    return cudaErrorInvalidValue;
   }
-  return cudaErrorInvalidValue;
 }
 
 template <class Shape>
 cudaError_t launch_shape(const DualWgradParams& p, cudaStream_t stream) {
   DualWgradArguments a{};
   a.p = p;
-  a.geometry = geometry(p, Shape::COLUMN_BOXES);
+  a.geometry = geometry(p, Shape::COLUMN_BOXES, Shape::CLUSTER);
   a.schedule = schedule(p, a.geometry);
   a.x_is_matrix = row_stride_of_x(p) != 0;
   cudaError_t error =
       a.x_is_matrix ? encode(a.x, map_of_rows(p), p.dtype) : encode(a.x, map_of_images(p), p.dtype);
-  if (error == cudaSuccess) error = encode(a.y, map_of_signal(p.y, p), p.dtype);
+  MapOfMatrix y = map_of_signal(p.y, p);
+  if (p.exchange) {
+    const ExchangeLayout layout(p.neurons, p.splits);
+    a.exchange = layout.in(p.exchange);
+    y = map_of_exchange(p, a.exchange);
+    if (error == cudaSuccess)
+      error = cudaMemsetAsync(a.exchange.arrivals, 0, layout.arrivals_bytes, stream);
+  }
+  if (error == cudaSuccess) error = encode(a.y, y, p.dtype);
   if (error == cudaSuccess) error = encode(a.g, map_of_signal(p.g, p), p.dtype);
   if (error != cudaSuccess) return error;
   return p.dtype == Dtype::float16 ? launch_competition<float16, Shape>(a, stream)
                                    : launch_competition<bfloat16, Shape>(a, stream);
 }
 
-template <class Shape>
+template <class Of>
 constexpr Tile tile_of() {
-  return {kRows, kNeurons, Shape::COLUMNS, kThreads, Shape::STAGES, sizeof(typename Shape::Shared)};
+  constexpr int bytes = sizeof(typename Of::Shared);
+  return {kRows, kNeurons, Of::COLUMNS, Of::THREADS, Of::STAGES, bytes, Of::CLUSTER, Of::EXCHANGES};
 }
 
 }  // namespace
 }  // namespace sm90
 
 Tile sm90_dual_wgrad_tile(int number) {
-  constexpr Tile tiles[kSm90DualWgradTiles] = {sm90::tile_of<sm90::Shape<2>>(),
-                                               sm90::tile_of<sm90::Shape<3>>(),
-                                               sm90::tile_of<sm90::Shape<4>>()};
+  constexpr Tile tiles[kSm90DualWgradTiles] = {
+      sm90::tile_of<sm90::Shape<2, 1>>(),      sm90::tile_of<sm90::Shape<3, 1>>(),
+      sm90::tile_of<sm90::Shape<4, 1>>(),      sm90::tile_of<sm90::Shape<3, 2>>(),
+      sm90::tile_of<sm90::Shape<4, 2>>(),      sm90::tile_of<sm90::Shape<2, 1, true>>(),
+      sm90::tile_of<sm90::Shape<3, 1, true>>()};
   return tiles[number];
 }
 
@@ -131,16 +159,27 @@ const char* sm90_dual_wgrad_unfit(const DualWgradParams& p) {
 }
 
 bool sm90_dual_wgrad_covers(const DualWgradParams& p, int tile) {
-  const int boxes = sm90_dual_wgrad_tile(tile).columns / sm90::kBox;
-  return sm90::schedule(p, sm90::geometry(p, boxes)).tiles > 0;
+  const Tile of = sm90_dual_wgrad_tile(tile);
+  const auto s = sm90::schedule(p, sm90::geometry(p, of.columns / sm90::kBox, of.cluster));
+  return s.tiles > 0 && !(of.exchanges && s.strung);
+}
+
+int64_t sm90_exchange_bytes(int32_t neurons, int32_t splits) {
+  return sm90::ExchangeLayout(neurons, splits).bytes();
 }
 
 cudaError_t launch_sm90_dual_wgrad(const DualWgradParams& p, int tile, cudaStream_t stream) {
-  if (sm90::unfit(p) || !sm90_dual_wgrad_covers(p, tile)) return cudaErrorInvalidValue;
+  if (sm90::unfit(p) || !sm90_dual_wgrad_covers(p, tile) ||
+      sm90_dual_wgrad_tile(tile).exchanges != (p.exchange != nullptr))
+    return cudaErrorInvalidValue;
   switch (tile) {
-    case 0: return sm90::launch_shape<sm90::Shape<2>>(p, stream);
-    case 1: return sm90::launch_shape<sm90::Shape<3>>(p, stream);
-    default: return sm90::launch_shape<sm90::Shape<4>>(p, stream);
+    case 0: return sm90::launch_shape<sm90::Shape<2, 1>>(p, stream);
+    case 1: return sm90::launch_shape<sm90::Shape<3, 1>>(p, stream);
+    case 2: return sm90::launch_shape<sm90::Shape<4, 1>>(p, stream);
+    case 3: return sm90::launch_shape<sm90::Shape<3, 2>>(p, stream);
+    case 4: return sm90::launch_shape<sm90::Shape<4, 2>>(p, stream);
+    case 5: return sm90::launch_shape<sm90::Shape<2, 1, true>>(p, stream);
+    default: return sm90::launch_shape<sm90::Shape<3, 1, true>>(p, stream);
   }
 }
 

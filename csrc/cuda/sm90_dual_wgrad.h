@@ -3,28 +3,39 @@
 // Cost: 4·M·K·C FLOPs for M rows (output positions), K neurons, C = channels · taps; reads x once
 // per tile of neurons (patches from L2 by the copy engine's im2col walk), y and g once per tile of
 // columns, makes u as often, writes two K × C float32 sums per split. u exists in shared memory
-// only.
+// only. From L2 come, for 64 rows by 64 neurons by 256 columns, 48 KB; to a block of a cluster of
+// two 32, since each copies every other box of x, to both.
 // For: compute capability 9.0, 16-bit numbers, linear layers and convolutions on channels_last
-// (`sm90_maps.h` says which). A tile is 64 neurons by boxes of one tap and up to 64 channels each.
+// (`sm90_maps.h` says which). A tile is 64 neurons for each block of a cluster by boxes of one tap
+// and up to 64 channels each.
 //
-// Three warpgroups, and none waits for its own latencies in turn. In the first, one lane of the
-// first warp begins copies, and three warps make u, 32 rows at a time in turn; it must not be a
-// lane of these, whose fence might wait for its copies. The second warpgroup has the sums of G, the
-// third those of H0. A block of threads takes pieces of one tile after another (`sm90_schedule.h`);
-// copies run ahead into the next piece while sums of the last are stored.
+// Three warpgroups or more, and none waits for its own latencies in turn. The first has the sums of
+// G, the second those of H0. In the others, one lane of the first warp begins copies, and three
+// warps or seven make u, 32 rows at a time in turn; it must not be a lane of these, whose fence
+// might wait for its copies. A block of threads takes pieces of one tile after another
+// (`sm90_schedule.h`); copies run ahead into the next piece while sums of the last are stored.
 //
 // No wait is in vain. Of each stage's barriers, `full` takes 1 arrival (the copying lane's, with
-// its bytes), `known` 96 (all lanes that make u, whether or not of this block: racecheck follows
-// the stores of lanes that arrive), `empty` 8 (multiplying warps). Block b of all pieces lies in
-// stage b % STAGES and ends phase b / STAGES of its barriers. The copying lane waits for `empty` of
-// b - STAGES, which multiplying warps release once they have begun the products of the block after
-// it, or have ended its piece: for that they need no later block than b - STAGES + 1. Makers of u
-// wait for `full`, multiplying warps for `full` and, those of H0, `known` of the same block; all
-// wait for every block, in their order. Nobody falls two phases behind, since `full` of b + STAGES
-// needs `empty` of b, and that all multiplying warps passed `full` and `known` of b, and that all
-// makers of u passed `full` of b. All roles count the same blocks. Each copy is waited for before
-// the block of threads ends. Registers, too, are waited for: the first warpgroup gives away what
+// its bytes), `known` one of every lane that makes u, whether or not of this block (racecheck
+// follows the stores of lanes that arrive), `empty` 8 (multiplying warps). Block b of all pieces
+// lies in stage b % STAGES and ends phase b / STAGES of its barriers. The copying lane waits for
+// `empty` of b - STAGES, which multiplying warps release once they have begun the products of the
+// block after it, or have ended its piece: for that they need no later block than b - STAGES + 1.
+// Makers of u wait for `full`, multiplying warps for `full` and, those of H0, `known` of the same
+// block; all wait for every block, in their order. Nobody falls two phases behind, since `full` of
+// b + STAGES needs `empty` of b, and that all multiplying warps passed `full` and `known` of b, and
+// that all makers of u passed `full` of b. All roles count the same blocks. Each copy is waited for
+// before the block of threads ends. Registers, too, are waited for: some warpgroups give away what
 // the others take.
+//
+// In a cluster all of this holds of its blocks together: multiplying warps arrive at the `empty` of
+// every block, since every block copies into all. Bytes that come before their block has announced
+// them are counted already. Nobody leaves before all blocks are done, because barriers and memory
+// of one that has left are no longer there.
+//
+// Where u is exchanged (sm90_exchange.h), warps that make it do not wait for `full`: they write
+// rows for all blocks, and the copying lane waits for those before it copies u. Such a block has
+// one piece.
 //
 // Registers under a product: sums are touched by nothing else before the last wait of a piece.
 //
@@ -34,6 +45,7 @@
 
 #include "sm90.h"
 #include "sm90_competition.h"
+#include "sm90_exchange.h"
 #include "sm90_layout.h"
 #include "sm90_schedule.h"
 
@@ -44,17 +56,16 @@ struct DualWgradArguments {
   DualWgradParams p;
   Geometry geometry;
   Schedule schedule;
+  Exchange exchange;  // of a kernel that exchanges u: its map of y is that of the ring
   bool x_is_matrix;
 };
-
-// Registers of a thread after the launch, which gives 168 to each of three warpgroups.
-constexpr int kCompetingRegisters = 152, kMultiplyingRegisters = 176;
-static_assert(kCompetingRegisters + 2 * kMultiplyingRegisters <= 3 * 168);
 
 template <class T, class Shape, Competition COMPETITION>
 struct DualWgrad {
   static constexpr bool kCompetes = COMPETITION != Competition::linear;
   static constexpr bool kHasWinner = kCompetes && COMPETITION != Competition::softmax;
+  static constexpr bool kExchanges = Shape::EXCHANGES;
+  static constexpr int kCompetingWarps = Shape::COMPETING_WARPS;
 
   const DualWgradArguments& a;
   const DualWgradParams& p;
@@ -71,27 +82,53 @@ struct DualWgrad {
       for (int stage = 0; stage < Shape::STAGES; ++stage) {
         barrier_init(&shared.full[stage], 1);
         barrier_init(&shared.known[stage], 32 * kCompetingWarps);
-        barrier_init(&shared.empty[stage], 2 * kWarps);
+        barrier_init(&shared.empty[stage], 2 * kWarps * Shape::CLUSTER);
       }
       barrier_init(&shared.summed, 32 * kCompetingWarps);
+      for (int i = 0; i < kAhead; ++i) {
+        barrier_init(&shared.given[i], 1);
+        barrier_init(&shared.written[i], kCompetingWarps);
+      }
       barriers_ready();
     }
-    __syncthreads();
-    const int warp = uniform(threadIdx.x / 32), warpgroup = warp / kWarps;
-    if (warpgroup > 0) {
-      take_registers<kMultiplyingRegisters>();
-      multiply_and_store(warpgroup - 1);
-      return;
+    meet();
+    const int warp = uniform(threadIdx.x / 32) - 2 * kWarps;
+    if (warp < 0) {
+      change_registers<Shape::REGISTERS, Shape::MULTIPLYING_REGISTERS>();
+      multiply_and_store(warp < -kWarps ? 0 : 1);
+      return leave();
     }
-    give_registers<kCompetingRegisters>();
+    change_registers<Shape::REGISTERS, Shape::COMPETING_REGISTERS>();
     if (warp > 0)
-      compete(warp - 1);
+      kExchanges ? exchange(warp - 1) : compete(warp - 1);
     else if (lane == 0)
       copy();
+    leave();
   }
 
+  GHL_DEVICE void leave() const {
+    if (Shape::CLUSTER > 1) meet();
+  }
+
+  // All threads of the cluster.
+  GHL_DEVICE void meet() const {
+    if (Shape::CLUSTER > 1)
+      synchronize_cluster();
+    else
+      __syncthreads();
+  }
+
+  GHL_DEVICE Piece first_piece() const {
+    return a.schedule.first_piece(blockIdx.x / Shape::CLUSTER);
+  }
+
+  // This block's number in its cluster.
+  GHL_DEVICE int rank() const { return blockIdx.x % Shape::CLUSTER; }
+
   GHL_DEVICE Place place(const Piece& piece) const {
-    return a.geometry.place(piece.tile, Shape::COLUMN_BOXES);
+    Place tile = a.geometry.place(piece.tile);
+    tile.neuron += rank() * kNeurons;
+    return tile;
   }
 
   // The copying lane.
@@ -99,11 +136,12 @@ struct DualWgrad {
     prefetch_map(&a.x);
     prefetch_map(&a.y);
     prefetch_map(&a.g);
-    Piece piece = a.schedule.first_piece(blockIdx.x);
+    Piece piece = first_piece();
     for (; piece.blocks > 0; piece = a.schedule.next_piece(piece)) copy_piece(piece);
   }
 
   // Boxes beyond the last column are not copied: what lies there ends in sums that nobody stores.
+  // The blocks of a cluster take turns with those of x.
   GHL_DEVICE void copy_piece(const Piece& piece) {
     const Place tile = place(piece);
     const int x_boxes = min(Shape::COLUMN_BOXES, a.geometry.column_boxes - tile.box);
@@ -122,28 +160,76 @@ struct DualWgrad {
       uint64_t* full = &shared.full[stage];
       barrier_wait(&shared.empty[stage], ring.parity ^ 1);
       barrier_expect(full, (x_boxes + 2) * kBoxBytes);
-      load_box(shared.signal(stage, 1), &a.y, full, neuron, row);
-      load_box(shared.signal(stage, 0), &a.g, full, neuron, row);
+      if (!kExchanges) load_box<1>(shared.signal(stage, 1), &a.y, full, neuron, row);
+      load_box<1>(shared.signal(stage, 0), &a.g, full, neuron, row);
       const int32_t h = walk.pixel_h(p), w = walk.pixel_w(p);
       GHL_UNROLL
       for (int i = 0; i < Shape::COLUMN_BOXES; ++i) {
         if (i >= x_boxes) break;
+        if (i % Shape::CLUSTER != rank()) continue;
         char* box = shared.x(stage) + i * kBoxBytes;
         if (a.x_is_matrix)
-          load_box(box, &a.x, full, channel[i], row);
+          load_box<Shape::CLUSTER>(box, &a.x, full, channel[i], row);
         else
-          load_patches(box, &a.x, full, channel[i], w, h, walk.n, off_w[i], off_h[i]);
+          load_patches<Shape::CLUSTER>(box, &a.x, full, channel[i], w, h, walk.n, off_w[i],
+                                       off_h[i]);
+      }
+      if (kExchanges) {
+        if (block % kChunk == 0) wait_for_chunk(piece, block / kChunk);
+        load_box<1>(shared.signal(stage, 1), &a.y, full, neuron,
+                    Exchange::row(piece.part, block * kRows));
       }
       ring.advance();
       walk.advance(p);
     }
   }
 
+  // Until all blocks of the part have written their rows of it.
+  GHL_DEVICE void wait_for_chunk(const Piece& piece, int chunk) const {
+    const int32_t* arrivals = a.exchange.arrivals_of(piece.part, chunk);
+    const int32_t wanted = (chunk / kPlaces + 1) * a.schedule.tiles;
+    wait_until([&] { return counted(arrivals) >= wanted; });
+  }
+
+  // A warp that writes rows of u for all blocks of its part, as many at a time as its lanes share;
+  // then come those of all other warps, while its next are on their way. The warps tell of their
+  // block's rows in turn, since that takes as long as a trip to L2.
+  GHL_DEVICE void exchange(int turn) {
+    const Piece piece = first_piece();
+    const Share share(p.neurons, lane);
+    const int step = a.schedule.tiles * kCompetingWarps * share.rows;
+    int row = (turn * a.schedule.tiles + piece.tile) * share.rows + share.row;
+    ExchangedRow<T> numbers;
+    numbers.load(row_of_y(piece, row), share);
+    for (int chunk = 0; chunk * kChunk < piece.blocks; ++chunk) {
+      const int slot = chunk % kAhead, parity = chunk / kAhead % 2;
+      if (chunk >= kAhead) barrier_wait(&shared.given[slot], parity ^ 1);
+      for (; row - share.row < (chunk + 1) * kChunkRows; row += step) {
+        numbers.raise(p.scale, share);
+        numbers.load(row_of_y(piece, row + step), share);
+        uint16_t* u = a.exchange.u + int64_t(Exchange::row(piece.part, row)) * p.neurons;
+        numbers.store(as_it_is(u), int64_t(piece.first) * kRows + row < p.rows, share);
+      }
+      __syncwarp();
+      if (lane == 0) barrier_arrive(&shared.written[slot]);
+      if (chunk % kCompetingWarps != turn) continue;
+      barrier_wait(&shared.written[slot], parity);
+      global_written();
+      if (lane == 0) count_up(a.exchange.arrivals_of(piece.part, chunk));
+    }
+  }
+
+  // A piece's row of y; for one that is not there the last, whose u is NaN only where all sums are.
+  GHL_DEVICE const uint16_t* row_of_y(const Piece& piece, int row) const {
+    const int64_t at = min(int64_t(piece.first) * kRows + row, int64_t(p.rows - 1));
+    return as_it_is(static_cast<const uint16_t*>(p.y.data) + at * p.y.row);
+  }
+
   // A warp that makes u. Of each three units, which are 32 rows, one a lane, one is its own: the
   // next is `unit`, counted from the piece's first.
   GHL_DEVICE void compete(int turn) {
     int unit = turn;
-    Piece piece = a.schedule.first_piece(blockIdx.x);
+    Piece piece = first_piece();
     for (; piece.blocks > 0; piece = a.schedule.next_piece(piece)) {
       const Place tile = place(piece);
       const bool sums_u = p.u_sums && tile.box == 0;
@@ -171,7 +257,8 @@ struct DualWgrad {
     if (!kCompetes) return;
     char* box = shared.signal(ring.stage, 1);
     const int row = unit % 2 * 32 + lane;
-    const bool find = !p.statistics.largest, there = row_of(piece, unit) < p.rows;
+    const bool find = Shape::CLUSTER == 1 && !p.statistics.largest,
+               there = row_of(piece, unit) < p.rows;
     Row numbers;
     numbers.load(box, row);
     if (find) numbers.cut(p.neurons, T{});
@@ -195,11 +282,15 @@ struct DualWgrad {
             kHasWinner ? p.statistics.winner[at] : -1};
   }
 
-  // This warp is done with what the barrier stands for. Each warp says so of itself: a wait for
-  // products, too, is a warp's own.
+  // This warp is done with what the barrier stands for, in every block of the cluster. Each warp
+  // says so of itself: a wait for products, too, is a warp's own.
   GHL_DEVICE void arrive(uint64_t* barrier) {
     __syncwarp();
-    if (lane == 0) barrier_arrive(barrier);
+    if (lane >= Shape::CLUSTER) return;
+    if (Shape::CLUSTER > 1)
+      barrier_arrive_at(barrier, lane);
+    else
+      barrier_arrive(barrier);
   }
 
   // The sums of a unit's u; rows that are not there have none.
@@ -230,7 +321,7 @@ struct DualWgrad {
 
   // The warps that multiply: of G, or of H0.
   GHL_DEVICE void multiply_and_store(int which) {
-    Piece piece = a.schedule.first_piece(blockIdx.x);
+    Piece piece = first_piece();
     for (; piece.blocks > 0; piece = a.schedule.next_piece(piece)) {
       float sums[Shape::SUMS] = {};
       multiply_piece(sums, piece.blocks, which);
@@ -250,7 +341,9 @@ struct DualWgrad {
       const uint64_t x = operand(shared_address(shared.x(stage)));
       const uint64_t signal = operand(shared_address(shared.signal(stage, which)));
       barrier_wait(&shared.full[stage], ring.parity);
-      if (which) barrier_wait(&shared.known[stage], ring.parity);
+      if (kExchanges && threadIdx.x == 0 && block % kChunk == kChunk - 1)
+        barrier_arrive(&shared.given[block / kChunk % kAhead]);
+      if (!kExchanges && which) barrier_wait(&shared.known[stage], ring.parity);
       products_fence();
       GHL_UNROLL
       for (int row = 0; row < kRows; row += kDepth)
@@ -316,7 +409,7 @@ struct DualWgrad {
 };
 
 template <class T, class Shape, Competition COMPETITION>
-GHL_KERNEL void GHL_LAUNCH_BOUNDS(kThreads, 1)
+GHL_KERNEL void GHL_LAUNCH_BOUNDS(Shape::THREADS, 1)
     dual_wgrad_kernel(GHL_CONSTANT_ARGUMENT DualWgradArguments arguments) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) || !defined(__CUDACC__)
   auto& shared = *reinterpret_cast<typename Shape::Shared*>(shared_memory());

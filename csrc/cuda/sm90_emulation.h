@@ -64,9 +64,19 @@ inline bool has_ended(const uint64_t* barrier, uint32_t parity) {
 inline uintptr_t base() {
   return reinterpret_cast<uintptr_t>(shared_memory());
 }
+// What lies at the same place in the shared memory of another block of the cluster.
+template <class T>
+T* at(T* shared, int rank) {
+  const auto offset = reinterpret_cast<uintptr_t>(shared) - base();
+  char* there = emulation::current->cluster->blocks[rank]->shared.get();
+  return reinterpret_cast<T*>(there + offset);
+}
 // The 128-byte swizzle: bits 4 to 6 of an address, by bits 7 to 9.
+inline uintptr_t swizzled_address(uintptr_t address) {
+  return address ^ (address >> 7 & 7) << 4;
+}
 inline char* swizzle(uintptr_t address) {
-  return shared_memory() + (address ^ (address >> 7 & 7) << 4);
+  return shared_memory() + swizzled_address(address);
 }
 
 struct Products {
@@ -123,6 +133,12 @@ inline void barriers_ready() {}
 inline void barrier_arrive(uint64_t* barrier) {
   emulated::update(barrier, 1, 0);
 }
+inline void barrier_arrive_at(uint64_t* barrier, int rank) {
+  emulated::update(emulated::at(barrier, rank), 1, 0);
+}
+inline void synchronize_cluster() {
+  emulation::current->cluster->barrier->wait();
+}
 inline void barrier_expect(uint64_t* barrier, uint32_t bytes) {
   emulated::update(barrier, 1, bytes);
 }
@@ -133,17 +149,44 @@ inline void barrier_wait(uint64_t* barrier, uint32_t parity) {
   if (!ended) emulated::fail("deadlock");
 }
 
+template <class Ready>
+void wait_until(const Ready& ready) {
+  const auto start = std::chrono::steady_clock::now();
+  while (!ready()) {
+    if (std::chrono::steady_clock::now() - start > std::chrono::minutes(1))
+      emulated::fail("deadlock");
+    std::this_thread::yield();
+  }
+}
+inline void global_written() {}
+inline void count_up(int32_t* counter) {
+  __atomic_fetch_add(counter, 1, __ATOMIC_RELEASE);
+}
+inline int32_t counted(const int32_t* counter) {
+  return __atomic_load_n(counter, __ATOMIC_ACQUIRE);
+}
+
 inline void shared_written() {}
 inline void prefetch_map(const TensorMap*) {}
 
 // One row of a box: 64 numbers from `first` of the innermost dimension, zeros where nothing is.
-inline void load_row(void* box, int row, const TensorMap& map, int32_t first, bool inside,
-                     uint64_t offset) {
+// `memory`: that of the block it goes to.
+inline void load_row(char* memory, uint32_t box, int row, const TensorMap& map, int32_t first,
+                     bool inside, uint64_t offset) {
   for (int i = 0; i < 64; ++i) {
     uint16_t number = 0;
     if (inside && first + i >= 0 && uint64_t(first + i) < map.sizes[0])
       std::memcpy(&number, static_cast<const char*>(map.data) + offset + 2 * (first + i), 2);
-    std::memcpy(emulated::swizzle(shared_address(box) + row * 128 + i * 2), &number, 2);
+    std::memcpy(memory + emulated::swizzled_address(box + row * 128 + i * 2), &number, 2);
+  }
+}
+// copy(memory) for the block itself or, if BLOCKS are more than one, for all of its cluster, whose
+// barriers are told.
+template <int BLOCKS, class Copy>
+void load_into(uint64_t* barrier, const Copy& copy) {
+  for (int rank = 0; rank < BLOCKS; ++rank) {
+    copy(BLOCKS > 1 ? emulated::at(shared_memory(), rank) : shared_memory());
+    emulated::update(BLOCKS > 1 ? emulated::at(barrier, rank) : barrier, 0, -64 * 128);
   }
 }
 
@@ -151,33 +194,38 @@ inline void check_column(int32_t column) {
   if (column % 8 != 0) emulated::fail("an innermost coordinate that is no multiple of 16 bytes");
 }
 
-inline void load_box(void* box, const TensorMap* map, uint64_t* barrier, int32_t column,
-                     int32_t row) {
+template <int BLOCKS>
+void load_box(void* box, const TensorMap* map, uint64_t* barrier, int32_t column, int32_t row) {
   check_column(column);
-  for (int r = 0; r < 64; ++r)
-    load_row(box, r, *map, column, uint64_t(row + r) < map->sizes[1], (row + r) * map->strides[0]);
-  emulated::update(barrier, 0, -64 * 128);
+  load_into<BLOCKS>(barrier, [&](char* memory) {
+    for (int r = 0; r < 64; ++r)
+      load_row(memory, shared_address(box), r, *map, column, uint64_t(row + r) < map->sizes[1],
+               (row + r) * map->strides[0]);
+  });
 }
 
-inline void load_patches(void* box, const TensorMap* map, uint64_t* barrier, int32_t channel,
-                         int32_t w, int32_t h, int32_t n, uint16_t tap_w, uint16_t tap_h) {
+template <int BLOCKS>
+void load_patches(void* box, const TensorMap* map, uint64_t* barrier, int32_t channel, int32_t w,
+                  int32_t h, int32_t n, uint16_t tap_w, uint16_t tap_h) {
   check_column(channel);
   const int32_t last_w = int32_t(map->sizes[1]) - 1 + map->upper[0];
   const int32_t last_h = int32_t(map->sizes[2]) - 1 + map->upper[1];
   if (w < map->lower[0] || w > last_w || h < map->lower[1] || h > last_h || tap_w > 255 ||
       tap_h > 255)
     emulated::fail("a first pixel outside the bounding box, or too far a tap");
-  for (int r = 0; r < 64; ++r) {
-    const int64_t at_w = w + tap_w, at_h = h + tap_h;
-    const bool inside = at_w >= 0 && at_w < int64_t(map->sizes[1]) && at_h >= 0 &&
-                        at_h < int64_t(map->sizes[2]) && uint64_t(n) < map->sizes[3];
-    load_row(box, r, *map, channel, inside,
-             at_w * map->strides[0] + at_h * map->strides[1] + n * map->strides[2]);
-    w += map->steps[1];
-    if (w > last_w) w = map->lower[0], h += map->steps[2];
-    if (h > last_h) h = map->lower[1], ++n;
-  }
-  emulated::update(barrier, 0, -64 * 128);
+  load_into<BLOCKS>(barrier, [&, first_w = w, first_h = h, first_n = n](char* memory) {
+    int32_t w = first_w, h = first_h, n = first_n;
+    for (int r = 0; r < 64; ++r) {
+      const int64_t at_w = w + tap_w, at_h = h + tap_h;
+      const bool inside = at_w >= 0 && at_w < int64_t(map->sizes[1]) && at_h >= 0 &&
+                          at_h < int64_t(map->sizes[2]) && uint64_t(n) < map->sizes[3];
+      load_row(memory, shared_address(box), r, *map, channel, inside,
+               at_w * map->strides[0] + at_h * map->strides[1] + n * map->strides[2]);
+      w += map->steps[1];
+      if (w > last_w) w = map->lower[0], h += map->steps[2];
+      if (h > last_h) h = map->lower[1], ++n;
+    }
+  });
 }
 
 inline void products_fence() {
@@ -210,10 +258,18 @@ uint32_t larger(uint32_t a, uint32_t b, T type) {
   return pack(std::fmax(x.x, y.x), std::fmax(x.y, y.y), type);
 }
 
-template <int N>
-void give_registers() {}
-template <int N>
-void take_registers() {}
+template <int OLD, int NEW>
+void change_registers() {}
+template <class T>
+T* as_it_is(T* pointer) {
+  return pointer;
+}
+inline uint4 load_once(const void* global) {
+  return *static_cast<const uint4*>(global);
+}
+inline void store_global(void* global, uint4 v) {
+  *static_cast<uint4*>(global) = v;
+}
 inline int uniform(int x) {
   return x;
 }

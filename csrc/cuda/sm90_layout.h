@@ -15,24 +15,40 @@ namespace ghl::cuda::sm90 {
 constexpr int kRows = 64, kBox = 64;
 constexpr int kBoxBytes = kRows * kBox * 2;
 constexpr int kDepth = 16;  // rows that one wgmma of 16-bit numbers sums over
-constexpr int kWarpgroup = 128, kThreads = 3 * kWarpgroup;
-constexpr int kNeurons = kBox;           // of a tile
+constexpr int kWarpgroup = 128;
+constexpr int kNeurons = kBox;           // of a block of threads
 constexpr int kStageBytes = 216 * 1024;  // at most, of all stages together
-constexpr int kCompetingWarps = 3;       // that make u
 constexpr int kWarps = kWarpgroup / 32;  // of a warpgroup
+constexpr int kAhead = 3;                // chunks of rows that are made ahead, where u is exchanged
 
-// A tile: 64 neurons by so many boxes of columns. One warpgroup has the sums of G, one those of H0.
-template <int COLUMN_BOXES_>
+// A block's part of a tile: 64 neurons by so many boxes of columns. One warpgroup has the sums of
+// G, one those of H0. The neurons of a cluster's blocks follow one another; their columns, and so
+// the boxes of x, are the same.
+template <int COLUMN_BOXES_, int CLUSTER_, bool EXCHANGES_ = false>
 struct Shape {
   static constexpr int COLUMN_BOXES = COLUMN_BOXES_, COLUMNS = COLUMN_BOXES * kBox;
+  static constexpr int CLUSTER = CLUSTER_;
+  static constexpr bool EXCHANGES = EXCHANGES_;  // u, see sm90_exchange.h
   static constexpr int BOXES = COLUMN_BOXES + 2;
   static constexpr int STAGES = kStageBytes / (BOXES * kBoxBytes);
   static constexpr int SUMS = kNeurons * COLUMNS / kWarpgroup;  // of a thread
+  // That make u: as many as registers allow beside the sums, since products slow each of them down.
+  static constexpr int COMPETING_WARPS = (COLUMN_BOXES == 2 ? 7 : 3) + (EXCHANGES ? kWarps : 0);
+  static constexpr int THREADS = (1 + COMPETING_WARPS) * 32 + 2 * kWarpgroup;
+  // Registers of a thread: what the launch gives each, and what those have who multiply or make u.
+  static constexpr int REGISTERS = 65536 / THREADS / 8 * 8;
+  static constexpr int MULTIPLYING_REGISTERS = COLUMN_BOXES == 2                ? 120
+                                               : COLUMN_BOXES == 3 && EXCHANGES ? 160
+                                                                                : 176;
+  static constexpr int COMPETING_REGISTERS =
+      (THREADS * REGISTERS - 2 * kWarpgroup * MULTIPLYING_REGISTERS) / (THREADS - 2 * kWarpgroup) /
+      8 * 8;
 
   struct Shared {
     alignas(1024) char boxes[STAGES][BOXES][kBoxBytes];
-    float u_sums[2][kCompetingWarps][kNeurons];
+    float u_sums[2][COMPETING_WARPS][kNeurons];
     uint64_t full[STAGES], known[STAGES], empty[STAGES], summed;
+    uint64_t given[kAhead], written[kAhead];  // chunks, where u is exchanged
 
     GHL_HOST_DEVICE char* x(int stage) { return boxes[stage][0]; }
     // g, and y or u
@@ -101,25 +117,27 @@ struct Place {
 
 struct Geometry {
   int32_t taps, channel_boxes, column_boxes, column_tiles, neuron_tiles;
+  int32_t tile_boxes, tile_neurons;
 
   GHL_HOST_DEVICE ColumnBox box(int32_t number) const {
     return {number / channel_boxes, number % channel_boxes * kBox};
   }
   // Tiles of the same neurons, which read the same rows of y and g, come one after another.
-  GHL_HOST_DEVICE Place place(int32_t tile, int32_t boxes_of_tile) const {
+  GHL_HOST_DEVICE Place place(int32_t tile) const {
     const int32_t of_neurons = tile / column_tiles;
-    return {of_neurons / neuron_tiles, of_neurons % neuron_tiles * kNeurons,
-            tile % column_tiles * boxes_of_tile};
+    return {of_neurons / neuron_tiles, of_neurons % neuron_tiles * tile_neurons,
+            tile % column_tiles * tile_boxes};
   }
 };
 
-inline Geometry geometry(const DualWgradParams& p, int32_t boxes_of_tile) {
+inline Geometry geometry(const DualWgradParams& p, int32_t tile_boxes, int32_t cluster) {
   Geometry g;
+  g.tile_boxes = tile_boxes, g.tile_neurons = cluster * kNeurons;
   g.taps = p.kernel_h * p.kernel_w;
   g.channel_boxes = (p.channels + kBox - 1) / kBox;
   g.column_boxes = g.taps * g.channel_boxes;
-  g.column_tiles = (g.column_boxes + boxes_of_tile - 1) / boxes_of_tile;
-  g.neuron_tiles = (p.neurons + kNeurons - 1) / kNeurons;
+  g.column_tiles = (g.column_boxes + tile_boxes - 1) / tile_boxes;
+  g.neuron_tiles = (p.neurons + g.tile_neurons - 1) / g.tile_neurons;
   return g;
 }
 

@@ -1,6 +1,7 @@
 // What tensor maps say of x, y and g, and for which layers they can say it. No CUDA here.
 #pragma once
 
+#include "sm90_exchange.h"
 #include "sm90_layout.h"
 
 namespace ghl::cuda::sm90 {
@@ -27,6 +28,11 @@ inline MapOfMatrix map_of_signal(const Matrix& signal, const DualWgradParams& p)
   const int64_t columns = int64_t(p.groups) * p.neurons;
   const int64_t row = usable_stride(p.rows, signal.row, columns);
   return {signal.data, {uint64_t(columns), uint64_t(p.rows)}, {uint64_t(row) * 2}};
+}
+
+inline MapOfMatrix map_of_exchange(const DualWgradParams& p, const Exchange& exchange) {
+  const uint64_t rows = uint64_t(p.splits) * kPlaces * kChunkRows;
+  return {exchange.u, {uint64_t(p.neurons), rows}, {uint64_t(p.neurons) * 2}};
 }
 
 inline int32_t images_of(const DualWgradParams& p) {
@@ -117,7 +123,11 @@ inline const char* unfit(const DualWgradParams& p) {
   const int64_t row = row_stride_of_x(p);
   if (row ? !fits_map(uint64_t(row) * 2) : images_unfit(p) != nullptr)
     return row ? "rows of x must lie at multiples of 16 bytes" : images_unfit(p);
-  if (p.competition != Competition::linear && !p.statistics.largest &&
+  if (p.exchange && (p.competition != Competition::softmax || p.groups != 1 || p.neurons % 8 != 0 ||
+                     p.neurons > kMostExchanged || p.u_sums))
+    return "u that is exchanged must be a softmax of one group, of a multiple of 8 neurons up to "
+           "1024, without its sums";
+  if (p.competition != Competition::linear && !p.statistics.largest && !p.exchange &&
       (p.groups != 1 || p.neurons > kNeurons || p.neurons % 8 != 0))
     return "without statistics there must be one group, and neurons a multiple of 8 up to 64";
   return signal_unfit(p);

@@ -1,4 +1,6 @@
 // How the blocks of threads of the sm_90a weight gradient share out its work. Runs on a host too.
+// Where blocks are in clusters, each cluster is here what is called a block of threads: its blocks
+// take the same rows at the same time.
 //
 // The work of a tile is its blocks of 64 rows, one after another; a block of threads takes `share`
 // of them in all. Every tile is cut into as many whole shares as it has, and block by block all

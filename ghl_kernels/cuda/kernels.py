@@ -21,7 +21,7 @@ from ghl_kernels.fold import Fold
 from ghl_kernels.merges import Layer, foreach_merge_of, merge_of
 from ghl_kernels.pairs import Kernels, Task, as_it_lies
 from ghl_kernels.problem import Problem, dot_precision
-from ghl_kernels.splits import Partials
+from ghl_kernels.splits import Partials, processors
 from ghl_kernels.tuning import tiles
 from ghl_kernels.tuning.tiles import BY_SM90, Entry, Tile
 
@@ -31,6 +31,8 @@ SHARED_BYTES, REGISTERS = 163 * 1024, 65536  # of a multiprocessor of compute ca
 LARGEST_SHARED_BYTES = 227 * 1024  # of a block on compute capability 9.0 and 10.0
 REGISTERS_BESIDE_SUMS = 72  # of a thread
 BOX = 64  # kBox of csrc/cuda/sm90_layout.h
+EXCHANGED = "cuda_sm90_exchanged"
+MOST_EXCHANGED = 1024  # kMostExchanged of csrc/cuda/sm90_exchange.h, neurons
 
 
 @functools.cache
@@ -46,15 +48,16 @@ def compiled_tiles(
     ask.argtypes = [ctypes.c_int, ctypes.c_int, *[ctypes.c_bool] * 3, ctypes.c_void_p]
     found = []
     for number in range(MOST_TILES):
-        fields = (ctypes.c_int * 6)()
+        fields = (ctypes.c_int * 8)()
         ask(number, DTYPES.index(dtype), tf32, pointwise, strategy in BY_SM90, fields)
-        rows, neurons, columns, threads, stages, shared_bytes = fields
-        if rows and shared_bytes <= most_shared:
+        rows, neurons, columns, threads, stages, shared_bytes, cluster, exchanges = fields
+        if rows and shared_bytes <= most_shared and exchanges == (strategy == EXCHANGED):
             registers = 2 * neurons * columns + REGISTERS_BESIDE_SUMS * threads
             blocks = max(1, min(REGISTERS // registers, SHARED_BYTES // shared_bytes))
             tile = Tile(
-                rows, neurons, columns, threads // 32, stages, blocks, packed=True,
-                box=BOX if strategy in BY_SM90 else 0,
+                rows, neurons * cluster, columns, threads // 32, stages, blocks, packed=True,
+                box=BOX if strategy in BY_SM90 else 0, cluster=cluster,
+                resident=bool(exchanges),
             )  # fmt: skip
             found.append((number, tile))
     return tuple(found)
@@ -68,16 +71,51 @@ def most_shared_bytes() -> int:
     return properties.shared_memory_per_block_optin
 
 
+def most_programs() -> int:
+    """Of Hopper's own kernels at once, on the current device; without a GPU, of an H200."""
+    if not torch.cuda.is_available():
+        return 132
+    return processors(torch.device("cuda", torch.cuda.current_device()))
+
+
 def tiles_for(strategy: str, problem: Problem) -> tuple[tuple[int, Tile], ...]:
     """The compiled tiles that a layer may take, with their numbers."""
     tf32 = dot_precision(problem) == "tf32"
-    return compiled_tiles(strategy, problem.dtype, tf32, problem.pointwise, most_shared_bytes())
+    known = compiled_tiles(strategy, problem.dtype, tf32, problem.pointwise, most_shared_bytes())
+    if strategy != EXCHANGED:
+        return known
+    seen, most = as_run(problem), most_programs()
+    return tuple((n, tile) for n, tile in known if tiles.programs(seen, tile) <= most)
+
+
+@functools.lru_cache(maxsize=4096)
+def exchange_bytes(neurons: int, splits: int) -> int:
+    """The memory that blocks of threads exchange u by, whatever the layer's rows."""
+    library = libraries.serving("cuda")
+    assert library is not None
+    ask = ctypes.CDLL(str(library.path)).ghl_kernels_cuda_exchange_bytes
+    ask.argtypes, ask.restype = [ctypes.c_int] * 2, ctypes.c_int64
+    return int(ask(neurons, splits))
 
 
 def as_run(problem: Problem) -> Problem:
     """The layer that the kernels see: few channels are folded wherever they can be, because wide
     copies need it."""
     return Fold.of(problem).folded() if tiles.folds(problem) else problem
+
+
+def not_exchanged(problem: Problem) -> str | None:
+    """Why blocks of threads cannot exchange a layer's u; None if they can."""
+    if problem.competition != "softmax":
+        return f"u that is exchanged is a softmax, not {problem.competition}"
+    if problem.sum_u:
+        return "u that is exchanged has no sums, which are asked for"
+    if problem.groups > 1 or problem.neurons % 8 or problem.neurons > MOST_EXCHANGED:
+        fits = f"one group of a multiple of 8 neurons up to {MOST_EXCHANGED}"
+        return f"u is exchanged of {fits}, not of {problem.groups} of {problem.neurons}"
+    if not tiles_for(EXCHANGED, problem):
+        return "its tiles are more than the GPU runs at once"
+    return None
 
 
 def suits(problem: Problem, tile: Tile) -> bool:
@@ -92,14 +130,13 @@ def by_rule(problem: Problem, known: Sequence[tuple[int, Tile]]) -> Tile:
 
     def rank(tile: Tile) -> tuple[int, ...]:
         size = tile.block_k * tile.block_c
-        whole_rows = problem.groups == 1 and problem.neurons <= tile.block_k
         inside = suits(problem, tile)
         filled = -tiles.column_tiles(problem, tile) * tile.block_c if tile.box else 0
         return (
             inside,
             filled,
             size if inside else -size,
-            whole_rows,
+            tile.holds_rows(problem.neurons, problem.groups),
             min(tile.block_k, tile.block_c),
         )
 
@@ -110,7 +147,12 @@ def candidates(strategy: str, problem: Problem) -> list[Tile]:
     """What a tuner tries for a layer: the tiles that suit it, and each with twice the splits."""
     known = [tile for _, tile in tiles_for(strategy, problem)]
     suitable = [tile for tile in known if suits(as_run(problem), tile)] or known
-    return [dataclasses.replace(t, programs=n * t.programs) for t in suitable for n in (1, 2)]
+    return [
+        dataclasses.replace(tile, programs=n * tile.programs)
+        for tile in suitable
+        for n in (1, 2)
+        if n == 1 or not tile.resident
+    ]
 
 
 def choose(strategy: str, problem: Problem, device: torch.device) -> Entry:
@@ -139,6 +181,7 @@ def remembered(strategy: str, problem: Problem, device: torch.device, precision:
 def forget() -> None:
     """What was asked of the library and looked up: it or a table is another one now."""
     compiled_tiles.cache_clear()
+    exchange_bytes.cache_clear()
     remembered.cache_clear()
 
 
@@ -168,13 +211,17 @@ def statistics(y: Tensor, competition: str, tau: float) -> Statistics:
 def wgrad(strategy: str, task: Task, partials: Partials) -> None:
     """Fill `partials` from images x (N, C·groups, H, W) and matrices y and g (M, K·groups)."""
     problem, tile, images, y, g, competition, tau, out_size = task
-    whole_rows = problem.groups == 1 and problem.neurons <= tile.block_k
+    whole_rows = tile.holds_rows(problem.neurons, problem.groups)
     if strategy in BY_SM90:
         y, g = layout.in_chunks(y), layout.in_chunks(g)
         images = layout.in_chunks(images.movedim(1, -1)).movedim(-1, 1)
         whole_rows = whole_rows and problem.neurons % 8 == 0
     of_rows: Statistics = None, None, None
-    if competition != "linear" and not whole_rows:
+    exchange = None
+    if strategy == EXCHANGED:
+        size = exchange_bytes(problem.neurons, partials.splits)
+        exchange = torch.empty(size, dtype=torch.uint8, device=y.device)
+    elif competition != "linear" and not whole_rows:
         of_rows = statistics(y, competition, tau)
     G, H0, u_sums = partials.sums
     torch.ops.ghl_kernels.pair.cuda(
@@ -182,7 +229,7 @@ def wgrad(strategy: str, task: Task, partials: Partials) -> None:
         problem.kernel_size, problem.stride, problem.padding, problem.dilation, out_size,
         problem.groups, code("competition", competition), tau, partials.channels_last,
         dot_precision(problem) == "tf32", partials.splits, partials.rows_per_split,
-        number_of(tile, strategy, problem), strategy in BY_SM90,
+        number_of(tile, strategy, problem), strategy in BY_SM90, exchange,
     )  # fmt: skip
 
 
@@ -218,7 +265,7 @@ def kernels(
 
 
 def fill_layers(layers: Sequence[Layer], decay: str, gate: str, normalize: str) -> None:
-    """Fill the results of layers of any of the dtypes in one launch."""
+    """Fill the results of layers of any of the dtypes, together."""
     G, H0, totals, w, scratch, neurons, update, layer = (list(t) for t in zip(*layers, strict=True))
     torch.ops.ghl_kernels.foreach_merge.cuda(
         G, H0, totals, w, update, neurons, layer, scratch,

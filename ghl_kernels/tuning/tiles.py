@@ -29,7 +29,7 @@ SHIPPED = Path(__file__).parent / "tables"
 BY_TRITON = ("triton", "triton_stored", "library")
 BY_PATCHES = ("library_patches",)
 BY_OTHERS = ("library", *BY_PATCHES)  # whose products, and so whose tiles, are not ours
-BY_SM90 = ("cuda_sm90", "cuda_sm90_stored")
+BY_SM90 = ("cuda_sm90", "cuda_sm90_stored", "cuda_sm90_exchanged")
 BY_CUDA = ("cuda", *BY_SM90)
 STRATEGIES = (*BY_TRITON, *BY_PATCHES, *BY_CUDA)
 SMALLEST_BLOCK = 64  # that any layer may take, however small
@@ -49,7 +49,9 @@ class Tile:
     compiled kernels always are; a layer of few channels is folded by Triton for a tile that is not,
     by compiled kernels wherever it can be); `taps` of a kernel's row at once; `descriptors`: by the
     tensor memory accelerator where the layout allows; `box`: if not 0, the inputs come in boxes of
-    one tap and up to so many; `programs`: how many per multiprocessor to split the rows for.
+    one tap and up to so many; `cluster`: so many blocks of threads are one program, and have equal
+    parts of its neurons; `resident`: all programs must be on the GPU at once; `programs`: how many
+    blocks per multiprocessor to split the rows for.
     """
 
     block_m: int
@@ -62,6 +64,12 @@ class Tile:
     packed: bool = False
     descriptors: bool = False
     box: int = 0
+    cluster: int = 1
+    resident: bool = False
+
+    def holds_rows(self, neurons: int, groups: int) -> bool:
+        """Whether a block of threads has whole rows of y, and so needs no statistics of them."""
+        return groups == 1 and neurons <= self.block_k and self.cluster == 1
 
 
 # what a program of cuBLAS's is taken to have, for the rows to be split

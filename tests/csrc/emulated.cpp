@@ -59,9 +59,14 @@ void merge_layers(const MergeLayer* layers, int32_t count, Decay decay, Gate gat
   table.decay = decay, table.gate = gate, table.normalize = normalize;
   table.count = count;
   std::copy(layers, layers + count, table.layers);
-  emulation::launch(
-      {kResidentBlocks}, kMergeThreads, merge_shared_bytes(kMergeThreads),
-      [&] { merge_kernel<CAPACITY>(table); }, true);
+  const auto run = [&](const std::function<void()>& kernel) {
+    emulation::launch({kResidentBlocks}, kMergeThreads, merge_shared_bytes(kMergeThreads), kernel,
+                      true);
+  };
+  if constexpr (CAPACITY == 1)
+    run([&] { measure_kernel(table); }), run([&] { combine_kernel(table); });
+  else
+    run([&] { merge_kernel<CAPACITY>(table); });
 }
 
 cudaError_t launch_merge(const MergeLayer* layers, int32_t count, Decay decay, Gate gate,

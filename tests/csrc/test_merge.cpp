@@ -118,12 +118,16 @@ template <int CAPACITY>
 void merge(const std::vector<MergeLayer>& layers, const Choices& c, unsigned blocks) {
   MergeTable<CAPACITY> table{c.decay, c.gate, c.normalize, int32_t(layers.size()), {}};
   std::copy(layers.begin(), layers.end(), table.layers);
-  emulation::launch(
-      {blocks, 1, 1}, kThreads, merge_shared_bytes(kThreads),
-      [&] { merge_kernel<CAPACITY>(table); }, true);
+  const auto run = [&](const std::function<void()>& kernel) {
+    emulation::launch({blocks, 1, 1}, kThreads, merge_shared_bytes(kThreads), kernel, true);
+  };
+  if constexpr (CAPACITY == 1)
+    run([&] { measure_kernel(table); }), run([&] { combine_kernel(table); });
+  else
+    run([&] { merge_kernel<CAPACITY>(table); });
 }
 
-// All layers in one launch, or each `alone` in its own.
+// All layers in one launch, or each `alone` in two of its own.
 std::vector<Layer> merged(const Choices& c, unsigned blocks, bool poisoned, bool alone = false) {
   std::mt19937 random(3);
   std::vector<Layer> layers;

@@ -28,11 +28,15 @@ TensorMap map_of(const MapOfImages& of) {
 
 template <class T, class Shape>
 void launch(const DualWgradArguments& a) {
-  switch (a.p.competition) {
-    case Competition::softmax: return dual_wgrad_kernel<T, Shape, Competition::softmax>(a);
-    case Competition::linear: return dual_wgrad_kernel<T, Shape, Competition::linear>(a);
-    case Competition::hard: return dual_wgrad_kernel<T, Shape, Competition::hard>(a);
-    case Competition::softhebb: return dual_wgrad_kernel<T, Shape, Competition::softhebb>(a);
+  if constexpr (Shape::EXCHANGES) {
+    dual_wgrad_kernel<T, Shape, Competition::softmax>(a);
+  } else {
+    switch (a.p.competition) {
+      case Competition::softmax: return dual_wgrad_kernel<T, Shape, Competition::softmax>(a);
+      case Competition::linear: return dual_wgrad_kernel<T, Shape, Competition::linear>(a);
+      case Competition::hard: return dual_wgrad_kernel<T, Shape, Competition::hard>(a);
+      case Competition::softhebb: return dual_wgrad_kernel<T, Shape, Competition::softhebb>(a);
+    }
   }
 }
 
@@ -40,24 +44,35 @@ template <class T, class Shape>
 void emulate(const DualWgradParams& p) {
   DualWgradArguments a{};
   a.p = p;
-  a.geometry = geometry(p, Shape::COLUMN_BOXES);
+  a.geometry = geometry(p, Shape::COLUMN_BOXES, Shape::CLUSTER);
   a.schedule = schedule(p, a.geometry);
   if (a.schedule.tiles == 0) emulated::fail("splits that do not cover the rows");
   a.x_is_matrix = row_stride_of_x(p) != 0;
   a.x = a.x_is_matrix ? map_of(map_of_rows(p)) : map_of(map_of_images(p));
   a.y = map_of(map_of_signal(p.y, p)), a.g = map_of(map_of_signal(p.g, p));
-  const dim3 grid{unsigned(a.schedule.blocks_of_threads()), 1, 1};
-  emulation::launch(grid, kThreads, sizeof(typename Shape::Shared), [&] { launch<T, Shape>(a); });
+  const ExchangeLayout exchange(p.neurons, p.splits);
+  std::vector<uint4> memory(p.exchange ? exchange.bytes() / 16 + 1 : 0, {~0u, ~0u, ~0u, ~0u});
+  if (p.exchange) {
+    a.exchange = exchange.in(memory.data());
+    std::fill_n(a.exchange.arrivals, exchange.arrivals_bytes / 4, 0);
+    a.y = map_of(map_of_exchange(p, a.exchange));
+  }
+  const dim3 grid{unsigned(a.schedule.blocks_of_threads()) * Shape::CLUSTER, 1, 1};
+  emulation::launch(
+      grid, Shape::THREADS, sizeof(typename Shape::Shared), [&] { launch<T, Shape>(a); },
+      p.exchange != nullptr, Shape::CLUSTER);
 }
 
 template <class T, class Shape>
 void run(const Layer& layer) {
   DualWgradCase<T> one(layer, Precision::tf32, kRows);
-  const DualWgradParams p = one.params();
+  DualWgradParams p = one.params();
+  static char somewhere;
+  if (Shape::EXCHANGES) p.exchange = &somewhere, p.statistics = {};
   if (const char* why = unfit(p)) emulated::fail(why);
 #ifdef GHL_ON_GPU
-  const char* error =
-      run_sm90_on_gpu(p, one.x_bytes(), one.signal_bytes(), Shape::COLUMN_BOXES - 2);
+  const int tile = Shape::COLUMN_BOXES - 2 + 2 * (Shape::CLUSTER - 1) + 5 * Shape::EXCHANGES;
+  const char* error = run_sm90_on_gpu(p, one.x_bytes(), one.signal_bytes(), tile);
   if (error) emulated::fail(error);
 #else
   emulate<T, Shape>(p);
@@ -69,7 +84,7 @@ constexpr auto hard = Competition::hard, linear = Competition::linear,
                softhebb = Competition::softhebb;
 
 // Rows, neurons and columns that end within and beyond a tile; fewer blocks than stages and more;
-// tiles whose rests are strung together. For tiles of two, three and four boxes.
+// tiles whose rests are strung together. For tiles of two, three and four boxes, and in clusters.
 const Layer of_two[] = {
     {.name = "linear, one row",
      .batch = 1,
@@ -271,6 +286,102 @@ const Layer of_four[] = {
      .share = 4},
 };
 
+const Layer of_clusters_of_three[] = {
+    {.name = "cluster: linear, the second block has no neurons",
+     .batch = 70,
+     .groups = 1,
+     .neurons = 40,
+     .channels = 8},
+    {.name = "cluster: linear, strung together",
+     .batch = 350,
+     .groups = 1,
+     .neurons = 200,
+     .channels = 136,
+     .splits = 4,
+     .share = 4,
+     .spare = 8},
+    {.name = "cluster: 3x3, groups",
+     .batch = 3,
+     .groups = 2,
+     .neurons = 72,
+     .channels = 64,
+     .in_size = {6, 7},
+     .kernel = {3, 3},
+     .padding = {1, 1},
+     .competition = softhebb},
+};
+const Layer of_clusters_of_four[] = {
+    {.name = "cluster: 3x2, strides, dilation",
+     .batch = 3,
+     .groups = 1,
+     .neurons = 136,
+     .channels = 72,
+     .in_size = {19, 23},
+     .kernel = {3, 2},
+     .stride = {2, 3},
+     .padding = {2, 1},
+     .dilation = {1, 2},
+     .competition = hard,
+     .splits = 2,
+     .channels_last = false},
+    {.name = "cluster: linear, more blocks than stages, u is y",
+     .batch = 640,
+     .groups = 1,
+     .neurons = 128,
+     .channels = 256,
+     .competition = linear,
+     .splits = 2},
+};
+
+// Rows of one lane to 32, and of more than 256 neurons; more chunks than places; warps without a
+// row in a chunk; a last chunk that is not full.
+const Layer exchanged_by_two[] = {
+    {.name = "exchange: linear, more chunks than places",
+     .batch = 1700,
+     .groups = 1,
+     .neurons = 72,
+     .channels = 40,
+     .sums_u = false,
+     .tau = 0.5},
+    {.name = "exchange: linear, 8 neurons, one row",
+     .batch = 1,
+     .groups = 1,
+     .neurons = 8,
+     .channels = 8,
+     .sums_u = false},
+};
+const Layer exchanged_by_three[] = {
+    {.name = "exchange: 3x3, NaN",
+     .batch = 7,
+     .groups = 1,
+     .neurons = 64,
+     .channels = 64,
+     .in_size = {9, 10},
+     .kernel = {3, 3},
+     .padding = {1, 1},
+     .splits = 2,
+     .spare = 8,
+     .sums_u = false,
+     .poison = NAN},
+    {.name = "exchange: 1x1, rows of 520 neurons",
+     .batch = 9,
+     .groups = 1,
+     .neurons = 520,
+     .channels = 72,
+     .in_size = {9, 9},
+     .sums_u = false,
+     .poison = INFINITY},
+    {.name = "exchange: 1x1, stride 2, two chunks of two splits",
+     .batch = 30,
+     .groups = 1,
+     .neurons = 256,
+     .channels = 264,
+     .in_size = {11, 12},
+     .stride = {2, 2},
+     .splits = 2,
+     .sums_u = false},
+};
+
 // The layers that are asked for; of the second dtype, every fourth.
 template <class T>
 void test(int count, char** numbers, int every) {
@@ -283,11 +394,19 @@ void test(int count, char** numbers, int every) {
     return yes;
   };
   for (const Layer& layer : of_two)
-    if (asked(layer)) run<T, Shape<2>>(layer);
+    if (asked(layer)) run<T, Shape<2, 1>>(layer);
   for (const Layer& layer : of_three)
-    if (asked(layer)) run<T, Shape<3>>(layer);
+    if (asked(layer)) run<T, Shape<3, 1>>(layer);
   for (const Layer& layer : of_four)
-    if (asked(layer)) run<T, Shape<4>>(layer);
+    if (asked(layer)) run<T, Shape<4, 1>>(layer);
+  for (const Layer& layer : of_clusters_of_three)
+    if (asked(layer)) run<T, Shape<3, 2>>(layer);
+  for (const Layer& layer : of_clusters_of_four)
+    if (asked(layer)) run<T, Shape<4, 2>>(layer);
+  for (const Layer& layer : exchanged_by_two)
+    if (asked(layer)) run<T, Shape<2, 1, true>>(layer);
+  for (const Layer& layer : exchanged_by_three)
+    if (asked(layer)) run<T, Shape<3, 1, true>>(layer);
 }
 
 }  // namespace

@@ -84,7 +84,7 @@ void test_ring() {
 void test_sums() {
   std::set<std::pair<int, int>> places;
   for (int thread = 0; thread < kWarpgroup; ++thread) {
-    for (int i = 0; i < Shape<4>::SUMS; ++i)
+    for (int i = 0; i < Shape<4, 1>::SUMS; ++i)
       places.insert({neuron_of_sum(thread, i), column_of_sum(thread, i)});
   }
   equal("sums", "places", 0, places.size(), 64 * 256);
@@ -97,7 +97,7 @@ void test_sums() {
 void check_schedule(int32_t rows, int32_t tiles, int32_t share, int32_t parts, bool strung) {
   DualWgradParams p = linear(rows, 8, 64);
   p.rows_per_split = share * kRows, p.splits = parts;
-  Geometry g = geometry(p, 4);
+  Geometry g = geometry(p, 4, 1);
   g.neuron_tiles = tiles;
   const Schedule s = schedule(p, g);
   equal("schedule", "tiles", tiles, s.tiles, tiles);
@@ -143,12 +143,12 @@ void test_schedule() {
   DualWgradParams p = linear(1000, 8, 64);
   const auto covers = [&](int32_t share, int32_t parts) {
     p.rows_per_split = share * kRows, p.splits = parts;
-    return schedule(p, geometry(p, 4)).tiles > 0;
+    return schedule(p, geometry(p, 4, 1)).tiles > 0;
   };
   equal("schedule", "too few parts", 0, covers(6, 2), false);
   equal("schedule", "no share", 0, covers(0, 2), false);
   p.rows = INT32_MAX - 65536, p.rows_per_split = 1 << 30, p.splits = 2;
-  const Schedule s = schedule(p, geometry(p, 4));
+  const Schedule s = schedule(p, geometry(p, 4, 1));
   equal("schedule", "blocks of many rows", 0, s.first_piece(1).blocks,
         ((1 << 30) - 65536 + 62) / 64);
 }
@@ -158,7 +158,7 @@ void test_columns() {
   for (bool channels_last : {true, false}) {
     DualWgradParams p = layer(1, 200, 8, {9, 9}, {3, 2}, {1, 1}, {0, 0}, {1, 1});
     p.channels_last = channels_last;
-    const Geometry g = geometry(p, 4);
+    const Geometry g = geometry(p, 4, 1);
     equal("columns", "tiles", 0, g.column_tiles, 6);
     std::vector<int> seen(1200);
     for (int number = 0; number < g.column_boxes; ++number) {
@@ -211,8 +211,8 @@ void test_patches() {
       Walk walk(p, 0);
       for (int row = 0; row < p.rows; row += kRows, walk.advance(p)) {
         const ColumnBox tap{int32_t(random() % (kernel[0] * kernel[1])), 0};
-        load_patches(shared_memory(), &map, barrier, 0, walk.pixel_w(p), walk.pixel_h(p), walk.n,
-                     tap.off_w(p), tap.off_h(p));
+        load_patches<1>(shared_memory(), &map, barrier, 0, walk.pixel_w(p), walk.pixel_h(p), walk.n,
+                        tap.off_w(p), tap.off_h(p));
         for (int r = 0; r < kRows; ++r) {
           const int position = (row + r) % (p.out_height * p.out_width);
           const int n = (row + r) / (p.out_height * p.out_width);

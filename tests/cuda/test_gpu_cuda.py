@@ -45,7 +45,10 @@ def on_gpu() -> Iterator[torch.device]:
         yield device
 
 
-@pytest.mark.parametrize("strategy", tiles.BY_CUDA)
+OF_SUMS = [name for name in tiles.BY_CUDA if name != kernels.EXCHANGED]  # that have those of u
+
+
+@pytest.mark.parametrize("strategy", OF_SUMS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", LAYERS)
 def test_every_tile_on_many_seeds(
@@ -75,7 +78,7 @@ STRUNG: dict[str, Layer] = {  # of so many rows that parts are less than u
 }
 
 
-@pytest.mark.parametrize("strategy", tiles.BY_SM90)
+@pytest.mark.parametrize("strategy", [name for name in OF_SUMS if name in tiles.BY_SM90])
 @pytest.mark.parametrize("decay", ["oja", "instar"])
 @pytest.mark.parametrize("name", STRUNG)
 def test_tiles_of_boxes_strung_together(
@@ -100,6 +103,41 @@ def test_tiles_of_boxes_strung_together(
             assert_pair(layer, tensors, rule)
             assert all(map(torch.equal, *(layer.pair(tensors, rule) for _ in range(2))))
     assert strung
+
+
+EXCHANGED: dict[str, Layer] = {
+    "linear": Linear(9001, 264, 136),
+    "linear_8_neurons": Linear(300, 72, 8),
+    "linear_1024_neurons": Linear(20000, 72, 1024),
+    "many_rows": Conv(64, 64, (56, 56), 128, (1, 1)),
+    "conv": Conv(40, 64, (28, 28), 64, padding=(1, 1)),
+    "conv_stride": Conv(40, 128, (27, 28), 520, (1, 1), (2, 2)),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("name", EXCHANGED)
+def test_u_that_blocks_exchange(name: str, dtype: torch.dtype, on_gpu: torch.device) -> None:
+    """Of every tile, and the same bits from a graph on another stream, however often."""
+    layer, strategy = EXCHANGED[name], kernels.EXCHANGED
+    problem = problem_of(layer, dtype)
+    if reason := dispatch.unavailable(strategy, torch.empty(0, device="cuda"), problem):
+        pytest.skip(reason)
+    tensors = layer.tensors(dtype)
+    for _, tile in kernels.tiles_for(strategy, problem):
+        entry = Entry(tiles.kind(problem), 16, 1, 1, 1, strategy, tile)
+        with tiles.use(entry), ghl_kernels.force(strategy):
+            assert_pair(layer, tensors, Rule(tau=0.7), "rows")
+            first = layer.pair(tensors, Rule(), "rows")
+            stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+            torch.cuda.synchronize()
+            with torch.cuda.graph(graph, stream=stream):
+                again = layer.pair(tensors, Rule(), "rows")
+            for _ in range(20):
+                for sums in again:
+                    sums.fill_(float("nan"))
+                graph.replay()
+                assert all(map(torch.equal, first[:2], again[:2]))
 
 
 def test_a_gpu_that_nothing_was_compiled_for_is_an_error_with_its_cause(

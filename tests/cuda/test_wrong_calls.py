@@ -23,7 +23,7 @@ def arguments(**changes: object) -> dict[str, Any]:
         "u_sums": None, "kernel_size": [1, 1], "stride": [1, 1], "padding": [0, 0],
         "dilation": [1, 1], "out_size": [1, 1], "groups": 1, "competition": 0, "tau": 1.0,
         "channels_last": False, "tf32": True, "splits": 1, "rows_per_split": 64, "tile": 0,
-        "sm90": False,
+        "sm90": False, "exchange": None,
     }  # fmt: skip
     return right | changes
 
@@ -54,6 +54,7 @@ def test_a_right_call() -> None:
         ({"splits": 2}, "2 splits of 64 rows do not cover 40"),
         ({"tile": 99}, "not compiled for the dtype"),
         ({"sm90": True}, "not compiled for the dtype"),
+        ({"exchange": torch.empty(9, dtype=torch.uint8)}, "this tile exchanges nothing"),
         ({"largest": torch.empty(ROWS)}, "inverse is absent"),
         ({"largest": torch.empty(ROWS), "inverse": torch.empty(ROWS - 1)}, "has 39 elements"),
         (

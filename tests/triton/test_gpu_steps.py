@@ -262,9 +262,9 @@ def test_the_workspace_of_hoppers_own_kernels(
         pytest.skip(reason)
     w = tensors[3]
     with ghl_kernels.force("composed"):
-        composed = peak_of(lambda: layer.pair(tensors, RULE))
+        composed = peak_of(lambda: layer.pair(tensors, RULE, "rows"))
     with forced(strategy):
-        peak = peak_of(lambda: layer.pair(tensors, RULE))
+        peak = peak_of(lambda: layer.pair(tensors, RULE, "rows"))
     assert peak <= composed + 2 * 4 * w.numel() + 4 * len(w) + 2**12
 
 

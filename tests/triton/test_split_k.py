@@ -105,16 +105,19 @@ def test_splits_cover_the_rows_and_none_is_empty(
     taps=st.integers(1, 3),
     programs=st.integers(1, 2),
     boxes=st.integers(2, 4),
+    cluster=st.integers(1, 2),
 )
 def test_tiles_of_boxes_are_strung_together_where_they_fill_a_gpu_unevenly(
-    rows: int, neurons: int, channels: int, taps: int, programs: int, boxes: int,
+    rows: int, neurons: int, channels: int, taps: int, programs: int, boxes: int, cluster: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """As csrc/cuda/sm90_schedule.h cuts them: parts enough, within the memory of u."""
     monkeypatch.setattr(dividing, "processors", lambda device: 132)
     geometry = {"kernel_size": (taps, taps), "padding": (1, 1), "channels_last": True}
     problem = Problem(rows, neurons, channels, torch.float16, linear=False, **geometry)
-    tile = Tile(64, 64, 64 * boxes, 12, 4, programs, packed=True, box=64)
+    tile = Tile(
+        64, 64 * cluster, 64 * boxes, 12, 4, programs, packed=True, box=64, cluster=cluster
+    )  # fmt: skip
     parts, each = own_choice(problem, tile, torch.device("cpu"))
     blocks, share = -(-rows // 64), each // 64
     assert each % 64 == 0 and parts >= -(-blocks // share)
@@ -128,7 +131,7 @@ def test_tiles_of_boxes_are_strung_together_where_they_fill_a_gpu_unevenly(
     )
     assert rest > 0 and whole > 0 and whole + most <= parts
     assert parts * 8 * neurons * problem.columns <= rows * neurons * 2
-    assert tiles * whole + -(-tiles * rest // share) <= 132 * programs
+    assert cluster * (tiles * whole + -(-tiles * rest // share)) <= 132 * programs
 
 
 def test_a_layer_that_is_strung_together(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,6 +143,8 @@ def test_a_layer_that_is_strung_together(monkeypatch: pytest.MonkeyPatch) -> Non
     )  # fmt: skip
     tile = Tile(64, 64, 256, 12, 4, packed=True, box=64)
     assert own_choice(layer, tile, torch.device("cpu")) == (5, 214 * 64)
+    cluster = dataclasses.replace(tile, block_k=128, cluster=2)  # 18 tiles for 66 clusters
+    assert own_choice(layer, cluster, torch.device("cpu")) == (5, 214 * 64)
     wide = dataclasses.replace(layer, neurons=512, channels=512)
     assert own_choice(wide, tile, torch.device("cpu")) == (1, 784 * 64)  # nothing but rests
 

@@ -99,7 +99,7 @@ def small(layer: Layer) -> Layer:
 
 def compiled_alike(layer: Layer, mode: str, entry: Entry) -> tuple[Any, ...]:
     """Jobs for which this is equal compile the same kernels, as far as is known here."""
-    whole_rows = entry.neurons <= entry.tile.block_k and layer.groups == 1
+    whole_rows = entry.tile.holds_rows(entry.neurons, layer.groups)
     divisible = tuple(n % 16 == 0 for n in (entry.neurons, entry.columns, layer.in_channels))
     geometry = layer.linear, layer.kernel_size, layer.stride, layer.groups == 1
     return entry.kind, mode, entry.strategy, entry.tile, whole_rows, divisible, geometry
