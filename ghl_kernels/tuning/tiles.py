@@ -289,9 +289,11 @@ def loads_one_by_one(problem: Problem, entry: Entry) -> bool:
 
 
 def fitting(entry: Entry, problem: Problem) -> Entry:
-    """The entry, its tile of one tap where the rows of the kernel are not made of its taps, and
-    packed where the layer would be folded and cannot be."""
+    """The entry, its tile of one tap where the rows of the kernel are not made of its taps, packed
+    where the layer would be folded and cannot be, and of one block where others had no neurons."""
     tile, few = entry.tile, kind(problem) == "packed"
+    if tile.cluster > 1 and problem.neurons <= tile.block_k // tile.cluster:
+        tile = dataclasses.replace(tile, block_k=tile.block_k // tile.cluster, cluster=1)
     if few and not tile.packed:
         tile = dataclasses.replace(tile, taps=1, packed=not problem.foldable)
     elif problem.kernel_size[1] % tile.taps:

@@ -211,9 +211,9 @@ def sizes(entry: Entry) -> tuple[Any, ...]:
 
 
 def merged(base: Sequence[Entry], tuned: Sequence[Entry]) -> list[Entry]:
-    """The tuned entries, and those of the base table whose sizes were not tuned."""
-    done = {sizes(entry) for entry in tuned}
-    return [*tuned, *(entry for entry in base if sizes(entry) not in done)]
+    """The tuned entries, and behind them those of the base table of other sizes or strategies."""
+    done = {(sizes(entry), entry.strategy) for entry in tuned}
+    return [*tuned, *(entry for entry in base if (sizes(entry), entry.strategy) not in done)]
 
 
 def as_json(entry: Entry) -> str:

@@ -233,6 +233,9 @@ def bench_arguments(parser: argparse.ArgumentParser) -> None:
         help="go on with FILE if it is of this GPU, these versions and sources")  # fmt: skip
     add = tune.add_argument
     add("--budget", type=float, default=300, metavar="SECONDS", help="to spend, %(default)s")
+    add("--strategies", nargs="+", metavar="NAME",
+        help="try only these beside what a layer takes now, as `ghl_kernels.force` names them; "
+        "those of compiled kernels wait for no compiler")  # fmt: skip
     add("--out", type=Path, metavar="FILE", help="by default the user's table for this GPU")
     add("--log", type=Path, metavar="FILE", help="write every attempt there as JSON")
 

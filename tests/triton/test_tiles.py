@@ -129,6 +129,19 @@ def test_taps_that_do_not_divide_a_kernels_row_become_one(monkeypatch: pytest.Mo
         assert chosen([three], problem, monkeypatch).tile.taps == taps
 
 
+@pytest.mark.parametrize(("neurons", "tile"), [(64, (64, 1)), (72, (128, 2))])
+def test_a_block_of_a_cluster_that_had_no_neurons_is_left_out(
+    neurons: int, tile: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of_two = Tile(64, 128, 192, 12, 5, packed=True, box=64, cluster=2)
+    known = Entry("conv", 16, 4096, 128, 576, "cuda_sm90", of_two)
+    monkeypatch.setattr(tiles, "table", lambda device: Table("test", None, (known,)))
+    options = {"kernel_size": (3, 3), "padding": (1, 1), "channels_last": True}
+    layer = Problem(4096, neurons, 64, torch.bfloat16, **options)
+    found = tiles.find(layer, CPU, among=("cuda_sm90",))
+    assert found and (found.tile.block_k, found.tile.cluster) == tile
+
+
 def test_an_entry_in_use_is_taken_by_this_thread_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     used, other = entry(1, 1, 1, strategy="library"), entry(64, 64, 64)
     elsewhere = []

@@ -21,6 +21,7 @@ from ghl.bench.layers import layers_of
 from ghl.bench.measure import DEFINITIONS, Bench, Row, measure, summarize
 from ghl_kernels import dispatch
 from ghl_kernels.rule import check_choice
+from ghl_kernels.tuning import tiles
 
 
 def device_of(name: str) -> torch.device:
@@ -123,13 +124,16 @@ def tune(args: argparse.Namespace) -> int:
     if by_triton and by_cuda:
         raise ValueError(f"there is nothing to tune: {by_triton}; {by_cuda}")
     check_modes(args.modes, tuning.TUNED_MODES)
+    for strategy in args.strategies or ():
+        check_choice("--strategies", strategy, tiles.STRATEGIES)
     for workload in args.workloads:
         layers_of(workload)
     torch.backends.cudnn.benchmark = True
     with torch.no_grad():
         tuned, path = tuning.tune_gpu(
-            args.workloads, args.budget, args.out, clocks.clock_for(device), args.modes
-        )
+            args.workloads, args.budget, args.out, clocks.clock_for(device), args.modes,
+            args.strategies or tiles.STRATEGIES,
+        )  # fmt: skip
     if args.log:
         report.write_json(args.log, tuning.as_log(tuned))
     dropped = [a for t in tuned for a in t.attempts if a.dropped]

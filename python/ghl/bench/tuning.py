@@ -356,8 +356,12 @@ def tune_gpu(
     out: Path | None,
     clock: Clock,
     modes: Sequence[str] | None = None,
+    strategies: Sequence[str] = tiles.STRATEGIES,
 ) -> tuple[list[Tuned], Path]:
-    """Tune for the GPU of the clock and write its table; what was tried, and the table's path."""
+    """Tune for the GPU of the clock and write its table; what was tried, and the table's path.
+
+    strategies: to try beside what a layer takes now.
+    """
     device = clock.device
     path = out or tiles.user_tables() / f"{tiles.gpu_name(device)}.json"
     start, base = time.monotonic(), tiles.table(device)
@@ -367,11 +371,15 @@ def tune_gpu(
 
     def candidates(problem: Problem) -> list[Entry]:
         runs = [s for s in tiles.STRATEGIES if not dispatch.unavailable(s, some, problem)]
+        tried = [s for s in runs if s in strategies]
         compiled = [
-            (s, tile) for s in tiles.BY_CUDA if s in runs for tile in kernels.candidates(s, problem)
+            (s, tile)
+            for s in tiles.BY_CUDA
+            if s in tried
+            for tile in kernels.candidates(s, problem)
         ]
-        compiled += [(s, tiles.OF_PATCHES) for s in tiles.BY_PATCHES if s in runs]
-        by_triton = [s for s in tiles.BY_TRITON if s in runs]
+        compiled += [(s, tiles.OF_PATCHES) for s in tiles.BY_PATCHES if s in tried]
+        by_triton = [s for s in tiles.BY_TRITON if s in tried]
         present = tiles.find(problem, device, among=tuple(runs))
         return tune.candidates(problem, present, base.entries, compiled, by_triton)
 
