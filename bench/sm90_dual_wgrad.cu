@@ -1,8 +1,8 @@
 // Times sm90_dual_wgrad.cu alone, without Python, on layers of ResNet-50 at batch 256 in bf16:
 //   nvcc -std=c++17 -O3 -gencode arch=compute_90a,code=sm_90a bench/sm90_dual_wgrad.cu
-// Of each layer and tile, with u, its statistics or nothing given, or u exchanged: milliseconds (the median of 20
-// launches after 5; only layers whose inputs fit in the L2 cache read them from there), TFLOP/s,
-// and GB/s of x, y and g read once.
+// Of each layer and tile, with u, its statistics or nothing given, or u exchanged: milliseconds (the
+// median of 20 launches after 5; only layers whose inputs fit in the L2 cache read them from there),
+// TFLOP/s, and GB/s of x, y and g read once.
 #include <algorithm>
 #include <cstdio>
 #include <vector>
