@@ -123,7 +123,7 @@ void time_layer(const Layer& l, int processors) {
       if (signal.exchanges && clusters > processors) continue;
       const size_t sums = size_t(p.splits) * l.neurons * l.channels * taps;
       p.G = allocate<float>(sums), p.H0 = allocate<float>(sums);
-      p.exchange = signal.exchanges ? allocate<char>(sm90_exchange_bytes(p.neurons, p.splits)) : nullptr;
+      p.exchange = signal.exchanges ? allocate<char>(sm90_exchange_bytes(p.neurons, p.splits, p.rows_per_split)) : nullptr;
       p.competition = signal.competition;
       p.statistics = {signal.in_tile ? nullptr : statistics, statistics + p.rows, nullptr};
       const double ms = milliseconds(p, tile);

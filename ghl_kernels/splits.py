@@ -37,7 +37,7 @@ def split_rows(problem: Problem, tile: Tile, device: torch.device) -> tuple[int,
     u that a composition of PyTorch's operators would store, with what is held beside it; where u is
     stored here too, that comes on top. Tiles of boxes may be strung together, see `strung_rows`.
     """
-    at_once = processors(device) * tile.programs // tile.cluster
+    at_once = processors(device) * (1 if tile.resident else tile.programs) // tile.cluster
     wanted = at_once // programs(problem, tile)
     by_rows = problem.rows // (FEWEST_BLOCKS * tile.block_m)
     stored = problem.rows * problem.all_neurons * problem.dtype.itemsize

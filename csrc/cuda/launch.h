@@ -38,6 +38,6 @@ bool sm90_dual_wgrad_covers(const DualWgradParams&, int tile);
 cudaError_t launch_sm90_dual_wgrad(const DualWgradParams&, int tile, cudaStream_t);
 // The bytes that DualWgradParams::exchange must have for tiles that exchange u. All their blocks
 // must be on the GPU at once, and rests are not strung together.
-int64_t sm90_exchange_bytes(int32_t neurons, int32_t splits);
+int64_t sm90_exchange_bytes(int32_t neurons, int32_t splits, int32_t rows_per_split);
 
 }  // namespace ghl::cuda

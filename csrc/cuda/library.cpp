@@ -232,7 +232,7 @@ void check_splits(const DualWgradParams& p, const Tile& tile, int64_t number, bo
 void* exchange_of(const Device& device, const Tensor& t, const DualWgradParams& p) {
   int64_t bytes = 0;
 #ifdef GHL_SM90
-  bytes = sm90_exchange_bytes(p.neurons, p.splits);
+  bytes = sm90_exchange_bytes(p.neurons, p.splits, p.rows_per_split);
 #endif
   void* memory = dense<void>(device, t, ScalarType::Byte, bytes);
   STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(memory) % 16 == 0,
@@ -371,9 +371,9 @@ GHL_EXPORT void ghl_kernels_cuda_tile(int number, int dtype, bool tf32, bool poi
 }
 
 // The bytes of memory that blocks of threads exchange u by.
-GHL_EXPORT int64_t ghl_kernels_cuda_exchange_bytes(int neurons, int splits) {
+GHL_EXPORT int64_t ghl_kernels_cuda_exchange_bytes(int neurons, int splits, int rows_per_split) {
 #ifdef GHL_SM90
-  return ghl::cuda::sm90_exchange_bytes(neurons, splits);
+  return ghl::cuda::sm90_exchange_bytes(neurons, splits, rows_per_split);
 #else
   return 0;
 #endif

@@ -54,7 +54,7 @@ cudaError_t encode(TensorMap& map, const MapOfImages& of, Dtype dtype) {
 
 // That the kernel is there, with a body, and may have its memory.
 template <class Kernel>
-cudaError_t prepare(Kernel kernel, int shared_bytes, int device) {
+cudaError_t prepare(Kernel kernel, int registers, int shared_bytes, int device) {
   int major = 0, minor = 0;
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
@@ -62,8 +62,9 @@ cudaError_t prepare(Kernel kernel, int shared_bytes, int device) {
   cudaFuncAttributes attributes;
   const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
   if (error != cudaSuccess) return error;
-  // compiled for sm_90 without its own instructions, the kernel is empty
-  if (attributes.numRegs < 128) return cudaErrorNoKernelImageForDevice;
+  // compiled for sm_90 without its own instructions, the kernel is empty; and with fewer registers
+  // there would not be those that its warps take
+  if (attributes.numRegs != registers) return cudaErrorNoKernelImageForDevice;
   return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
 }
 
@@ -76,7 +77,7 @@ cudaError_t launch(const DualWgradArguments& a, cudaStream_t stream) {
   cudaError_t error = cudaGetDevice(&device);
   const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
   if (error == cudaSuccess && !(prepared.load() & bit)) {
-    error = prepare(kernel, shared_bytes, device);
+    error = prepare(kernel, Shape::REGISTERS, shared_bytes, device);
     if (error == cudaSuccess) prepared.fetch_or(bit);
   }
   if (error != cudaSuccess) return error;
@@ -123,7 +124,7 @@ cudaError_t launch_shape(const DualWgradParams& p, cudaStream_t stream) {
       a.x_is_matrix ? encode(a.x, map_of_rows(p), p.dtype) : encode(a.x, map_of_images(p), p.dtype);
   MapOfMatrix y = map_of_signal(p.y, p);
   if (p.exchange) {
-    const ExchangeLayout layout(p.neurons, p.splits);
+    const ExchangeLayout layout(p.neurons, p.splits, p.rows_per_split);
     a.exchange = layout.in(p.exchange);
     y = map_of_exchange(p, a.exchange);
     if (error == cudaSuccess)
@@ -164,13 +165,15 @@ bool sm90_dual_wgrad_covers(const DualWgradParams& p, int tile) {
   return s.tiles > 0 && !(of.exchanges && s.strung);
 }
 
-int64_t sm90_exchange_bytes(int32_t neurons, int32_t splits) {
-  return sm90::ExchangeLayout(neurons, splits).bytes();
+int64_t sm90_exchange_bytes(int32_t neurons, int32_t splits, int32_t rows_per_split) {
+  return sm90::ExchangeLayout(neurons, splits, rows_per_split).bytes();
 }
 
 cudaError_t launch_sm90_dual_wgrad(const DualWgradParams& p, int tile, cudaStream_t stream) {
-  if (sm90::unfit(p) || !sm90_dual_wgrad_covers(p, tile) ||
-      sm90_dual_wgrad_tile(tile).exchanges != (p.exchange != nullptr))
+  const Tile of = sm90_dual_wgrad_tile(tile);
+  const bool given = p.statistics.largest || p.competition == Competition::linear;
+  if (sm90::unfit(p) || !sm90_dual_wgrad_covers(p, tile) || (of.cluster > 1 && !given) ||
+      of.exchanges != (p.exchange != nullptr))
     return cudaErrorInvalidValue;
   switch (tile) {
     case 0: return sm90::launch_shape<sm90::Shape<2, 1>>(p, stream);

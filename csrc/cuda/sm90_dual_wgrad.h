@@ -11,8 +11,8 @@
 //
 // Three warpgroups or more, and none waits for its own latencies in turn. The first has the sums of
 // G, the second those of H0. In the others, one lane of the first warp begins copies, and three
-// warps or seven make u, 32 rows at a time in turn; it must not be a lane of these, whose fence
-// might wait for its copies. A block of threads takes pieces of one tile after another
+// warps, seven or eleven make u, 32 rows at a time in turn; it must not be a lane of these, whose
+// fence might wait for its copies. A block of threads takes pieces of one tile after another
 // (`sm90_schedule.h`); copies run ahead into the next piece while sums of the last are stored.
 //
 // No wait is in vain. Of each stage's barriers, `full` takes 1 arrival (the copying lane's, with
@@ -177,7 +177,7 @@ struct DualWgrad {
       if (kExchanges) {
         if (block % kChunk == 0) wait_for_chunk(piece, block / kChunk);
         load_box<1>(shared.signal(stage, 1), &a.y, full, neuron,
-                    Exchange::row(piece.part, block * kRows));
+                    a.exchange.row(piece.part, block * kRows));
       }
       ring.advance();
       walk.advance(p);
@@ -207,7 +207,7 @@ struct DualWgrad {
       for (; row - share.row < (chunk + 1) * kChunkRows; row += step) {
         numbers.raise(p.scale, share);
         numbers.load(row_of_y(piece, row + step), share);
-        uint16_t* u = a.exchange.u + int64_t(Exchange::row(piece.part, row)) * p.neurons;
+        uint16_t* u = a.exchange.u + int64_t(a.exchange.row(piece.part, row)) * p.neurons;
         numbers.store(as_it_is(u), int64_t(piece.first) * kRows + row < p.rows, share);
       }
       __syncwarp();
@@ -225,8 +225,8 @@ struct DualWgrad {
     return as_it_is(static_cast<const uint16_t*>(p.y.data) + at * p.y.row);
   }
 
-  // A warp that makes u. Of each three units, which are 32 rows, one a lane, one is its own: the
-  // next is `unit`, counted from the piece's first.
+  // A warp that makes u. Of as many units as there are such warps, each of 32 rows, one a lane, one
+  // is its own: the next is `unit`, counted from the piece's first.
   GHL_DEVICE void compete(int turn) {
     int unit = turn;
     Piece piece = first_piece();

@@ -13,9 +13,9 @@
 // a block waits for are rows of the same chunk or chunks before: all go on as long as all blocks of
 // a part are on the GPU at once, which a cooperative launch sees to.
 //
-// Cost beside the products: y once, and u written to L2 once; about nine instructions a number. A
-// warp beside products issues one in six cycles or seven, so that many warps do this, with 2 KB of
-// y under way for each.
+// Cost beside the products: y once, and u written to L2 once; about twelve instructions a number. A
+// warp beside products issues one in 4.5 to 6.5 cycles, so that many warps do this, with 2 KB of y
+// under way for each.
 #pragma once
 
 #include "competition.h"
@@ -30,12 +30,13 @@ constexpr int kEights = 4;                              // of neurons that a lan
 constexpr int kMostExchanged = kEights * 8 * 32;
 
 struct Exchange {
-  uint16_t* u;        // (parts, kPlaces, kChunkRows, neurons)
+  uint16_t* u;        // (parts, rows of a ring, neurons)
   int32_t* arrivals;  // (parts, kPlaces): blocks that have written a chunk, of all chunks so far
+  int32_t ring_rows;  // kPlaces chunks, or as many as a part has
 
-  // The ring's row that a row of the part lies in.
-  GHL_HOST_DEVICE static int32_t row(int32_t part, int32_t row_of_part) {
-    return part * kPlaces * kChunkRows + row_of_part % (kPlaces * kChunkRows);
+  // The row, of all rings, that a row of the part lies in.
+  GHL_HOST_DEVICE int32_t row(int32_t part, int32_t row_of_part) const {
+    return part * ring_rows + row_of_part % (kPlaces * kChunkRows);
   }
   GHL_HOST_DEVICE int32_t* arrivals_of(int32_t part, int32_t chunk) const {
     return arrivals + part * kPlaces + chunk % kPlaces;
@@ -44,15 +45,19 @@ struct Exchange {
 
 // The memory of an exchange, and its arrangement.
 struct ExchangeLayout {
+  int32_t ring_rows;
   int64_t u_bytes, arrivals_bytes;
 
-  ExchangeLayout(int32_t neurons, int64_t parts)
-      : u_bytes(parts * kPlaces * kChunkRows * neurons * 2), arrivals_bytes(parts * kPlaces * 4) {}
+  ExchangeLayout(int32_t neurons, int64_t parts, int32_t rows_of_part)
+      : ring_rows(kChunkRows * min(kPlaces, (rows_of_part + kChunkRows - 1) / kChunkRows)),
+        u_bytes(parts * ring_rows * neurons * 2),
+        arrivals_bytes(parts * kPlaces * 4) {}
 
   int64_t bytes() const { return u_bytes + arrivals_bytes; }
   Exchange in(void* memory) const {
     auto* begin = static_cast<char*>(memory);
-    return {reinterpret_cast<uint16_t*>(begin), reinterpret_cast<int32_t*>(begin + u_bytes)};
+    return {reinterpret_cast<uint16_t*>(begin), reinterpret_cast<int32_t*>(begin + u_bytes),
+            ring_rows};
   }
 };
 

@@ -31,7 +31,7 @@ inline MapOfMatrix map_of_signal(const Matrix& signal, const DualWgradParams& p)
 }
 
 inline MapOfMatrix map_of_exchange(const DualWgradParams& p, const Exchange& exchange) {
-  const uint64_t rows = uint64_t(p.splits) * kPlaces * kChunkRows;
+  const uint64_t rows = uint64_t(p.splits) * exchange.ring_rows;
   return {exchange.u, {uint64_t(p.neurons), rows}, {uint64_t(p.neurons) * 2}};
 }
 

@@ -89,13 +89,13 @@ def tiles_for(strategy: str, problem: Problem) -> tuple[tuple[int, Tile], ...]:
 
 
 @functools.lru_cache(maxsize=4096)
-def exchange_bytes(neurons: int, splits: int) -> int:
-    """The memory that blocks of threads exchange u by, whatever the layer's rows."""
+def exchange_bytes(neurons: int, splits: int, rows_per_split: int) -> int:
+    """The memory that blocks of threads exchange u by."""
     library = libraries.serving("cuda")
     assert library is not None
     ask = ctypes.CDLL(str(library.path)).ghl_kernels_cuda_exchange_bytes
-    ask.argtypes, ask.restype = [ctypes.c_int] * 2, ctypes.c_int64
-    return int(ask(neurons, splits))
+    ask.argtypes, ask.restype = [ctypes.c_int] * 3, ctypes.c_int64
+    return int(ask(neurons, splits, rows_per_split))
 
 
 def as_run(problem: Problem) -> Problem:
@@ -131,7 +131,7 @@ def by_rule(problem: Problem, known: Sequence[tuple[int, Tile]]) -> Tile:
     def rank(tile: Tile) -> tuple[int, ...]:
         size = tile.block_k * tile.block_c
         inside = suits(problem, tile)
-        filled = -tiles.column_tiles(problem, tile) * tile.block_c if tile.box else 0
+        filled = -tiles.programs(problem, tile) * size if tile.box else 0
         return (
             inside,
             filled,
@@ -219,7 +219,7 @@ def wgrad(strategy: str, task: Task, partials: Partials) -> None:
     of_rows: Statistics = None, None, None
     exchange = None
     if strategy == EXCHANGED:
-        size = exchange_bytes(problem.neurons, partials.splits)
+        size = exchange_bytes(problem.neurons, partials.splits, partials.rows_per_split)
         exchange = torch.empty(size, dtype=torch.uint8, device=y.device)
     elif competition != "linear" and not whole_rows:
         of_rows = statistics(y, competition, tau)

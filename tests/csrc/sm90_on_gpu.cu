@@ -50,7 +50,8 @@ const char* run_sm90_on_gpu(DualWgradParams p, size_t x_bytes, size_t signal_byt
   Copied largest(p.statistics.largest, rows), inverse(p.statistics.inverse, rows);
   Copied winner(p.statistics.winner, rows);
   Copied G(p.G, weights), H0(p.H0, weights), u_sums(p.u_sums, neurons);
-  std::vector<char> nothing(p.exchange ? sm90_exchange_bytes(p.neurons, p.splits) : 0, char(0xff));
+  std::vector<char> nothing(
+      p.exchange ? sm90_exchange_bytes(p.neurons, p.splits, p.rows_per_split) : 0, char(0xff));
   if (p.exchange) p.exchange = nothing.data();
   Copied exchange(p.exchange, nothing.size());
   for (int run = 0; run < 20; ++run) {

@@ -50,7 +50,7 @@ void emulate(const DualWgradParams& p) {
   a.x_is_matrix = row_stride_of_x(p) != 0;
   a.x = a.x_is_matrix ? map_of(map_of_rows(p)) : map_of(map_of_images(p));
   a.y = map_of(map_of_signal(p.y, p)), a.g = map_of(map_of_signal(p.g, p));
-  const ExchangeLayout exchange(p.neurons, p.splits);
+  const ExchangeLayout exchange(p.neurons, p.splits, p.rows_per_split);
   std::vector<uint4> memory(p.exchange ? exchange.bytes() / 16 + 1 : 0, {~0u, ~0u, ~0u, ~0u});
   if (p.exchange) {
     a.exchange = exchange.in(memory.data());

@@ -303,3 +303,12 @@ def test_boxes_are_those_of_the_kernel() -> None:
     """Splits count them in Python."""
     header = Path(__file__).parents[2] / "csrc" / "cuda" / "sm90_layout.h"
     assert f"kBox = {kernels.BOX};" in header.read_text()
+
+
+@pytest.mark.parametrize("neurons", [128, 136, 192, 256, 320])
+def test_by_rule_blocks_of_a_cluster_have_neurons(neurons: int) -> None:
+    one = Tile(64, 64, 256, 12, 4, packed=True, box=64)
+    two = dataclasses.replace(one, block_k=128, cluster=2)
+    layer = dataclasses.replace(LAYER, neurons=neurons, channels=256)
+    chosen = kernels.by_rule(layer, ((0, one), (1, two)))
+    assert chosen.cluster == (2 if neurons % 128 == 0 else 1)

@@ -13,7 +13,9 @@ import torch
 
 from ghl import doctor
 from ghl_kernels import library, ops
+from ghl_kernels.cuda import kernels
 from ghl_kernels.library import Library, runs_on
+from ghl_kernels.tuning import tiles
 
 ROOT = Path(__file__).parents[2]
 NAME = "ghl_kernels_cuda"
@@ -173,16 +175,36 @@ def compiled() -> Library:
     return found
 
 
+def test_hoppers_own_kernels_have_the_registers_that_their_warps_exchange(
+    compiled: Library,
+) -> None:
+    """The launcher refuses any other number: a warp would wait for registers that are not there."""
+    if "9.0a" not in library.architectures(compiled):
+        pytest.skip("the CUDA library is not built for 9.0a")
+    threads = {
+        (tile.block_c // tile.box, tile.cluster, tile.resident): 32 * tile.warps
+        for strategy in tiles.BY_SM90
+        for _, tile in kernels.compiled_tiles(strategy, torch.bfloat16, True, True, 227 * 1024)
+    }
+    found: dict[tuple[int, int, bool], set[int]] = {}
+    for kernel in library.kernel_resources():
+        shape = re.search(r"sm90::Shape<(\d), (\d), (true|false)>", kernel.kernel)
+        if shape:
+            key = int(shape[1]), int(shape[2]), shape[3] == "true"
+            found.setdefault(key, set()).add(kernel.registers)
+    assert found == {shape: {65536 // n // 8 * 8} for shape, n in threads.items()}
+
+
 def test_no_kernel_spills(compiled: Library) -> None:
     """Every kernel, on every architecture, by the assembler's own report."""
-    kernels = library.kernel_resources()
-    assert {k.architecture.rstrip("a") for k in kernels} == {
+    listed = library.kernel_resources()
+    assert {k.architecture.rstrip("a") for k in listed} == {
         "sm_" + a.partition("+")[0].rstrip("a").replace(".", "")
         for a in library.architectures(compiled)
     }
-    assert [k for k in kernels if k.spilled_bytes] == []
-    assert all(0 < k.registers <= 255 for k in kernels)
-    names = " ".join(k.kernel for k in kernels)
+    assert [k for k in listed if k.spilled_bytes] == []
+    assert all(0 < k.registers <= 255 for k in listed)
+    names = " ".join(k.kernel for k in listed)
     for name in ("statistics_kernel", "merge_kernel", "sum_splits_kernel", "dual_wgrad_kernel"):
         assert name in names
 
