@@ -14,10 +14,11 @@ import torch
 
 pytest.importorskip("triton")
 
-from ghl.bench import tuning
+from ghl.bench import compiling, tuning
 from ghl.bench.clock import WallClock
+from ghl.bench.compiling import Job, compile_all, compiled_alike
 from ghl.bench.layers import Layer, layers_of
-from ghl.bench.tuning import Tuned, compile_all, compiled_alike, layers_to_tune, tune_layers
+from ghl.bench.tuning import Tuned, layers_to_tune, tune_layers
 from ghl.cli import WORKLOADS
 from ghl_kernels import Problem, dispatch
 from ghl_kernels.triton import fused, stored
@@ -204,7 +205,7 @@ def test_a_layer_of_two_workloads_is_tuned_once() -> None:
     assert [mode for _, mode in wanted] == ["tf32"] * 5 + ["bfloat16"] * 5
 
 
-def outcome(job: tuning.Job) -> str | None:
+def outcome(job: Job) -> str | None:
     """Compiles in another process, as far as that process knows."""
     name = job[0].name
     if name == "layer2":
@@ -213,8 +214,8 @@ def outcome(job: tuning.Job) -> str | None:
 
 
 def test_a_crash_costs_only_its_own_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuning, "MOST_PROCESSES", 1)
-    monkeypatch.setattr(tuning, "START", "fork")  # importing torch anew takes seconds
+    monkeypatch.setattr(compiling, "MOST_PROCESSES", 1)
+    monkeypatch.setattr(compiling, "START", "fork")  # importing torch anew takes seconds
     jobs = [(layer, mode, entry("triton", n)) for n, (layer, mode) in enumerate(LAYERS)]
     jobs = [(a, b, Entry("pointwise", 16, 1, 64, 64, "triton", Tile(16 * n + 16, 16, 16, 4, 2)))
             for n, (a, b, _) in enumerate(jobs)]  # fmt: skip
@@ -225,14 +226,14 @@ def test_a_crash_costs_only_its_own_candidate(monkeypatch: pytest.MonkeyPatch) -
     }
 
 
-def hangs(job: tuning.Job) -> str | None:
+def hangs(job: Job) -> str | None:
     time.sleep(60 if job[2].strategy == "cuda_sm90" else 0)
     return None
 
 
 def test_a_compiled_kernel_that_never_ends_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuning, "START", "fork")
-    monkeypatch.setattr(tuning, "MOST_PROCESSES", 1)
+    monkeypatch.setattr(compiling, "START", "fork")
+    monkeypatch.setattr(compiling, "MOST_PROCESSES", 1)
     jobs = [(*LAYERS[0], entry(strategy)) for strategy in ("cuda", "triton", "cuda_sm90")]
     assert compile_all(jobs, 3, hangs) == {compiled_alike(*jobs[2]): "no answer in time"}
 
