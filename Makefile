@@ -73,13 +73,13 @@ test-integrations: install
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $$(find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+	$(BIN)/clang-format --dry-run --Werror $$(find csrc tests bench -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 	$(BIN)/mypy
 
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+	$(BIN)/clang-format -i $$(find csrc tests bench -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
 # Wants a quiet machine; writes bench/results/<machine>.json.
 bench: export OMP_WAIT_POLICY = ACTIVE

@@ -1,8 +1,8 @@
 // Times sm90_dual_wgrad.cu alone, without Python, on layers of ResNet-50 at batch 256 in bf16:
 //   nvcc -std=c++17 -O3 -gencode arch=compute_90a,code=sm_90a bench/sm90_dual_wgrad.cu
-// Of each layer and tile, with u, its statistics or nothing given, or u exchanged: milliseconds (the
-// median of 20 launches after 5; only layers whose inputs fit in the L2 cache read them from there),
-// TFLOP/s, and GB/s of x, y and g read once.
+// Of each layer and tile, with u, its statistics or nothing given, or u exchanged: milliseconds
+// (the median of 20 launches after 5; only layers whose inputs fit in the L2 cache read them from
+// there), TFLOP/s, and GB/s of x, y and g read once.
 #include <algorithm>
 #include <cstdio>
 #include <vector>
@@ -76,7 +76,8 @@ float milliseconds(const DualWgradParams& p, int tile) {
 int share_out(DualWgradParams& p, const Tile& tile, int processors, bool exchanges) {
   const auto of = sm90::geometry(p, tile.columns / 64, tile.cluster);
   const int tiles = of.neuron_tiles * of.column_tiles, at_once = processors / tile.cluster;
-  const int blocks = (p.rows + 63) / 64, splits = std::max(1, std::min(at_once / tiles, blocks / 4));
+  const int blocks = (p.rows + 63) / 64,
+            splits = std::max(1, std::min(at_once / tiles, blocks / 4));
   const int share = (blocks + splits - 1) / splits;
   const int strung = std::max(4, (tiles * blocks + at_once - 1) / at_once);
   p.rows_per_split = share * 64, p.splits = (blocks + share - 1) / share;
@@ -123,7 +124,9 @@ void time_layer(const Layer& l, int processors) {
       if (signal.exchanges && clusters > processors) continue;
       const size_t sums = size_t(p.splits) * l.neurons * l.channels * taps;
       p.G = allocate<float>(sums), p.H0 = allocate<float>(sums);
-      p.exchange = signal.exchanges ? allocate<char>(sm90_exchange_bytes(p.neurons, p.splits, p.rows_per_split)) : nullptr;
+      p.exchange = signal.exchanges
+                       ? allocate<char>(sm90_exchange_bytes(p.neurons, p.splits, p.rows_per_split))
+                       : nullptr;
       p.competition = signal.competition;
       p.statistics = {signal.in_tile ? nullptr : statistics, statistics + p.rows, nullptr};
       const double ms = milliseconds(p, tile);

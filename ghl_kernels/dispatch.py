@@ -153,28 +153,19 @@ def cuda_unavailable(name: str, first: Tensor, problem: Problem | None) -> str |
     capability = torch.cuda.get_device_capability(first.device)
     if name in BY_SM90:
         without = triton_unavailable(first, problem) if name == "cuda_sm90_stored" else None
-        without = without or sm90_unavailable(compiled, capability, problem)
-        if without is None and name == kernels.EXCHANGED and problem is not None:
-            return kernels.not_exchanged(problem)
-        return without
+        without = without or sm90_unavailable(compiled, capability)
+        return without or (kernels.sm90_unfit(name, problem) if problem else None)
     return libraries.unfit(compiled, capability)
 
 
-def sm90_unavailable(
-    compiled: Library, capability: tuple[int, int], problem: Problem | None
-) -> str | None:
-    """Why the kernels of Hopper's own instructions cannot run this call; None if they can."""
+def sm90_unavailable(compiled: Library, capability: tuple[int, int]) -> str | None:
+    """Why the kernels of Hopper's own instructions cannot run on a GPU; None if they can."""
     architectures = libraries.architectures(compiled)
     if "9.0a" not in architectures:
         return f"the CUDA library was compiled for {' '.join(architectures)}, without 9.0a"
     if capability != (9, 0):
         major, minor = capability
         return f"the GPU has compute capability {major}.{minor}, not 9.0"
-    if problem is not None and problem.dtype.itemsize != 2:
-        return f"its products are of 16-bit numbers, not {problem.dtype}"
-    if problem and problem.groups > 1 and (problem.channels % 8 or problem.neurons % 8):
-        sizes = f"{problem.channels} channels and {problem.neurons} neurons"
-        return f"its copies take groups of multiples of 8, not of {sizes}"
     return None
 
 

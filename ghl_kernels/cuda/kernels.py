@@ -104,6 +104,16 @@ def as_run(problem: Problem) -> Problem:
     return Fold.of(problem).folded() if tiles.folds(problem) else problem
 
 
+def sm90_unfit(strategy: str, problem: Problem) -> str | None:
+    """Why Hopper's own kernels cannot run a layer by a strategy; None if they can."""
+    if problem.dtype.itemsize != 2:
+        return f"its products are of 16-bit numbers, not {problem.dtype}"
+    if problem.groups > 1 and (problem.channels % 8 or problem.neurons % 8):
+        sizes = f"{problem.channels} channels and {problem.neurons} neurons"
+        return f"its copies take groups of multiples of 8, not of {sizes}"
+    return not_exchanged(problem) if strategy == EXCHANGED else None
+
+
 def not_exchanged(problem: Problem) -> str | None:
     """Why blocks of threads cannot exchange a layer's u; None if they can."""
     if problem.competition != "softmax":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -303,6 +304,32 @@ def test_boxes_are_those_of_the_kernel() -> None:
     """Splits count them in Python."""
     header = Path(__file__).parents[2] / "csrc" / "cuda" / "sm90_layout.h"
     assert f"kBox = {kernels.BOX};" in header.read_text()
+    eights = re.search(r"kEights = (\d+);", header.with_name("sm90_exchange.h").read_text())
+    assert eights and int(eights[1]) * 8 * 32 == kernels.MOST_EXCHANGED
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({}, None),
+        ({"neurons": 1024}, None),
+        ({"neurons": 1032}, "up to 1024, not of 1 of 1032"),
+        ({"neurons": 36}, "a multiple of 8 neurons"),
+        ({"groups": 2}, "one group"),
+        ({"competition": "hard"}, "a softmax, not hard"),
+        ({"sum_u": True}, "has no sums, which are asked for"),
+        ({"neurons": 1024, "channels": 4096}, "more than the GPU runs at once"),
+        ({"dtype": torch.float32}, "of 16-bit numbers"),
+    ],
+)
+def test_layers_whose_u_can_be_exchanged(
+    change: dict[str, object], reason: str | None, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tile = Tile(64, 64, 128, 20, 6, packed=True, box=64, resident=True)
+    monkeypatch.setattr(kernels, "compiled_tiles", lambda *of: ((5, tile),))
+    monkeypatch.setattr(kernels, "most_programs", lambda: 132)
+    found = kernels.sm90_unfit(kernels.EXCHANGED, dataclasses.replace(LAYER, **change))
+    assert (found is None) if reason is None else reason in (found or "")
 
 
 @pytest.mark.parametrize("neurons", [128, 136, 192, 256, 320])

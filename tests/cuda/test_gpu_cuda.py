@@ -120,9 +120,10 @@ EXCHANGED: dict[str, Layer] = {
 def test_u_that_blocks_exchange(name: str, dtype: torch.dtype, on_gpu: torch.device) -> None:
     """Of every tile, and the same bits from a graph on another stream, however often."""
     layer, strategy = EXCHANGED[name], kernels.EXCHANGED
-    problem = problem_of(layer, dtype)
-    if reason := dispatch.unavailable(strategy, torch.empty(0, device="cuda"), problem):
+    if reason := missing(strategy):
         pytest.skip(reason)
+    problem = problem_of(layer, dtype)
+    assert dispatch.unavailable(strategy, torch.empty(0, device="cuda"), problem) is None
     tensors = layer.tensors(dtype)
     for _, tile in kernels.tiles_for(strategy, problem):
         entry = Entry(tiles.kind(problem), 16, 1, 1, 1, strategy, tile)
