@@ -286,6 +286,17 @@ inline uint32_t round_to_tf32(float x) {
   return std::isfinite(x) ? (bits + 0x1000u) & 0xffffe000u : bits;
 }
 
+template <class T>
+T* as_it_is(T* pointer) {
+  return pointer;
+}
+inline uint4 load_once(const void* global) {
+  return *static_cast<const uint4*>(global);
+}
+inline void store_global(void* global, uint4 v) {
+  *static_cast<uint4*>(global) = v;
+}
+
 inline float exp2_approximate(float x) {
   const float power = std::exp2(x);
   return power < 1.17549435e-38f ? 0.0f : power;

@@ -261,26 +261,6 @@ GHL_DEVICE uint32_t larger(uint32_t a, uint32_t b, float16) {
   return pair;
 }
 
-// A pointer that the compiler does not take apart, to add to its parts instead.
-template <class T>
-GHL_DEVICE T* as_it_is(T* pointer) {
-  asm volatile("" : "+l"(pointer));
-  return pointer;
-}
-// 16 bytes that nobody writes, and that are not asked for again.
-GHL_DEVICE uint4 load_once(const void* global) {
-  uint4 v;
-  asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-      : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-      : "l"(global));
-  return v;
-}
-GHL_DEVICE void store_global(void* global, uint4 v) {
-  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(global), "r"(v.x), "r"(v.y),
-               "r"(v.z), "r"(v.w)
-               : "memory");
-}
-
 // x, which all lanes of the warp agree on, in a form that the compiler knows they do.
 GHL_DEVICE int uniform(int x) {
   return __shfl_sync(0xffffffffu, x, 0);

@@ -100,7 +100,9 @@ struct DualWgrad {
     }
     change_registers<Shape::REGISTERS, Shape::COMPETING_REGISTERS>();
     if (warp > 0)
-      kExchanges ? exchange(warp - 1) : compete(warp - 1);
+      kExchanges ? exchange_rows<T, kCompetingWarps>(p, a.exchange, first_piece(), a.schedule.tiles,
+                                                     shared, warp - 1)
+                 : compete(warp - 1);
     else if (lane == 0)
       copy();
     leave();
@@ -175,54 +177,13 @@ struct DualWgrad {
                                        off_h[i]);
       }
       if (kExchanges) {
-        if (block % kChunk == 0) wait_for_chunk(piece, block / kChunk);
+        if (block % kChunk == 0) a.exchange.wait_for(piece.part, block / kChunk, a.schedule.tiles);
         load_box<1>(shared.signal(stage, 1), &a.y, full, neuron,
                     a.exchange.row(piece.part, block * kRows));
       }
       ring.advance();
       walk.advance(p);
     }
-  }
-
-  // Until all blocks of the part have written their rows of it.
-  GHL_DEVICE void wait_for_chunk(const Piece& piece, int chunk) const {
-    const int32_t* arrivals = a.exchange.arrivals_of(piece.part, chunk);
-    const int32_t wanted = (chunk / kPlaces + 1) * a.schedule.tiles;
-    wait_until([&] { return counted(arrivals) >= wanted; });
-  }
-
-  // A warp that writes rows of u for all blocks of its part, as many at a time as its lanes share;
-  // then come those of all other warps, while its next are on their way. The warps tell of their
-  // block's rows in turn, since that takes as long as a trip to L2.
-  GHL_DEVICE void exchange(int turn) {
-    const Piece piece = first_piece();
-    const Share share(p.neurons, lane);
-    const int step = a.schedule.tiles * kCompetingWarps * share.rows;
-    int row = (turn * a.schedule.tiles + piece.tile) * share.rows + share.row;
-    ExchangedRow<T> numbers;
-    numbers.load(row_of_y(piece, row), share);
-    for (int chunk = 0; chunk * kChunk < piece.blocks; ++chunk) {
-      const int slot = chunk % kAhead, parity = chunk / kAhead % 2;
-      if (chunk >= kAhead) barrier_wait(&shared.given[slot], parity ^ 1);
-      for (; row - share.row < (chunk + 1) * kChunkRows; row += step) {
-        numbers.raise(p.scale, share);
-        numbers.load(row_of_y(piece, row + step), share);
-        uint16_t* u = a.exchange.u + int64_t(a.exchange.row(piece.part, row)) * p.neurons;
-        numbers.store(as_it_is(u), int64_t(piece.first) * kRows + row < p.rows, share);
-      }
-      __syncwarp();
-      if (lane == 0) barrier_arrive(&shared.written[slot]);
-      if (chunk % kCompetingWarps != turn) continue;
-      barrier_wait(&shared.written[slot], parity);
-      global_written();
-      if (lane == 0) count_up(a.exchange.arrivals_of(piece.part, chunk));
-    }
-  }
-
-  // A piece's row of y; for one that is not there the last, whose u is NaN only where all sums are.
-  GHL_DEVICE const uint16_t* row_of_y(const Piece& piece, int row) const {
-    const int64_t at = min(int64_t(piece.first) * kRows + row, int64_t(p.rows - 1));
-    return as_it_is(static_cast<const uint16_t*>(p.y.data) + at * p.y.row);
   }
 
   // A warp that makes u. Of as many units as there are such warps, each of 32 rows, one a lane, one

@@ -260,16 +260,6 @@ uint32_t larger(uint32_t a, uint32_t b, T type) {
 
 template <int OLD, int NEW>
 void change_registers() {}
-template <class T>
-T* as_it_is(T* pointer) {
-  return pointer;
-}
-inline uint4 load_once(const void* global) {
-  return *static_cast<const uint4*>(global);
-}
-inline void store_global(void* global, uint4 v) {
-  *static_cast<uint4*>(global) = v;
-}
 inline int uniform(int x) {
   return x;
 }

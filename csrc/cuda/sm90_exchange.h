@@ -21,6 +21,7 @@
 #include "competition.h"
 #include "sm90.h"
 #include "sm90_layout.h"
+#include "sm90_schedule.h"
 
 namespace ghl::cuda::sm90 {
 
@@ -40,6 +41,11 @@ struct Exchange {
   }
   GHL_HOST_DEVICE int32_t* arrivals_of(int32_t part, int32_t chunk) const {
     return arrivals + part * kPlaces + chunk % kPlaces;
+  }
+  // Until all blocks of a part of so many tiles have written their rows of a chunk.
+  GHL_DEVICE void wait_for(int32_t part, int32_t chunk, int32_t tiles) const {
+    const int32_t wanted = (chunk / kPlaces + 1) * tiles;
+    wait_until([&] { return counted(arrivals_of(part, chunk)) >= wanted; });
   }
 };
 
@@ -144,5 +150,41 @@ struct ExchangedRow {
     }
   }
 };
+
+// A piece's row of y; for one that is not there the last, whose u is NaN only where all sums are.
+GHL_DEVICE const uint16_t* row_of_y(const DualWgradParams& p, const Piece& piece, int row) {
+  const int64_t at = min(int64_t(piece.first) * kRows + row, int64_t(p.rows - 1));
+  return as_it_is(static_cast<const uint16_t*>(p.y.data) + at * p.y.row);
+}
+
+// A warp that writes rows of u for all blocks of its part, of `tiles`, as many at a time as its
+// lanes share; then come those of all other warps, while its next are on their way. The block's
+// WARPS tell of its rows in turn, since that takes as long as a trip to L2.
+template <class T, int WARPS, class Shared>
+GHL_DEVICE void exchange_rows(const DualWgradParams& p, const Exchange& exchange,
+                              const Piece& piece, int32_t tiles, Shared& shared, int turn) {
+  const int lane = threadIdx.x % 32;
+  const Share share(p.neurons, lane);
+  const int step = tiles * WARPS * share.rows;
+  int row = (turn * tiles + piece.tile) * share.rows + share.row;
+  ExchangedRow<T> numbers;
+  numbers.load(row_of_y(p, piece, row), share);
+  for (int chunk = 0; chunk * kChunk < piece.blocks; ++chunk) {
+    const int slot = chunk % kAhead, parity = chunk / kAhead % 2;
+    if (chunk >= kAhead) barrier_wait(&shared.given[slot], parity ^ 1);
+    for (; row - share.row < (chunk + 1) * kChunkRows; row += step) {
+      numbers.raise(p.scale, share);
+      numbers.load(row_of_y(p, piece, row + step), share);
+      uint16_t* u = exchange.u + int64_t(exchange.row(piece.part, row)) * p.neurons;
+      numbers.store(as_it_is(u), int64_t(piece.first) * kRows + row < p.rows, share);
+    }
+    __syncwarp();
+    if (lane == 0) barrier_arrive(&shared.written[slot]);
+    if (chunk % WARPS != turn) continue;
+    barrier_wait(&shared.written[slot], parity);
+    global_written();
+    if (lane == 0) count_up(exchange.arrivals_of(piece.part, chunk));
+  }
+}
 
 }  // namespace ghl::cuda::sm90
