@@ -56,7 +56,7 @@ def stages(work: Path, out: Path, dry: bool) -> list[Stage]:
     tests = [f"tests/{name}" for name in TESTS]
     pytest = [python, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", *many]
     pip = [python, "-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps", "-e", "."]
-    bench = [python, "-m", "ghl.cli", "bench"]
+    bench = [python, "-m", "ghl", "bench"]
     device = "cpu" if dry else "cuda"
     measured = [*bench, "layers", "--device", device, "--resume"]
     measured += ["--out", f"{work}/measured.json"]

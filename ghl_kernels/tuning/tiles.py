@@ -32,6 +32,7 @@ BY_OTHERS = ("library", *BY_PATCHES)  # whose products, and so whose tiles, are 
 BY_SM90 = ("cuda_sm90", "cuda_sm90_stored", "cuda_sm90_exchanged")
 BY_CUDA = ("cuda", *BY_SM90)
 STRATEGIES = (*BY_TRITON, *BY_PATCHES, *BY_CUDA)
+UNPROVEN = ("cuda_sm90_exchanged",)  # as it is now never run on a GPU: tried where it is named
 SMALLEST_BLOCK = 64  # that any layer may take, however small
 FEW_CHANNELS = 16  # fewer do not fill a tile of one tap
 ALIGNED = 16  # a multiple of it is what Triton compiles wide loads for

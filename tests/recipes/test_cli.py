@@ -125,7 +125,7 @@ def test_a_directory_that_cannot_be_made_is_one_line(capsys):
 
 
 def test_a_closed_pipe_ends_quietly():
-    command = f"{sys.executable} -m ghl.cli doctor | head -1"
+    command = f"{sys.executable} -m ghl doctor | head -1"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, check=True)
     assert done.stdout == "installed\n"
     assert "Traceback" not in done.stderr

@@ -129,7 +129,7 @@ def test_kill_and_resume_on_the_command_line(tmp_path):
     """Killed by the clock, not at a chosen line; resumed with nothing but the directory."""
     settings = SMALL | {"epochs": 15}
     out = tmp_path / "killed"
-    process = start("-m", "ghl.cli", *arguments(settings), "--out", str(out))
+    process = start("-m", "ghl", *arguments(settings), "--out", str(out))
     deadline = time.monotonic() + 60
     while not (
         (out / "metrics.csv").exists() and (out / "metrics.csv").read_text().count("\n") > 4
@@ -141,7 +141,7 @@ def test_kill_and_resume_on_the_command_line(tmp_path):
     process.wait()
     assert torch.load(out / "checkpoint.pt", weights_only=True)["epoch"] < settings["epochs"]
 
-    resumed = start("-m", "ghl.cli", "train", "--out", str(out), "--resume")
+    resumed = start("-m", "ghl", "train", "--out", str(out), "--resume")
     train(Run(tmp_path / "whole", Config.resolve(settings)))
     _, errors = resumed.communicate(timeout=120)
     assert resumed.returncode == 0, errors.decode()

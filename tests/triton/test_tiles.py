@@ -204,7 +204,7 @@ def test_columns_in_boxes_of_one_tap(channels: int, tiles_of_columns: int) -> No
 def test_a_shipped_table_serves_every_kind_of_layer(name: str) -> None:
     """In 16 and, where tensor cores may be used, 32 bits, by Triton's own products."""
     table = Table.read(tiles.SHIPPED / f"{name}.json")
-    assert {e.strategy for e in table.entries} <= set(tiles.STRATEGIES)
+    assert {e.strategy for e in table.entries} <= {*tiles.STRATEGIES} - {*tiles.UNPROVEN}
     for kind in small_tiles.KINDS:
         for bits in (16, 32):
             assert any(e.kind == kind and e.bits == bits for e in table.entries), (kind, bits)

@@ -132,7 +132,7 @@ def tune(args: argparse.Namespace) -> int:
     with torch.no_grad():
         tuned, path = tuning.tune_gpu(
             args.workloads, args.budget, args.out, clocks.clock_for(device), args.modes,
-            args.strategies or tiles.STRATEGIES,
+            args.strategies or tuning.TRIED,
         )  # fmt: skip
     if args.log:
         report.write_json(args.log, tuning.as_log(tuned))

@@ -26,6 +26,7 @@ from ghl_kernels.tuning.tune import Attempt, Entry
 
 HOPELESS = 1.4  # times the best: a candidate is not worth timing well
 SHARE_OF_COMPILING = 0.45
+TRIED = tuple(s for s in tiles.STRATEGIES if s not in tiles.UNPROVEN)
 TUNED_MODES = "bfloat16", "tf32"  # float32 without TF32 is a library's by every table
 
 
@@ -230,7 +231,7 @@ def tune_gpu(
     out: Path | None,
     clock: Clock,
     modes: Sequence[str] | None = None,
-    strategies: Sequence[str] = tiles.STRATEGIES,
+    strategies: Sequence[str] = TRIED,
 ) -> tuple[list[Tuned], Path]:
     """Tune for the GPU of the clock and write its table; what was tried, and the table's path.
 
