@@ -24,15 +24,6 @@ cudaError_t resident_blocks(const void* kernel, int& blocks) {
   return error;
 }
 
-template <int CAPACITY>
-MergeTable<CAPACITY> table_of(const MergeLayer* layers, int32_t count, Decay decay, Gate gate,
-                              Normalize normalize) {
-  MergeTable<CAPACITY> table;
-  table.decay = decay, table.gate = gate, table.normalize = normalize, table.count = count;
-  std::copy(layers, layers + count, table.layers);
-  return table;
-}
-
 cudaError_t launch_alone(const MergeLayer* layer, int32_t, Decay decay, Gate gate,
                          Normalize normalize, cudaStream_t stream) {
   const auto table = table_of<1>(layer, 1, decay, gate, normalize);

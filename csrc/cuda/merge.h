@@ -17,6 +17,8 @@
 // turn, so that a large layer meets the whole GPU, and many small ones do as well.
 #pragma once
 
+#include <algorithm>
+
 #include "any_dtype.h"
 #include "reduce.h"
 
@@ -37,6 +39,15 @@ struct MergeTable {
   int32_t count;
   MergeLayer layers[CAPACITY];
 };
+
+template <int CAPACITY>
+MergeTable<CAPACITY> table_of(const MergeLayer* layers, int32_t count, Decay decay, Gate gate,
+                              Normalize normalize) {
+  MergeTable<CAPACITY> table;
+  table.decay = decay, table.gate = gate, table.normalize = normalize, table.count = count;
+  std::copy(layers, layers + count, table.layers);
+  return table;
+}
 
 // work(layer, task) of this block's share of the tasks of all layers, of which tasks_of(layer)
 // tells how many there are; backwards, the last is the first.

@@ -55,10 +55,7 @@ cudaError_t launch_sum_splits(const SumSplitsParams& p, cudaStream_t) {
 template <int CAPACITY>
 void merge_layers(const MergeLayer* layers, int32_t count, Decay decay, Gate gate,
                   Normalize normalize) {
-  MergeTable<CAPACITY> table;
-  table.decay = decay, table.gate = gate, table.normalize = normalize;
-  table.count = count;
-  std::copy(layers, layers + count, table.layers);
+  const auto table = table_of<CAPACITY>(layers, count, decay, gate, normalize);
   const auto run = [&](const std::function<void()>& kernel) {
     emulation::launch({kResidentBlocks}, kMergeThreads, merge_shared_bytes(kMergeThreads), kernel,
                       true);

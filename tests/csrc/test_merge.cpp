@@ -116,8 +116,8 @@ struct Layer {
 
 template <int CAPACITY>
 void merge(const std::vector<MergeLayer>& layers, const Choices& c, unsigned blocks) {
-  MergeTable<CAPACITY> table{c.decay, c.gate, c.normalize, int32_t(layers.size()), {}};
-  std::copy(layers.begin(), layers.end(), table.layers);
+  const auto table =
+      table_of<CAPACITY>(layers.data(), int32_t(layers.size()), c.decay, c.gate, c.normalize);
   const auto run = [&](const std::function<void()>& kernel) {
     emulation::launch({blocks, 1, 1}, kThreads, merge_shared_bytes(kThreads), kernel, true);
   };
