@@ -6,13 +6,24 @@ they compute; `backend`, `force` and `last` say and decide which implementation 
 
 from torch import Tensor
 
-from ghl_kernels import dispatch, library, ops, reference
+from ghl_kernels import dispatch, flops, library, ops, reference
 from ghl_kernels.dispatch import Backend, force
 from ghl_kernels.problem import Problem
 from ghl_kernels.registration import current
 from ghl_kernels.rule import PRESETS, Rule, check_choice
 
-__all__ = ["PRESETS", "Backend", "Problem", "Rule", "backend", "force", "last", "ops", "reference"]
+__all__ = [
+    "PRESETS",
+    "Backend",
+    "Problem",
+    "Rule",
+    "backend",
+    "flops",
+    "force",
+    "last",
+    "ops",
+    "reference",
+]
 
 library.serve(cpu=library.load("ghl_kernels_cpu"), cuda=library.load("ghl_kernels_cuda"))
 

@@ -1,27 +1,39 @@
-"""FLOPs of the operators for `torch.utils.flop_counter`, which counts matrix products alone.
+"""FLOPs of the operators that take activations, for `torch.utils.flop_counter`.
 
-A layer's two, G = gᵀx and H₀ = uᵀx, are as many as two weight gradients of backpropagation.
+As PyTorch's own formulas they count matrix products alone, and a layer has two.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import register_flop_formula
+
+from ghl_kernels.ops import NO_GRAD, TAKES_ACTIVATIONS
 
 
-def flops_of_layer(
+def of_layer(
     x: Sequence[int], y: Sequence[int], g: Sequence[int], w: Sequence[int], *rest: Any, **more: Any
 ) -> int:
-    """A multiplication and an addition per product, output position and weight."""
+    """FLOPs of G = gᵀx and H₀ = uᵀx, of shapes: two per weight and position each.
+
+    They are as many as two weight gradients of backpropagation have.
+    """
     neurons, *weights_of_one = w
     positions = math.prod(y) // max(neurons, 1)
     return 4 * positions * neurons * math.prod(weights_of_one)
 
 
-def count(operator: str) -> None:
-    """Have PyTorch count the operator of this name, which takes a layer's x, y, g and w."""
-    register_flop_formula(getattr(torch.ops.ghl_kernels, operator))(flops_of_layer)
+@functools.cache
+def register() -> None:
+    """Have every FlopCounterMode from now on count pairs and updates, those of layers too.
+
+    `import ghl_kernels` does not: PyTorch's counter takes long to import, for it imports Triton.
+    """
+    from torch.utils.flop_counter import register_flop_formula
+
+    names = [*TAKES_ACTIVATIONS, *(NO_GRAD[n] for n in TAKES_ACTIVATIONS if n in NO_GRAD)]
+    register_flop_formula([getattr(torch.ops.ghl_kernels, name) for name in names])(of_layer)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ghl_kernels import checks, composed, dispatch, flops
+from ghl_kernels import checks, composed, dispatch
 from ghl_kernels.checks import sum_dtype
 from ghl_kernels.composed import Triple, Triples
 from ghl_kernels.layout import from_rows
@@ -294,13 +294,12 @@ _served: list[Any] = []  # registrations, as long as this module
 TAKES_ACTIVATIONS = ("linear_pair", "conv2d_pair", "linear_update", "conv2d_update")
 
 
-def register(name: str, run: Callable[..., Any], fake: Callable[..., Any], multiplies: bool) -> Any:
-    """The operator of that name, without autograd. multiplies: it takes activations."""
+def register(name: str, run: Callable[..., Any], fake: Callable[..., Any], casts: bool) -> Any:
+    """The operator of that name, without autograd."""
     _library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"ghl_kernels::{name}", fake, lib=_library)
     operator = getattr(torch.ops.ghl_kernels, name).default
-    if multiplies:
-        flops.count(name)
+    if casts:
         for key, device in (("AutocastCPU", "cpu"), ("AutocastCUDA", "cuda")):
             _library.impl(name, autocast_activations(operator, device), key)
     return operator
@@ -309,10 +308,10 @@ def register(name: str, run: Callable[..., Any], fake: Callable[..., Any], multi
 def register_operator(
     name: str, implementation: Callable[..., Any], fake: Callable[..., Any]
 ) -> None:
-    multiplies = name in TAKES_ACTIVATIONS
+    casts = name in TAKES_ACTIVATIONS
     recorded = implementation if name == "logsumexp" else replayed(name, implementation)
     run = on_their_device(recorded)
-    operator = register(name, run, fake, multiplies)
+    operator = register(name, run, fake, casts)
     if name == "logsumexp":
         torch.library.register_autograd(
             f"ghl_kernels::{name}",
@@ -321,9 +320,9 @@ def register_operator(
     else:
         _library.impl(name, without_derivative(operator, run), "Autograd", with_keyset=True)
     if name in NO_GRAD:
-        register(NO_GRAD[name], below_autograd(run), fake, multiplies)
+        register(NO_GRAD[name], below_autograd(run), fake, casts)
         _library.impl(NO_GRAD[name], torch.library.fallthrough_kernel, "Autograd")
-        _served.append(player.serve(NO_GRAD[name], name, "CUDA", multiplies=multiplies))
+        _served.append(player.serve(NO_GRAD[name], name, "CUDA", multiplies=casts))
 
 
 for _name, (_implementation, _fake) in OPERATORS.items():

@@ -10,7 +10,7 @@ from cases import Conv, Linear
 from torch.utils.flop_counter import FlopCounterMode
 
 import ghl
-from ghl_kernels import Rule
+from ghl_kernels import Rule, flops
 
 LAYERS = {
     "linear": Linear(7, 5, 4),
@@ -21,6 +21,7 @@ LAYERS = {
 
 
 def counted(run: Callable[[], object]) -> int:
+    flops.register()
     with FlopCounterMode(display=False) as counter:
         run()
     return counter.get_total_flops()

@@ -269,13 +269,16 @@ def test_photographs_resume_within_an_epoch(tmp_path, monkeypatch):
 
 
 def test_other_photographs_are_refused_when_a_run_resumes(tmp_path):
-    for name, images in (("some", 2), ("more", 3), ("renamed", 2)):
+    for name, images in (("some", 2), ("more", 3), ("renamed", 2), ("others", 2)):
         write_folders(tmp_path / name, images=images)
+    first = next((tmp_path / "others" / "train").rglob("*.*"))
+    first.rename(first.with_stem("another"))
     for split in ("train", "val"):
         (tmp_path / "renamed" / split / CLASSES[1]).rename(tmp_path / "renamed" / split / "other")
     settings = PHOTOGRAPHS | {"root": str(tmp_path / "some"), "epochs": 1}
     train(Run(tmp_path / "run", Config.resolve(settings)))
     found = {"more": "6 of 2 classes", "renamed": f"4 .*not in both: {CLASSES[1]}, other"}
+    found["others"] = "4 of 2 classes of other names, or in another order"
     for name, message in found.items():
         run = open_run(tmp_path / "run", {"root": str(tmp_path / name)}, resume=True)
         with pytest.raises(ValueError, match=f"--root .*{name}: expected .*4 .*found {message}"):

@@ -135,6 +135,21 @@ def test_shards_belong_to_the_split_that_a_word_of_their_name_says(tmp_path, tra
     assert find_shards(tmp_path, train=False) == [tmp_path / test]
 
 
+def test_numbering_tells_data_apart_but_not_where_it_lies(tmp_path):
+    """A run that goes on must meet the same images in the same order."""
+    found = []
+    for name, write in (("folders", write_folders), ("shards", write_shards)):
+        write(tmp_path / name)
+        before = read(tmp_path / name).train.files.numbering()
+        (tmp_path / name).rename(tmp_path / f"{name}-elsewhere")
+        assert read(tmp_path / f"{name}-elsewhere").train.files.numbering() == before
+        found.append(before)
+    shard = next(path for path in (tmp_path / "shards-elsewhere").iterdir() if "train" in path.name)
+    shard.rename(shard.with_name(f"another-{shard.name}"))
+    found.append(read(tmp_path / "shards-elsewhere").train.files.numbering())
+    assert len({*found}) == 3
+
+
 def test_an_archive_beside_what_it_held_is_no_shard(tmp_path):
     write_folders(tmp_path)
     (tmp_path / "ILSVRC2012_img_train.tar").write_bytes(b"of tars, one a class")

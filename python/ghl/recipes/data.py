@@ -40,7 +40,8 @@ class Source:
 class Data:
     """A training and a test set, and the shape of what they hold.
 
-    `whole` tells the data from others: its training images without a limit, and its classes.
+    `whole` tells the data from others: its training images without a limit, its classes, and which
+    photograph has which number.
     """
 
     train: Pairs
@@ -189,7 +190,11 @@ def load(
         channels=channels,
         size=size,
         classes=len(splits[0].classes),
-        whole={"images": len(splits[0]), "classes": list(splits[0].classes)},
+        whole={
+            "images": len(splits[0]),
+            "classes": list(splits[0].classes),
+            "numbering": splits[0].files.numbering() if origin.photographs else None,
+        },
     )
 
 
@@ -200,6 +205,8 @@ def check_same(root: str | None, before: dict[str, Any], now: dict[str, Any]) ->
     expected, found = (f"{w['images']} of {len(w['classes'])} classes" for w in (before, now))
     differ = sorted(set(before["classes"]) ^ set(now["classes"]))
     named = f"; not in both: {', '.join(differ[:3])}" if differ else ""
+    if expected == found and not differ:
+        named = " of other names, or in another order"
     raise ValueError(
         f"--root {root}: expected the run's training images, {expected}, found {found}{named}"
     )

@@ -4,8 +4,10 @@ An image is cropped by a box that depends on (seed, epoch, number) and on nothin
 epoch can be cut anywhere and go on the same; it leaves here as uint8, or still encoded as JPEG.
 """
 
+import hashlib
 import io
 import math
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -80,7 +82,8 @@ class Folder:
     """Encoded images of one directory per class, by number."""
 
     def __init__(self, folder: Path) -> None:
-        found = torchvision.datasets.ImageFolder(str(folder))
+        self.folder = str(folder)
+        found = torchvision.datasets.ImageFolder(self.folder)
         self.classes, self.targets = found.classes, found.targets
         self.files = [path for path, _ in found.samples]
 
@@ -94,6 +97,11 @@ class Folder:
     def name(self, number: int) -> str:
         """The image's file."""
         return self.files[number]
+
+    def numbering(self) -> str:
+        """A hash of which file has which number, wherever the directory is."""
+        names = (os.fsencode(file.removeprefix(self.folder)) for file in self.files)
+        return hashlib.sha256(b"\0".join(names)).hexdigest()
 
 
 class Fake:
@@ -116,6 +124,10 @@ class Fake:
     def name(self, number: int) -> str:
         """What to call the image."""
         return f"fake image {number}"
+
+    def numbering(self) -> str:
+        """There is only one."""
+        return "fake"
 
 
 class Photographs(Dataset):

@@ -3,7 +3,9 @@
 What is done with an image's bytes is in `photographs.py`.
 """
 
+import hashlib
 import json
+import os
 import re
 import tarfile
 from collections.abc import Iterator, Sequence
@@ -76,6 +78,13 @@ class Shards:
                 if member.offset_data == offset:
                     return f"{path}:{member.name}"
         return f"{path}, byte {offset}"  # the shard is not what it was when it was indexed
+
+    def numbering(self) -> str:
+        """A hash of which image has which number: of shards' names, and of what lies where."""
+        digest = hashlib.sha256(b"\0".join(os.fsencode(path.name) for path in self.paths))
+        for numbers in (self.shards, self.offsets, self.sizes, self.targets):
+            digest.update(numbers)
+        return digest.hexdigest()
 
 
 def index(path: Path) -> Iterator[tuple[int, int, int]]:
