@@ -46,6 +46,7 @@ def save(ctx: Any, x: Tensor, w: Tensor, b: Tensor | None, y: Tensor) -> None:
         return
     # .data: no version check, or backward would refuse
     ctx.save_for_backward(x, w, b, y.data)
+    ctx.set_materialize_grads(False)  # what gives y no gradient gives the weight none
     ctx.around = torch._C._current_graph_task_id()  # a backward that recomputes, or -1
     ctx.probe = y.detach()  # shares y's version counter...
     ctx.probe.data = y.new_empty(0)  # ...but not its memory
@@ -105,7 +106,9 @@ class LinearFunction(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Any:
+    def backward(ctx: Any, g: Tensor | None) -> Any:
+        if g is None:
+            return (None,) * 8
         x, w, b, y = ctx.saved_tensors
         _, _, needs_x, _, needs_b, *_ = ctx.needs_input_grad
         used = w.to(x.dtype)
@@ -148,7 +151,9 @@ class Conv2dFunction(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Any:
+    def backward(ctx: Any, g: Tensor | None) -> Any:
+        if g is None:
+            return (None,) * 12
         x, w, b, y = ctx.saved_tensors
         stride, padding, dilation, groups = ctx.geometry
         _, _, needs_x, _, needs_b, *_ = ctx.needs_input_grad

@@ -11,6 +11,10 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 
+def nothing(*args: Any, **kwargs: Any) -> None:
+    """What a hook is in a copy of its module."""
+
+
 def weak(owned: Any, method: str) -> Any:
     """A call of a method that does not keep its object alive; nothing once it is gone."""
     reference = weakref.ref(owned)
@@ -22,13 +26,20 @@ def weak(owned: Any, method: str) -> Any:
     return call
 
 
+def after_all_callbacks(function: Callable[[], None]) -> None:
+    """Have a function called at the end of this backward, behind what DDP and FSDP do there."""
+    queue = torch.autograd.Variable._execution_engine.queue_callback
+    queue(lambda: queue(function))
+
+
 def once_gradients_are_made(
     args: tuple,
     kwargs: dict[str, Any],
     then: Callable[[], None],
+    before: Callable[[], None] = nothing,
 ) -> Any:
     """Call `then` from a hook before an optimizer's step: now, or after every call of the closure
-    that makes the gradients. What the hook has to return."""
+    that makes the gradients, which `before` comes before. What the hook has to return."""
     itself, *rest = args
     closure = rest[0] if rest else kwargs.get("closure")
     if not callable(closure):
@@ -36,6 +47,7 @@ def once_gradients_are_made(
         return None
 
     def closure_and_then(*args: Any, **kwargs: Any) -> Any:
+        before()
         with torch.enable_grad():
             loss = closure(*args, **kwargs)
         then()
@@ -44,10 +56,6 @@ def once_gradients_are_made(
     if rest:
         return (itself, closure_and_then, *rest[1:]), kwargs
     return args, kwargs | {"closure": closure_and_then}
-
-
-def nothing(*args: Any, **kwargs: Any) -> None:
-    """What a hook is in a copy of its module."""
 
 
 def inert() -> Callable[..., None]:

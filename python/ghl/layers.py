@@ -6,11 +6,13 @@ Bias and every other gradient are the ordinary ones; without gradients nothing d
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from ghl import functional
 from ghl.guards import check_whole, is_update
@@ -35,13 +37,43 @@ def is_transformed(x: Tensor) -> bool:
     return isinstance(x, torch.fx.Proxy) or torch.jit.is_tracing()
 
 
+def pair(given: Any) -> tuple[int, int]:
+    """A stride, padding or dilation as nn.Conv2d takes it, also if it was set after it was made."""
+    numbers = (given,) if isinstance(given, int) else tuple(given)
+    return numbers[0], numbers[-1]
+
+
 def padded(module: nn.Conv2d, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
     """x (N, C, H, W) padded where kernels cannot, and the zero padding that is left to them."""
-    left, right, top, bottom = module._reversed_padding_repeated_twice
-    if module.padding_mode == "zeros" and left == right and top == bottom:
-        return x, (top, left)
-    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    return F.pad(x, (left, right, top, bottom), mode=mode), (0, 0)
+    if module.padding_mode != "zeros":
+        sides = module._reversed_padding_repeated_twice
+        return F.pad(x, sides, mode=module.padding_mode), (0, 0)
+    if module.padding == "valid":
+        return x, (0, 0)
+    if module.padding != "same":
+        return x, pair(module.padding)
+    if pair(module.stride) != (1, 1):
+        raise ValueError(f"stride is {module.stride}, must be 1 with padding='same'")
+    taps = zip(pair(module.dilation), module.kernel_size, strict=True)
+    height, width = (distance * (size - 1) for distance, size in taps)
+    top, left = height // 2, width // 2
+    if height % 2 or width % 2:
+        return F.pad(x, (left, width - left, top, height - top)), (0, 0)
+    return x, (top, left)
+
+
+def refuse_transformed(kind: str) -> Callable[[Tensor], None]:
+    """A hook for a weight as a transform of torch.func uses it: raises where G would be without H0.
+    kind: of layer."""
+
+    def refuse(gradient: Tensor) -> None:
+        raise RuntimeError(
+            f"backward() reached the weight of a {kind} with a rule through a transform of "
+            "torch.func (vmap, grad, jacrev), within which a layer is its base and makes no H0: "
+            "call the layer outside of transforms, or use ghl.unswap or rule='bp' here"
+        )
+
+    return refuse
 
 
 class Plastic(nn.Module):
@@ -132,6 +164,8 @@ class Plastic(nn.Module):
         """The sums this forward is to feed; None where the plain forward is all there is."""
         if not torch.is_grad_enabled() or is_transformed(x) or not self._learns:
             return None
+        if not isinstance(x, Tensor):  # whose error is PyTorch's own
+            return None
         sums = self._sums
         if sums is None or not sums.live or not self._are_of_weight(sums):
             check_whole(self)
@@ -146,6 +180,22 @@ class Plastic(nn.Module):
                 "values, or use ghl.unswap or rule='bp' here"
             )
         return sums
+
+    def _used_plainly(self, weight: Any) -> Any:
+        """The weight as the plain forward uses it. Within transforms of torch.func that makes no
+        H0, and a backward outside of them must not reach it."""
+        if (
+            not torch._C._are_functorch_transforms_active()
+            or torch.compiler.is_compiling()
+            or not isinstance(weight, nn.Parameter)  # computed, or given by functional_call
+            or not (self._learns and self._rule.gate != "sign_only")
+        ):
+            return weight
+        with temporarily_clear_interpreter_stack():
+            used = weight.view_as(weight)
+            if used.requires_grad:
+                used.register_hook(refuse_transformed(type(self).__name__))
+        return used
 
     def _are_of_weight(self, sums: RawSums) -> bool:
         return sums.sharded or (sums.fits(self.weight) and self._summed is self.weight)
@@ -223,7 +273,7 @@ class Linear(Plastic, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         sums = self._collecting(input)
         if sums is None:
-            return nn.Linear.forward(self, input)
+            return F.linear(input, self._used_plainly(self.weight), self.bias)
         return functional.linear(input, self.weight, self.bias, sums)
 
 
@@ -254,12 +304,13 @@ class Conv2d(Plastic, nn.Conv2d):
         )  # fmt: skip
         self._set_rule(rule)
 
-    def forward(self, input: Tensor) -> Tensor:
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """What nn.Conv2d.forward calls, here as there, with the layer's own weight: who puts
+        another in its place, or gives it another weight, gets no sums."""
         sums = self._collecting(input)
-        if sums is None or input.dim() not in (3, 4):
-            return nn.Conv2d.forward(self, input)
+        if sums is None or weight is not self.weight or input.dim() not in (3, 4):
+            return nn.Conv2d._conv_forward(self, input, self._used_plainly(weight), bias)
         x, padding = padded(self, input if input.dim() == 4 else input[None])
-        y = functional.conv2d(
-            x, self.weight, self.bias, self.stride, padding, self.dilation, self.groups, sums
-        )
+        stride, dilation = pair(self.stride), pair(self.dilation)
+        y = functional.conv2d(x, weight, bias, stride, padding, dilation, self.groups, sums)
         return y if input.dim() == 4 else y[0]

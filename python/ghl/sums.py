@@ -8,6 +8,7 @@ outlive a backward are `ghl.deferred.held`.
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,7 +19,7 @@ from torch.utils.hooks import unserializable_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ghl.guards import check_alone, is_update, mark_update
-from ghl.hooks import put_behind
+from ghl.hooks import after_all_callbacks, put_behind
 from ghl_kernels import Rule
 from ghl_kernels.checks import sum_dtype
 from ghl_kernels.composed import sign
@@ -54,6 +55,12 @@ TOLD = 4  # weights that an error names
 CHANGED = (
     "a layer was synchronized, converted or given another rule between a forward and its backward, "
     "whose sums would be lost: do that before the forward"
+)
+
+TAKEN = (
+    "was used before it held the update (by DistributedDataParallel, or an optimizer's step within "
+    "backward): under torch.compile H0 may arrive after the gradient; call ghl.synchronize(model, "
+    "optimizer) once before training, or run these layers without torch.compile"
 )
 
 
@@ -201,11 +208,13 @@ class ImmediateSums(RawSums):
         self._before: Tensor | None = None  # whether weight.grad was in the way of a backward
         # an update; or numbers of before, which zero_grad has not taken away since
         self._handed_out = weight.grad is not None
+        self._added = False  # whether a gradient is about to be: hooks come after none, too
+        self._versions = 0, 0  # of G and the weight, where G has come before H0
         owner = weakref.ref(self)
 
         @unserializable_hook
-        def look(gradient: Tensor) -> None:
-            if (sums := owner()) is not None:
+        def look(gradient: Tensor | None) -> None:
+            if (sums := owner()) is not None and gradient is not None:
                 sums._look()
 
         self._hooks = [
@@ -230,6 +239,7 @@ class ImmediateSums(RawSums):
 
     def _look(self) -> None:
         """Before a gradient is added: to what. None costs nothing."""
+        self._added = True
         weight = self._weight()
         grad = None if weight is None else weight.grad
         self._before = None
@@ -239,18 +249,23 @@ class ImmediateSums(RawSums):
             self._before = grad.detach().any()
 
     def _take_gradient(self, weight: Tensor) -> None:
-        if weight.grad is None:  # frozen since the forward
+        added, self._added = self._added, False
+        if weight.grad is None or not added:  # frozen since the forward, or of nothing
             return
         self._check_no_update(weight)
         before, self._before = self._before, None
         if not self.layers:
             return
         if before is not None and before:
-            self._refuse("a copy of an update, or a gradient of before its rule,")
+            self._refuse(
+                "a copy of an update, or a gradient of before its rule or of a failed backward,"
+            )
+        self._handed_out = True  # also if this backward ends with an error
         check_alone(weight)
         self._arrive("G", weight.grad)
         if not self._arrived:
             return
+        self._versions = weight.grad._version, weight._version
         if len(weight._post_accumulate_grad_hooks) > 1:  # type: ignore[attr-defined]
             raise RuntimeError(
                 f"weight {described(weight)} has a post-accumulate-grad hook of its own, which "
@@ -292,7 +307,9 @@ class ImmediateSums(RawSums):
         given away is an ordinary gradient again."""
         weight = self._weight()
         owned = any(layer._parameters.get("weight") is weight for layer in self.layers)
-        return self._arrived.pop("G", None) is not None and weight is not None and owned
+        alone = self._arrived.pop("G", None) is not None
+        self._handed_out &= owned or not alone
+        return alone and weight is not None and owned
 
     def _arrive(self, name: str, sums: Tensor) -> None:
         """Sums of an earlier backward that never finished are dropped, not mixed in."""
@@ -305,7 +322,23 @@ class ImmediateSums(RawSums):
             if self.channels_last not in (None, is_channels_last(weight)):
                 raise RuntimeError(CHANGED)  # check_pair does not see it of a compiled graph
             arrived, self._arrived = self._arrived, {}
-            weight.grad = self._merge(weight.detach(), arrived)
+            if name != "G":
+                self._check_unused(weight, arrived["G"])
+            update = weight.grad = self._merge(weight.detach(), arrived)
+            if name != "G":
+                after_all_callbacks(functools.partial(self._check_kept, update, update._version))
+
+    def _check_unused(self, weight: Tensor, G: Tensor) -> None:
+        """H0 has come after G: hooks of the node that accumulates have seen G, and nobody can tell
+        what hooks a node has."""
+        if weight.grad is not G or (G._version, weight._version) != self._versions:
+            raise RuntimeError(f"weight.grad of {described(weight)} {TAKEN}")
+
+    def _check_kept(self, update: Tensor, version: int) -> None:
+        """At the end of such a backward, when DDP has written back what it saw."""
+        weight = self._weight()
+        if weight is not None and weight.grad is update and update._version != version:
+            raise RuntimeError(f"weight.grad of {described(weight)} {TAKEN}")
 
     def _merge(self, weight: Tensor, sums: dict[str, Tensor]) -> Tensor:
         """The update, which no graph has part in. weight: detached."""

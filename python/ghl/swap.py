@@ -21,6 +21,7 @@ from ghl.sums import RawSums
 from ghl_kernels import Rule
 
 COUNTERPARTS: dict[type[nn.Module], type[Plastic]] = {nn.Conv2d: Conv2d, nn.Linear: Linear}
+FORWARDS = ("forward", "_conv_forward")  # that one layer may have in place of its class's
 BASES: dict[type[nn.Module], type[nn.Module]] = {c: base for base, c in COUNTERPARTS.items()}
 
 
@@ -203,6 +204,8 @@ def reason_to_skip(module: nn.Module, names: Sequence[str], exclude: Sequence[st
         return "is not initialized yet"
     if type(module) not in COUNTERPARTS and not isinstance(module, Plastic):
         return other_kind(module)
+    if type(module) in COUNTERPARTS and not vars(module).keys().isdisjoint(FORWARDS):
+        return "has a forward of its own, which may compute differently"
     if weight is None:
         return "its weight is not a Parameter"
     if not weight.is_floating_point():

@@ -253,3 +253,41 @@ def test_compiled_gradients_reach_the_kernels_as_they_lie(monkeypatch):
             torch.compile(model, backend=backend, fullgraph=True)(x).square().sum().backward()
             model.zero_grad()
     assert met == [[True] * 4] * 4
+
+
+@pytest.mark.parametrize("options", [{}, {"static_graph": True}, {"gradient_as_bucket_view": True}])
+def test_ddp_of_one_rank_compiled_is_an_error(options, tmp_path):
+    """Its buckets have seen gradients before H0 was there."""
+    model, x = small_net(), torch.randn(4, 3, 8, 8)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/ranks", rank=0, world_size=1
+    )
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(model, **options)
+        compiled = torch.compile(wrapped, backend="aot_eager")
+        with pytest.raises(RuntimeError, match=r"by DistributedDataParallel.*ghl.synchronize"):
+            for _ in range(2):  # a static graph is looked at in the first backward
+                model.zero_grad()
+                compiled(x).square().sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("zero", [True, False])
+def test_an_optimizer_within_a_compiled_backward_is_an_error(zero):
+    """As a hook of the node that accumulates, of which nobody can tell that it is there."""
+    model, x = small_net(), torch.randn(4, 3, 8, 8)
+    optimizers = []
+    for layer in (model[0], model[3]):
+        optimizer = torch.optim.SGD([layer.weight], 0.1)
+        node = layer.weight.view_as(layer.weight).grad_fn.next_functions[0][0]
+
+        def step(*gradients, optimizer=optimizer):
+            optimizer.step()
+            if zero:
+                optimizer.zero_grad()
+
+        node.register_hook(step)
+        optimizers.append((optimizer, node))
+    with pytest.raises(RuntimeError, match="an optimizer's step within backward"):
+        torch.compile(model, backend="aot_eager")(x).square().sum().backward()

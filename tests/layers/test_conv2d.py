@@ -1,7 +1,10 @@
 """ghl.Conv2d: every argument of nn.Conv2d, against the reference."""
 
+import copy
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import ghl
@@ -67,6 +70,72 @@ def test_padding_modes(mode, padding):
     kernel_size = (2, 4) if padding == "same" else 3
     plain = conv(padding=padding, padding_mode=mode, kernel_size=kernel_size)
     assert_like_reference(plain, loss_of(image(3, 4)))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"padding": (2, 2), "dilation": (2, 2)},  # strides for dilation, as in segmentation
+        {"padding": 0},
+        {"padding": [1, 0]},
+        {"padding": "valid"},
+        {"padding": "same", "dilation": (1, 2)},
+        {"stride": 2},
+        {"stride": [2, 1], "dilation": 2},
+    ],
+    ids=str,
+)
+def test_geometry_changed_after_construction(changes):
+    """Whatever nn.Conv2d takes then counts, of the layer's present kernel."""
+    plain = conv(padding=1)
+    vars(plain[0]).update(changes)
+    swapped = copy.deepcopy(plain)
+    ghl.swap(swapped)
+    assert torch.equal(swapped(image(3, 4)), plain(image(3, 4)))
+    loss_of(image(3, 4))(swapped).backward()
+    pairs = {n: v if isinstance(v, str) else ghl.layers.pair(v) for n, v in changes.items()}
+    vars(plain[0]).update(pairs)  # as the reference takes them
+    model = assert_like_reference(plain, loss_of(image(3, 4)))
+    assert torch.equal(swapped[0].weight.grad, model[0].weight.grad)
+
+
+def test_same_padding_of_strides_is_pytorchs_error():
+    model = conv(padding="same")
+    ghl.swap(model)
+    model[0].stride = 2
+    with pytest.raises(ValueError, match="stride is 2, must be 1 with padding='same'"):
+        model(image(3, 4))
+
+
+class Tiled(ghl.Conv2d):
+    """Pads around, as diffusion models are made to."""
+
+    def _conv_forward(self, input, weight, bias):
+        return super()._conv_forward(F.pad(input, (1, 1, 1, 1), mode="circular"), weight, bias)
+
+
+class Standardized(ghl.Conv2d):
+    def _conv_forward(self, input, weight, bias):
+        return super()._conv_forward(input, weight - weight.mean(), bias)
+
+
+def test_a_subclass_may_change_what_is_convolved():
+    torch.manual_seed(0)
+    tiled = Tiled(4, 6, 3, dtype=torch.float64)
+    around = ghl.Conv2d(4, 6, 3, padding=1, padding_mode="circular", dtype=torch.float64)
+    around.load_state_dict(tiled.state_dict())
+    for layer in (tiled, around):
+        loss_of(image(3, 4))(layer).backward()
+    assert torch.equal(tiled.weight.grad, around.weight.grad)
+
+
+def test_a_subclass_with_another_weight_has_no_sums():
+    """Its forward is what it says, and its gradient is no update."""
+    layer = Standardized(4, 6, 3, dtype=torch.float64)
+    weight = layer.weight - layer.weight.mean()
+    assert torch.equal(layer(image(3, 4)), F.conv2d(image(3, 4), weight, layer.bias))
+    with pytest.raises(RuntimeError, match="no layer with a rule gave the sums"):
+        loss_of(image(3, 4))(layer).backward()
 
 
 @pytest.mark.parametrize("mode", ["zeros", "circular"])

@@ -311,3 +311,13 @@ def test_a_report_names_what_attention_computes_without_layers():
     report = ghl.swap(layer, types=nn.Linear, exclude="*attn")
     assert report.skipped["self_attn.in_proj"] == "excluded"
     assert "self_attn.in_proj" not in ghl.swap(nn.Conv2d(1, 1, 1)).skipped
+
+
+@pytest.mark.parametrize("name", ["forward", "_conv_forward"])
+def test_a_forward_of_its_own_is_left_alone(name):
+    """What one layer has in place of its class's, as accelerate's hooks and tiling give it."""
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Conv2d(3, 3, 3))
+    setattr(model[0], name, getattr(model[0], name))
+    report = ghl.swap(model)
+    assert report.skipped == {"0": "has a forward of its own, which may compute differently"}
+    assert list(report.swapped) == ["1"]

@@ -90,3 +90,34 @@ def test_backward_is_the_rules_afterwards(networks: tuple[nn.Module, nn.Module, 
     plain(x).square().sum().backward()
     assert swapped[0].weight.grad.abs().max() == 1
     assert torch.equal(swapped[0].bias.grad, plain[0].bias.grad)
+
+
+@pytest.mark.parametrize("held", [False, True])
+@pytest.mark.parametrize("transform", [torch.vmap, torch.func.jacrev])
+def test_a_backward_through_a_transform_is_an_error(
+    networks: tuple[nn.Module, nn.Module, Tensor], transform: Callable[..., Any], held: bool
+) -> None:
+    """G would be of all uses of a weight and H of those outside, as of a network's equation and of
+    its boundary."""
+    _, swapped, x = networks
+    optimizer = torch.optim.SGD(swapped.parameters(), 0.1)
+    if held:
+        ghl.synchronize(swapped, optimizer)
+    one = x[:, None] if transform is torch.vmap else x
+    loss = transform(swapped)(one).square().mean() + swapped(x).square().mean()
+    with pytest.raises(RuntimeError, match=r"through a transform of torch.func \(vmap"):
+        loss.backward()
+
+
+def test_a_backward_through_a_transform_of_what_has_no_rule(
+    networks: tuple[nn.Module, nn.Module, Tensor],
+) -> None:
+    """sign_only makes its update of G alone, and bp makes none."""
+    plain, swapped, x = networks
+    for model in (plain, swapped):
+        model.zero_grad()
+    swapped[0].rule, swapped[3].rule = "sign", "bp"
+    for model in (plain, swapped):
+        torch.vmap(model)(x[:, None]).square().mean().backward()
+    torch.testing.assert_close(swapped[0].weight.grad, plain[0].weight.grad.sign())
+    torch.testing.assert_close(swapped[3].weight.grad, plain[3].weight.grad)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ghl.alignment.sums import Geometry, Use
-from ghl.layers import padded
+from ghl.layers import padded, pair
 
 
 def use_of(module: nn.Module, x: Tensor, y: Tensor, weight: Tensor) -> Use:
@@ -24,12 +24,12 @@ def use_of(module: nn.Module, x: Tensor, y: Tensor, weight: Tensor) -> Use:
     assert isinstance(module, nn.Conv2d)
     with torch.no_grad():
         x, padding = padded(module, x)
-    place = Geometry(tuple(module.stride), padding, tuple(module.dilation), module.groups)
+    place = Geometry(pair(module.stride), padding, pair(module.dilation), module.groups)
 
     def again(x: Tensor) -> Tensor:
         b = None if bias is None else bias.to(x.dtype)
         return F.conv2d(
-            x, weight.to(x.dtype), b, module.stride, padding, module.dilation, module.groups
+            x, weight.to(x.dtype), b, place.stride, padding, place.dilation, place.groups
         )
 
     return Use(x, y, weight, bias, again, place)

@@ -33,6 +33,11 @@ REORDERED = (
     "weight was given another memory format within an accumulation, and its sums have the former: "
     "call optimizer.zero_grad() first"
 )
+ADDED = (
+    "weight.grad still held the update of the last step when a backward added to it: call "
+    "zero_grad() of its optimizer after every step of it, and before the backward whose gradients "
+    "the next one is to use"
+)
 CAPTURED = (
     "weight.grad was made in a CUDA graph, whose replay would not renew the update of a step "
     "outside: capture optimizer.step() in the same graph"
@@ -64,21 +69,15 @@ def is_owed(weight: Tensor) -> bool:
     return grad is not None and not is_update(grad) and bool(local(grad).any())
 
 
-def check_zeroed(weight: Tensor | None, grad: Tensor) -> None:
-    """Raise unless an update was zeroed in place; a GPU aborts by itself, where a version has told
-    that somebody changed it."""
-    whose = "" if weight is None else f"of {described(weight)} "
-    message = (
-        f"weight.grad {whose}still holds the update of the last step, to which a backward must not "
-        "add: call zero_grad() of its optimizer after every step of it"
-    )
-    grad_here = local(grad)
-    if is_unchanged(grad) and (grad_here is grad or grad_here.any()):  # see ShardedSums._left
-        raise RuntimeError(message)
-    if grad_here.is_cuda:
-        torch._assert_async(~grad_here.any(), message)
-    elif grad_here.any():
-        raise RuntimeError(message)
+def is_zeroed(update: Tensor) -> bool:
+    """Whether an update was zeroed in place; a GPU aborts by itself if it was changed otherwise."""
+    here = local(update)
+    if is_unchanged(update) and (here is update or here.any()):  # see ShardedSums._left
+        return False
+    if here.is_cuda:
+        torch._assert_async(~here.any(), ADDED)
+        return True
+    return not here.any()
 
 
 def versions(grad: Tensor) -> tuple[int, int]:
@@ -87,7 +86,7 @@ def versions(grad: Tensor) -> tuple[int, int]:
 
 
 def note_versions(update: Tensor) -> None:
-    """Let `check_zeroed` and `HeldSums.before_step` know whether somebody changes this update."""
+    """Let `is_zeroed` and `HeldSums.before_step` know whether somebody changes this update."""
     update._ghl_versions = versions(update)  # type: ignore[attr-defined]
 
 
@@ -128,8 +127,8 @@ class HeldSums(RawSums):
 
         def arrives(name: str) -> Any:
             @unserializable_hook
-            def arrive(grad: Tensor) -> None:
-                if (sums := owner()) is not None and sums.live:
+            def arrive(grad: Tensor | None) -> None:
+                if (sums := owner()) is not None and sums.live and grad is not None:
                     sums._arrive(name, begin)
 
             return arrive
@@ -169,8 +168,9 @@ class HeldSums(RawSums):
     def check(self, weight: Tensor) -> None:
         """Raise, and keep all, where the sums are not those of the gradient that is held."""
         reason = self._reason(weight)
-        if reason is not None and self.rule.gate != "sign_only" and is_owed(weight):
-            raise RuntimeError(reason)
+        matters = reason is ADDED or self.rule.gate != "sign_only"
+        if reason is not None and matters and is_owed(weight):
+            raise RuntimeError(f"{reason} (layer {described(weight)})")
         if self._captured and not capturing():
             raise RuntimeError(CAPTURED)
 
@@ -193,8 +193,8 @@ class HeldSums(RawSums):
         return self._left(grad)
 
     def check_free(self) -> None:
-        """Before gradients arrive: they must be added to no update, nor to half of the sums of a
-        backward that raised. A reentrant checkpoint's are added to half of those around it."""
+        """Before gradients arrive: they must be added to half of the sums of no backward that
+        raised. A reentrant checkpoint's are added to half of those around it."""
         weight = self._weight()
         grad = None if weight is None else weight.grad
         if grad is None:
@@ -206,10 +206,13 @@ class HeldSums(RawSums):
 
     @torch.no_grad()
     def _free(self, update: Tensor) -> None:
-        """Let a gradient that was an update, and was zeroed in place, be one again."""
-        check_zeroed(self._weight(), update)
+        """Let a gradient that was an update be one again. If it was not zeroed no step may use what
+        a backward adds to it, as that of a generator does to its discriminator's."""
+        zeroed = is_zeroed(update)
         del update._ghl_update  # type: ignore[attr-defined]
         self.drop()
+        if not zeroed:
+            self._incomplete = ADDED
 
     def follow(self, weight: Tensor) -> None:
         """Before a backward: drop what `weight.grad` says is of an accumulation before, being None

@@ -5,7 +5,7 @@ Looked for before anything is sent to other ranks or taken from what is held.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,10 @@ from ghl.layers import Plastic
 from ghl.sums import ImmediateSums, RawSums, described
 from ghl_kernels import Rule
 
+USED_EARLY = (
+    "the optimizer has changed weights before it called its closure, by ordinary gradients, of "
+    "which no updates were made: call merge() on the handle of ghl.synchronize before such a step"
+)
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -94,3 +98,16 @@ def bits(t: Tensor) -> int:
     """The sum of a tensor's numbers as integers, which takes them in any order: a sum of floats
     would differ where ranks have other threads or GPUs."""
     return int(t.view(INTEGERS[t.element_size()]).sum()) % 2**64
+
+
+def before_closure(weights: Iterable[nn.Parameter]) -> Callable[[], None]:
+    """What raises, before a step's closure is called first, where the optimizer has used gradients
+    that await their updates already, as SAM does."""
+    waiting = [(w, w._version) for w in weights if w.grad is not None and not is_update(w.grad)]
+
+    def check() -> None:
+        if any(weight._version != version for weight, version in waiting):
+            raise RuntimeError(USED_EARLY)
+        waiting.clear()
+
+    return check

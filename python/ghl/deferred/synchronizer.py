@@ -25,7 +25,7 @@ from ghl.deferred.held import HeldSums, capturing, is_owed, note_versions
 from ghl.deferred.shards import ShardedSums, is_on_neurons, is_sharded
 from ghl.deferred.wrapped import check_wrapper, is_managed, stepping
 from ghl.guards import is_update
-from ghl.hooks import Hook, once_gradients_are_made, weak
+from ghl.hooks import Hook, after_all_callbacks, once_gradients_are_made, weak
 from ghl.layers import Plastic
 from ghl.sums import RawSums, device_of
 from ghl_kernels.layout import is_channels_last
@@ -69,10 +69,12 @@ def synchronize(
     `weight.grad.data.zero_()`, and a gradient of zeros that is changed in place counts as zeroed.
     The decay is taken of the weight as it is in the step. Gradients must not be taken away and
     added back (as PCGrad does), nor be made by backward(inputs=) or autograd.grad. A forward counts
-    as often as backwards go through it (retain_graph=True). Over several ranks, remove() comes
-    before another rule, and model.join() is refused: a rank that has joined would not add its sums.
-    Of a CUDA graph, forward, backward and step must be in the same one. Another optimizer's step
-    raises while gradients are held; synchronize with it, when none are, replaces the former.
+    as often as backwards go through it (retain_graph=True). An optimizer that uses gradients before
+    it calls its closure, as SAM does, wants merge() on the handle before its step. Over several
+    ranks, remove() comes before another rule, and model.join() is refused: a rank that has joined
+    would not add its sums. Of a CUDA graph, forward, backward and step must be in the same one.
+    Another optimizer's step raises while gradients are held; synchronize again, when none are,
+    replaces the former.
 
     Over several ranks a hook on `model` (not if that is compiled) tells where a backward begins.
     Returns a handle: `remove()` takes all hooks off, and the updates are made in backward again.
@@ -145,9 +147,10 @@ def weights_of(
                 "parallelism?), which is not supported: give the layer rule='bp'"
             )
         former = handle_of(weight)
-        if former is not None and not former.may_be_replaced(optimizer, ids):
+        if former is not None and not former.may_be_replaced(ids):
             raise RuntimeError(
-                f"weight of {name!r} is synchronized already; call remove() on that handle first"
+                f"weight of {name!r} is synchronized already, with others or with gradients that "
+                "await a step: call zero_grad(), or remove() on that handle, first"
             )
     return weights
 
@@ -155,13 +158,6 @@ def weights_of(
 def may_be_thawed(weight: nn.Parameter, averaged: bool) -> bool:
     """Not where DistributedDataParallel averages gradients, which leaves out what was frozen."""
     return is_on_neurons(weight) if isinstance(weight, DTensor) else not averaged
-
-
-@torch.compiler.disable
-def after_all_callbacks(function: Callable[[], None]) -> None:
-    """Have a function called at the end of this backward, behind what DDP and FSDP do there."""
-    queue = torch.autograd.Variable._execution_engine.queue_callback
-    queue(lambda: queue(function))
 
 
 class Synchronizer:
@@ -245,11 +241,10 @@ class Synchronizer:
             for weight, sums in self._held()
         )
 
-    def may_be_replaced(self, optimizer: Optimizer, weights: set[int]) -> bool:
-        """Whether `synchronize` with another optimizer of these weights, by id, may replace it."""
-        itself = self._optimizer() is optimizer
+    def may_be_replaced(self, weights: set[int]) -> bool:
+        """Whether `synchronize` of these weights, by id, may replace it."""
         live = {id(weight) for weight in self._weights.values() if weight.requires_grad}
-        return not itself and live <= weights and not self._owes()
+        return live <= weights and not self._owes()
 
     def _is_distributed(self) -> bool:
         return ranks.size(self._group) > 1 or any(map(is_sharded, self._weights.values()))
@@ -321,7 +316,7 @@ class Synchronizer:
                 with torch.no_grad():
                     for weight, sums in self._held():
                         sums.follow(weight)
-                after_all_callbacks(self._ended)
+                torch.compiler.disable(after_all_callbacks)(self._ended)
             self._task = task
 
     def _arrives(self, sums: HeldSums) -> None:
@@ -343,7 +338,8 @@ class Synchronizer:
 
     @torch.compiler.disable
     def _before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> Any:
-        return once_gradients_are_made(args, kwargs, self.merge)
+        check = refusals.before_closure(self._weights.values())
+        return once_gradients_are_made(args, kwargs, self.merge, check)
 
     @torch.compiler.disable
     def _after_step(self, optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
