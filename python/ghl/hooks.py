@@ -26,12 +26,6 @@ def weak(owned: Any, method: str) -> Any:
     return call
 
 
-def after_all_callbacks(function: Callable[[], None]) -> None:
-    """Have a function called at the end of this backward, behind what DDP and FSDP do there."""
-    queue = torch.autograd.Variable._execution_engine.queue_callback
-    queue(lambda: queue(function))
-
-
 def once_gradients_are_made(
     args: tuple,
     kwargs: dict[str, Any],

@@ -8,7 +8,6 @@ outlive a backward are `ghl.deferred.held`.
 
 from __future__ import annotations
 
-import functools
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,7 +18,7 @@ from torch.utils.hooks import unserializable_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ghl.guards import check_alone, is_update, mark_update
-from ghl.hooks import after_all_callbacks, put_behind
+from ghl.hooks import put_behind
 from ghl_kernels import Rule
 from ghl_kernels.checks import sum_dtype
 from ghl_kernels.composed import sign
@@ -210,6 +209,7 @@ class ImmediateSums(RawSums):
         self._handed_out = weight.grad is not None
         self._added = False  # whether a gradient is about to be: hooks come after none, too
         self._versions = 0, 0  # of G and the weight, where G has come before H0
+        self._late: tuple[Tensor, int] | None = None  # the update then, as it was made
         owner = weakref.ref(self)
 
         @unserializable_hook
@@ -291,7 +291,10 @@ class ImmediateSums(RawSums):
         )
 
     def _check_complete(self) -> None:
-        """At the end of a backward: gradients without sums must not pass for updates."""
+        """At the end of a backward in which G was first: gradients without sums must not pass for
+        updates, nor what DDP writes back, having seen G; it does so in a callback as this is."""
+        if self._late is not None:
+            torch.autograd.Variable._execution_engine.queue_callback(self._check_kept)
         if "G" not in self._arrived:
             return
         found = [
@@ -326,7 +329,7 @@ class ImmediateSums(RawSums):
                 self._check_unused(weight, arrived["G"])
             update = weight.grad = self._merge(weight.detach(), arrived)
             if name != "G":
-                after_all_callbacks(functools.partial(self._check_kept, update, update._version))
+                self._late = update, update._version
 
     def _check_unused(self, weight: Tensor, G: Tensor) -> None:
         """H0 has come after G: hooks of the node that accumulates have seen G, and nobody can tell
@@ -334,9 +337,13 @@ class ImmediateSums(RawSums):
         if weight.grad is not G or (G._version, weight._version) != self._versions:
             raise RuntimeError(f"weight.grad of {described(weight)} {TAKEN}")
 
-    def _check_kept(self, update: Tensor, version: int) -> None:
-        """At the end of such a backward, when DDP has written back what it saw."""
+    def _check_kept(self) -> None:
+        """Behind what DDP does at the end of such a backward."""
+        late, self._late = self._late, None
         weight = self._weight()
+        if late is None:
+            return
+        update, version = late
         if weight is not None and weight.grad is update and update._version != version:
             raise RuntimeError(f"weight.grad of {described(weight)} {TAKEN}")
 

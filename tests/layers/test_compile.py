@@ -255,6 +255,21 @@ def test_compiled_gradients_reach_the_kernels_as_they_lie(monkeypatch):
     assert met == [[True] * 4] * 4
 
 
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_autograd_of_a_compiled_forward(backend):
+    """What is left to be done at the end of a backward is traced there."""
+    model, x = small_net(), torch.randn(4, 3, 8, 8)
+    model(x).square().sum().backward()
+    expected = [p.grad for p in model.parameters()]
+    compiled = torch.compile(model, backend=backend)
+    for _ in range(2):
+        model.zero_grad()
+        loss = compiled(x).square().sum()
+        with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+            loss.backward()
+        torch.testing.assert_close([p.grad for p in model.parameters()], expected)
+
+
 @pytest.mark.parametrize("options", [{}, {"static_graph": True}, {"gradient_as_bucket_view": True}])
 def test_ddp_of_one_rank_compiled_is_an_error(options, tmp_path):
     """Its buckets have seen gradients before H0 was there."""

@@ -25,7 +25,7 @@ from ghl.deferred.held import HeldSums, capturing, is_owed, note_versions
 from ghl.deferred.shards import ShardedSums, is_on_neurons, is_sharded
 from ghl.deferred.wrapped import check_wrapper, is_managed, stepping
 from ghl.guards import is_update
-from ghl.hooks import Hook, after_all_callbacks, once_gradients_are_made, weak
+from ghl.hooks import Hook, once_gradients_are_made, weak
 from ghl.layers import Plastic
 from ghl.sums import RawSums, device_of
 from ghl_kernels.layout import is_channels_last
@@ -158,6 +158,13 @@ def weights_of(
 def may_be_thawed(weight: nn.Parameter, averaged: bool) -> bool:
     """Not where DistributedDataParallel averages gradients, which leaves out what was frozen."""
     return is_on_neurons(weight) if isinstance(weight, DTensor) else not averaged
+
+
+@torch.compiler.disable
+def after_all_callbacks(function: Callable[[], None]) -> None:
+    """Have a function called at the end of this backward, behind what DDP and FSDP do there."""
+    queue = torch.autograd.Variable._execution_engine.queue_callback
+    queue(lambda: queue(function))
 
 
 class Synchronizer:
@@ -316,7 +323,7 @@ class Synchronizer:
                 with torch.no_grad():
                     for weight, sums in self._held():
                         sums.follow(weight)
-                torch.compiler.disable(after_all_callbacks)(self._ended)
+                after_all_callbacks(self._ended)
             self._task = task
 
     def _arrives(self, sums: HeldSums) -> None:
