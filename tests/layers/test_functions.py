@@ -71,8 +71,10 @@ def test_reversible_blocks_that_are_given_their_parameters(held):
     optimizer = torch.optim.SGD(parts.parameters(), 0.0)
     if held:
         ghl.synchronize(parts, optimizer)
-    y1, y2 = Reversible.apply(f, g, a, b, *parts.parameters())
-    (y1 * y2).sum().backward()
+    for scale in (10.0, 1.0):  # what the first has left is dropped
+        optimizer.zero_grad()
+        y1, y2 = Reversible.apply(f, g, scale * a, scale * b, *parts.parameters())
+        (y1 * y2).sum().backward()
     optimizer.step()
     torch.testing.assert_close([p.grad for p in parts.parameters()], expected)
 
@@ -101,3 +103,27 @@ def test_what_a_backward_that_raised_has_left_is_not_added_to(bad):
         net(x).square().sum().backward()
     for ours, wanted in zip(model.parameters(), fresh.parameters(), strict=True):
         assert torch.equal(ours.grad, wanted.grad)
+
+
+class Beside(torch.autograd.Function):
+    """Is given a weight, and has no gradient for it."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g, None
+
+
+def test_no_gradient_is_added_to_no_update():
+    layer, x = ghl.Linear(4, 3), torch.randn(5, 4, requires_grad=True)
+    optimizer = torch.optim.SGD(layer.parameters(), 0.1)
+    ghl.synchronize(layer, optimizer)
+    layer(x).square().sum().backward()
+    optimizer.step()
+    update = layer.weight.grad.clone()
+    Beside.apply(x, layer.weight).sum().backward()
+    optimizer.step()
+    assert torch.equal(layer.weight.grad, update)

@@ -116,6 +116,26 @@ def test_a_step_that_climbs_first():
     assert model.first[0].weight.grad.abs().max() == 1
 
 
+def test_a_closure_that_is_called_many_times():
+    """Weights change between its calls, by updates; what was held before is zeroed by the first."""
+    model, _, handle = synchronized()
+    handle.remove()
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.01, max_iter=3)
+    ghl.synchronize(model, optimizer)
+    calls = []
+
+    def closure():
+        calls.append(model.first[0].weight.detach().clone())
+        optimizer.zero_grad()
+        backward(model, "conv", 0)
+        return torch.tensor(1.0)
+
+    backward(model, "conv", 1)
+    optimizer.step(closure)
+    assert len(calls) > 1
+    assert not torch.equal(calls[0], calls[1])
+
+
 def test_synchronized_again_a_model_is_as_before():
     """A notebook's cell is run twice; not within an accumulation."""
     model, optimizer, former = synchronized()
