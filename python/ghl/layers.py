@@ -6,6 +6,7 @@ Bias and every other gradient are the ordinary ones; without gradients nothing d
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -62,18 +63,16 @@ def padded(module: nn.Conv2d, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
     return x, (top, left)
 
 
-def refuse_transformed(kind: str) -> Callable[[Tensor], None]:
-    """A hook for a weight as a transform of torch.func uses it: raises where G would be without H0.
-    kind: of layer."""
+def note_transformed(sums: RawSums) -> Callable[[Tensor], None]:
+    """A hook for a weight as a transform of torch.func uses it: tells its sums which backward comes
+    that way, where G would be without H0. autograd.grad may."""
+    owner = weakref.ref(sums)
 
-    def refuse(gradient: Tensor) -> None:
-        raise RuntimeError(
-            f"backward() reached the weight of a {kind} with a rule through a transform of "
-            "torch.func (vmap, grad, jacrev), within which a layer is its base and makes no H0: "
-            "call the layer outside of transforms, or use ghl.unswap or rule='bp' here"
-        )
+    def note(gradient: Tensor) -> None:
+        if (sums := owner()) is not None:
+            sums.transformed = torch._C._current_graph_task_id()
 
-    return refuse
+    return note
 
 
 class Plastic(nn.Module):
@@ -115,7 +114,10 @@ class Plastic(nn.Module):
     def _drop_update(self) -> None:
         """Where no rule is left that would keep ordinary gradients from being added to it."""
         weight = self._parameters.get("weight")
-        if weight is not None and RawSums.present(weight) is None and is_update(weight.grad):
+        if weight is None or RawSums.present(weight) is not None:
+            return
+        latest = RawSums.latest(weight)
+        if is_update(weight.grad) or (latest is not None and latest.is_polluted):
             weight.grad = None
 
     def _attach(self) -> None:
@@ -130,8 +132,10 @@ class Plastic(nn.Module):
     @property
     def _learns(self) -> bool:
         """Whether the present weight will have an update."""
+        if self._rule.gate == "gradient":  # asked first: a parametrized weight is computed
+            return False
         weight = self.weight
-        return self._rule.gate != "gradient" and weight.requires_grad and weight.numel() > 0
+        return bool(weight.requires_grad and weight.numel() > 0)
 
     def _attach_beside(self) -> None:
         """Have sums of the present weight too. functional_call has other weights for a forward:
@@ -181,20 +185,19 @@ class Plastic(nn.Module):
             )
         return sums
 
-    def _used_plainly(self, weight: Any) -> Any:
+    def _used_plainly(self, weight: Tensor) -> Tensor:
         """The weight as the plain forward uses it. Within transforms of torch.func that makes no
         H0, and a backward outside of them must not reach it."""
-        if (
-            not torch._C._are_functorch_transforms_active()
-            or torch.compiler.is_compiling()
-            or not isinstance(weight, nn.Parameter)  # computed, or given by functional_call
-            or not (self._learns and self._rule.gate != "sign_only")
-        ):
+        sums = self._sums
+        if not torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling():
+            return weight
+        # not one that is computed, or that functional_call gives
+        if sums is None or weight is not self._summed or self._rule.gate == "sign_only":
             return weight
         with temporarily_clear_interpreter_stack():
             used = weight.view_as(weight)
             if used.requires_grad:
-                used.register_hook(refuse_transformed(type(self).__name__))
+                used.register_hook(note_transformed(sums))
         return used
 
     def _are_of_weight(self, sums: RawSums) -> bool:

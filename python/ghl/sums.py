@@ -49,6 +49,7 @@ def described(weight: Tensor) -> str:
     return " ".join([*map(repr, sorted(names)), str(tuple(weight.shape))])
 
 
+NO_TASK = -2  # autograd's own for that is -1
 TOLD = 4  # weights that an error names
 
 CHANGED = (
@@ -56,6 +57,11 @@ CHANGED = (
     "whose sums would be lost: do that before the forward"
 )
 
+TRANSFORMED = (
+    "backward() reached the weight of a layer with a rule through a transform of torch.func (vmap, "
+    "grad, jacrev), within which a layer is its base and makes no H0: call the layer outside of "
+    "transforms, or use ghl.unswap or rule='bp' here"
+)
 TAKEN = (
     "was used before it held the update (by DistributedDataParallel, or an optimizer's step within "
     "backward): under torch.compile H0 may arrive after the gradient; call ghl.synchronize(model, "
@@ -97,6 +103,7 @@ class RawSums:
         self.layers: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self.compute_dtype = weight.dtype
         self.channels_last: bool | None = None
+        self.transformed = NO_TASK  # the backward that last came through a transform of torch.func
         self._weight = weakref.ref(weight)
         self._maker: Callable[..., RawSums] = _makers.get(weight, ImmediateSums)
         self._hooks: list[Any] = []
@@ -172,6 +179,11 @@ class RawSums:
             and leaf.device == device_of(weight)
         )
 
+    @property
+    def is_polluted(self) -> bool:
+        """Whether a backward has added to an update: what weight.grad has then is of no use."""
+        return False
+
     def release(self) -> None:
         """Take the hooks off: `weight.grad` is the ordinary gradient again."""
         self.live = False
@@ -207,7 +219,7 @@ class ImmediateSums(RawSums):
         self._before: Tensor | None = None  # whether weight.grad was in the way of a backward
         # an update; or numbers of before, which zero_grad has not taken away since
         self._handed_out = weight.grad is not None
-        self._added = False  # whether a gradient is about to be: hooks come after none, too
+        self._added = NO_TASK  # the backward in which a gradient is: hooks come after none, too
         self._versions = 0, 0  # of G and the weight, where G has come before H0
         self._late: tuple[Tensor, int] | None = None  # the update then, as it was made
         owner = weakref.ref(self)
@@ -239,7 +251,7 @@ class ImmediateSums(RawSums):
 
     def _look(self) -> None:
         """Before a gradient is added: to what. None costs nothing."""
-        self._added = True
+        self._added = torch._C._current_graph_task_id()
         weight = self._weight()
         grad = None if weight is None else weight.grad
         self._before = None
@@ -249,8 +261,8 @@ class ImmediateSums(RawSums):
             self._before = grad.detach().any()
 
     def _take_gradient(self, weight: Tensor) -> None:
-        added, self._added = self._added, False
-        if weight.grad is None or not added:  # frozen since the forward, or of nothing
+        task = torch._C._current_graph_task_id()
+        if weight.grad is None or task != self._added:  # frozen since the forward, or of nothing
             return
         self._check_no_update(weight)
         before, self._before = self._before, None
@@ -261,6 +273,8 @@ class ImmediateSums(RawSums):
                 "a copy of an update, or a gradient of before its rule or of a failed backward,"
             )
         self._handed_out = True  # also if this backward ends with an error
+        if self.transformed == task:
+            raise RuntimeError(TRANSFORMED)
         check_alone(weight)
         self._arrive("G", weight.grad)
         if not self._arrived:

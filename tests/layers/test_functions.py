@@ -127,3 +127,31 @@ def test_no_gradient_is_added_to_no_update():
     Beside.apply(x, layer.weight).sum().backward()
     optimizer.step()
     assert torch.equal(layer.weight.grad, update)
+
+
+def test_no_gradient_hides_no_gradient_that_was_zeroed():
+    """H0 of before must go with it."""
+    layer, x = ghl.Linear(4, 3, rule="hebb"), torch.randn(5, 4, requires_grad=True)
+    optimizer = torch.optim.SGD(layer.parameters(), 0.0)
+    ghl.synchronize(layer, optimizer)
+    updates = []
+    for scale in (None, 10.0):
+        if scale is not None:
+            layer(scale * x).square().sum().backward()
+            optimizer.zero_grad(set_to_none=False)
+            Beside.apply(x, layer.weight).sum().backward()
+        layer(x).square().sum().backward()
+        optimizer.step()
+        updates.append(layer.weight.grad)
+        optimizer.zero_grad()
+    assert torch.equal(*updates)
+
+
+def test_autograd_grad_is_no_addition():
+    """Hooks of a weight run for it as well; the next backward that brings none is still none."""
+    layer, x = ghl.Linear(4, 3), torch.randn(5, 4, requires_grad=True)
+    layer(x).square().sum().backward()
+    update = layer.weight.grad.clone()
+    torch.autograd.grad(layer(x).sum(), layer.weight)
+    Beside.apply(x, layer.weight).sum().backward()
+    assert torch.equal(layer.weight.grad, update)

@@ -321,3 +321,12 @@ def test_a_forward_of_its_own_is_left_alone(name):
     report = ghl.swap(model)
     assert report.skipped == {"0": "has a forward of its own, which may compute differently"}
     assert list(report.swapped) == ["1"]
+
+
+def test_a_parametrized_layer_without_a_rule_computes_its_weight_once():
+    """A power iteration more would be another weight."""
+    plain = nn.utils.parametrizations.spectral_norm(nn.Conv2d(2, 3, 3))
+    layer = nn.utils.parametrizations.spectral_norm(ghl.Conv2d(2, 3, 3, rule="bp"))
+    layer.load_state_dict(plain.state_dict())
+    for _ in range(3):
+        assert torch.equal(layer(image()[:, :2]), plain(image()[:, :2]))

@@ -121,3 +121,38 @@ def test_a_backward_through_a_transform_of_what_has_no_rule(
         torch.vmap(model)(x[:, None]).square().mean().backward()
     torch.testing.assert_close(swapped[0].weight.grad, plain[0].weight.grad.sign())
     torch.testing.assert_close(swapped[3].weight.grad, plain[3].weight.grad)
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_autograd_grad_through_a_transform(
+    networks: tuple[nn.Module, nn.Module, Tensor], held: bool
+) -> None:
+    """Gives the ordinary gradient, as everywhere, and leaves nothing behind."""
+    plain, swapped, x = networks
+    optimizer = torch.optim.SGD(swapped.parameters(), 0.1)
+    if held:
+        ghl.synchronize(swapped, optimizer)
+    given, wanted = (
+        torch.autograd.grad(torch.vmap(model)(x[:, None]).square().mean(), [*model.parameters()])
+        for model in (swapped, plain)
+    )
+    torch.testing.assert_close(given, wanted)
+    swapped(x).square().sum().backward()
+    optimizer.step()
+    assert swapped[0].weight.grad.abs().max() == 1
+
+
+def test_a_backward_to_other_parameters_through_a_transform(
+    networks: tuple[nn.Module, nn.Module, Tensor],
+) -> None:
+    plain, swapped, x = networks
+    gradients = []
+    for model in (plain, swapped):
+        given = {n: nn.Parameter(p.detach().clone()) for n, p in plain.named_parameters()}
+
+        def run(one: Tensor, model: nn.Module = model, given: Any = given) -> Tensor:
+            return torch.func.functional_call(model, given, (one[None],))
+
+        torch.vmap(run)(x).square().mean().backward()
+        gradients.append([p.grad for p in given.values()])
+    torch.testing.assert_close(*gradients)

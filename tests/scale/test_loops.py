@@ -149,3 +149,20 @@ def test_synchronized_again_a_model_is_as_before():
     optimizer.step()
     assert model.first[0].weight.grad.abs().max() == 1
     assert again._owes() is False
+
+
+@pytest.mark.parametrize("how", ["unswap", "rule"])
+def test_the_sum_of_an_update_and_a_gradient_goes_with_the_rule(how):
+    """No ordinary gradient may be taken for one."""
+    model, optimizer, handle = synchronized()
+    backward(model, "conv", 0)
+    optimizer.step()
+    backward(model, "conv", 1)
+    if how == "unswap":
+        ghl.unswap(model)
+    else:
+        for layer in model.modules():
+            if isinstance(layer, BOTH):
+                layer.rule = "bp"
+    assert model.first[0].weight.grad is None
+    assert handle._owes() is False

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.hooks import unserializable_hook
 
 from ghl.guards import is_update
-from ghl.sums import RawSums, described
+from ghl.sums import TRANSFORMED, RawSums, described
 from ghl_kernels import Rule
 from ghl_kernels.layout import is_channels_last
 
@@ -155,15 +155,25 @@ class HeldSums(RawSums):
             self._half = name if self._half in (None, name) else None
 
     def _accumulated(self, weight: Tensor) -> None:
+        task = torch._C._current_graph_task_id()
+        if not self.sharded and task != self._task:
+            return  # of no gradient, after which autograd's hooks run too
+        if self.transformed == task:
+            self._incomplete = DROPPED
+            raise RuntimeError(TRANSFORMED)
         self._note(weight.grad)
         self._captured |= capturing()
-        if getattr(self.hebbian, "_ghl_paired", -1) == torch._C._current_graph_task_id() != -1:
+        if getattr(self.hebbian, "_ghl_paired", -1) == task != -1:
             self._incomplete = DROPPED
         if not self.sharded:
             channels_last = is_channels_last(weight)
             if not {self._channels_last, self.channels_last} <= {None, channels_last}:
                 self._incomplete = REORDERED
             self._channels_last = channels_last
+
+    @property
+    def is_polluted(self) -> bool:
+        return self._incomplete is ADDED
 
     def check(self, weight: Tensor) -> None:
         """Raise, and keep all, where the sums are not those of the gradient that is held."""

@@ -23,8 +23,9 @@ from ghl.sums import ImmediateSums, RawSums, described
 from ghl_kernels import Rule
 
 USED_EARLY = (
-    "the optimizer has changed weights before it called its closure, by ordinary gradients, of "
-    "which no updates were made: call merge() on the handle of ghl.synchronize before such a step"
+    "the optimizer has changed weights before it called its closure, while ordinary gradients were "
+    "held, of which no updates were made: before such a step call merge() on the handle of "
+    "ghl.synchronize, or zero_grad() if it does not use them"
 )
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
