@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ghl.alignment import Monitor
 from tests.alignment.oracle import assert_same_report
@@ -117,3 +118,30 @@ def test_an_optimizer_of_others_that_raised():
     optimizer.step()
     assert monitor.steps == 1
     assert monitor.report()["0"]["update"]
+
+
+@pytest.mark.parametrize("how", ["gone", "removed"])
+@pytest.mark.parametrize("own", [True, False])
+def test_a_monitor_may_go_while_hooks_of_a_step_are_called(how, own):
+    """A garbage collection comes when it likes, also within another model's step."""
+    model, other = model_of_two(), model_of_two()
+    monitors = [Monitor(model)]
+
+    def drop(*_):
+        while monitors:
+            monitor = monitors.pop()
+            if how == "removed":
+                monitor.remove()
+
+    optimizer = torch.optim.SGD((model if own else other).parameters(), 0.1)
+    handles = [
+        register_optimizer_step_pre_hook(drop),
+        register_optimizer_step_pre_hook(lambda *_: None),
+    ]
+    try:
+        (model if own else other)(torch.ones(2, 3)).sum().backward()
+        optimizer.step()
+    finally:
+        for handle in handles:
+            handle.remove()
+    Monitor(model).remove()

@@ -120,7 +120,7 @@ class Monitor:
         self._switched: list[bool] = []  # of each track, for which steps hooks have been turned
         self._turn_switches()
         switches = (*self._accumulating.values(), *(switch for switch, _ in self._switches))
-        self._handles = [self._steps.handles, attention, *(s.handles for s in switches)]
+        self._handles = [attention, *(s.handles for s in switches)]
         weakref.finalize(self, take_off, self._handles).atexit = False
 
     def _hooks_of_weights(self) -> Iterator[tuple[Track, Switched]]:
@@ -165,7 +165,7 @@ class Monitor:
 
     def remove(self) -> None:
         """Take every hook off; the last report stays readable."""
-        self._steps.leave()
+        self._steps.remove()
         take_off(self._handles)
         self._switches, self._accumulating = [], {}
         for track in self._tracks:

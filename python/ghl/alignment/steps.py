@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import weakref
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from types import FrameType
 from typing import Any
 
+import torch
 from torch.optim import optimizer as optimizer_module
 from torch.optim.optimizer import (
     Optimizer,
@@ -17,6 +19,30 @@ from torch.optim.optimizer import (
 )
 
 from ghl.hooks import nothing, once_gradients_are_made, weak
+
+living: weakref.WeakValueDictionary[int, Steps] = weakref.WeakValueDictionary()  # as they came
+numbers = itertools.count()
+
+
+@torch.compiler.disable
+def before_any(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+    """The hook of every optimizer's step."""
+    for steps in list(living.values()):
+        steps.before(optimizer)
+
+
+@torch.compiler.disable
+def after_any(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+    for steps in list(living.values()):
+        steps.after(optimizer)
+
+
+@cache
+def watch_optimizers() -> None:
+    """Have the steps of all optimizers told, from the first Steps on. These hooks are never taken
+    off: a finalizer may run while hooks are called, and would break off the step."""
+    register_optimizer_step_pre_hook(before_any)
+    register_optimizer_step_post_hook(after_any)
 
 
 def steps_around() -> int:
@@ -37,7 +63,7 @@ class Steps:
         called. ended: called with that after the step.
 
     A step may be made of others: a subclass calls its base's, a wrapper another optimizer's. Only
-    the outermost counts. handles: the hooks, to be taken off by whoever has made this.
+    the outermost counts. None is told any more after `remove`, nor once this is gone.
     """
 
     def __init__(
@@ -53,10 +79,13 @@ class Steps:
         self._late: Any = None  # its hook
         self._closed = False  # whether it has run
         self._calls = 0  # of the step's closure
-        self.handles = [
-            register_optimizer_step_pre_hook(weak(self, "_before")),
-            register_optimizer_step_post_hook(weak(self, "_after")),
-        ]
+        self._number = next(numbers)
+        living[self._number] = self
+        watch_optimizers()
+
+    def remove(self) -> None:
+        self.leave()
+        living.pop(self._number, None)
 
     def leave(self) -> None:
         """Nothing is to be called any more for the step in progress."""
@@ -71,7 +100,7 @@ class Steps:
         known = self._depth > 0 and self._outermost() is optimizer
         return self._found if known else self._of(optimizer)
 
-    def _before(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+    def before(self, optimizer: Optimizer) -> None:
         """Hooks of one optimizer come after those of all: by then ghl.synchronize has merged."""
         if self._depth > 0:  # unless that step has raised, and not told its end
             self._depth = min(self._depth, steps_around())
@@ -95,7 +124,7 @@ class Steps:
         self._calls += 1
         self._made(found, self._calls)
 
-    def _after(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+    def after(self, optimizer: Optimizer) -> None:
         found = self._of_step(optimizer)
         if not found:
             return
