@@ -74,10 +74,15 @@ def is_zeroed(update: Tensor) -> bool:
     here = local(update)
     if is_unchanged(update) and (here is update or here.any()):  # see ShardedSums._left
         return False
-    if here.is_cuda:
-        torch._assert_async(~here.any(), ADDED)
+    return has_nothing(here.any())
+
+
+def has_nothing(found: Tensor) -> bool:
+    """Whether numbers were not found; a GPU aborts by itself if they were."""
+    if found.is_cuda:
+        torch._assert_async(~found, ADDED)
         return True
-    return not here.any()
+    return not found
 
 
 def versions(grad: Tensor) -> tuple[int, int]:
@@ -118,6 +123,8 @@ class HeldSums(RawSums):
         self._versions = 0, 0
         self._grad: Any = None  # a weak reference to weight.grad as a backward left it
         self._captured = False
+        # of weight.grad, without a mark, since a step put an update there: whether it has numbers
+        self._moved: Tensor | bool | None = None
         self._channels_last: bool | None = None  # the memory order of what is held
         former = RawSums.latest(weight)
         lost = is_owed(weight) or (isinstance(former, HeldSums) and former.holds(weight))
@@ -213,6 +220,10 @@ class HeldSums(RawSums):
                 self.drop()
         elif is_update(grad):
             self._free(grad)
+        elif isinstance(self._moved, Tensor) and not has_nothing(self._moved):
+            self.drop()
+            self._incomplete = ADDED
+        self._moved = None
 
     @torch.no_grad()
     def _free(self, update: Tensor) -> None:
@@ -221,6 +232,7 @@ class HeldSums(RawSums):
         zeroed = is_zeroed(update)
         del update._ghl_update  # type: ignore[attr-defined]
         self.drop()
+        self._moved = None
         if not zeroed:
             self._incomplete = ADDED
 
@@ -229,6 +241,7 @@ class HeldSums(RawSums):
         or all zeros. Within one, views of a bucket of DDP's change each other's versions."""
         grad = weight.grad
         if grad is None:
+            self._moved = None
             if self._half is None:
                 self.drop()
         elif is_update(grad):
@@ -238,6 +251,8 @@ class HeldSums(RawSums):
             if self._reason(weight) is not None and not is_owed(weight):
                 self.drop()
             self._keep_beside(grad)
+        if self._moved is not None and grad is not None and not is_update(grad):
+            self._moved = grad.any() & self._moved
 
     def ended(self, weight: Tensor) -> None:
         """At the end of a backward, when DDP and FSDP have written what they averaged."""
@@ -298,10 +313,11 @@ class HeldSums(RawSums):
 
     def lose(self) -> None:
         """What was taken made no update: the gradient that is held has no sums any more."""
-        self._incomplete = DROPPED
+        self._incomplete, self._moved = DROPPED, None
 
     def take(self) -> Taken:
         """What is held; from then on nothing is."""
         taken = Taken(self.hebbian.grad, self.totals.grad, self.hebbian.grad is None)
         self.drop()
+        self._moved = True
         return taken
