@@ -114,7 +114,7 @@ class LinearFunction(torch.autograd.Function):
         used = w.to(x.dtype)
         grad_x = g @ used if needs_x else None
         grad_b = g.sum(0) if needs_b else None
-        note_pair(ctx, w)
+        note_pair(ctx, w, x.dtype)
         y = saved_output(ctx, y, F.linear, x, used, b)
         G, H0, totals = torch.ops.ghl_kernels.linear_pair_no_grad(x, y, g, w, *ctx.rule)
         if is_differentiated():
@@ -162,7 +162,7 @@ class Conv2dFunction(torch.autograd.Function):
             g, x, used, [w.shape[0]], stride, padding, dilation, False, [0, 0], groups,
             [needs_x, is_differentiated(), needs_b],
         )  # fmt: skip
-        note_pair(ctx, w)
+        note_pair(ctx, w, x.dtype)
         y = saved_output(ctx, y, F.conv2d, x, used, b, *ctx.geometry)
         G, H0, totals = torch.ops.ghl_kernels.conv2d_pair_no_grad(
             x, y, g, w, stride, padding, dilation, groups, *ctx.rule
@@ -194,10 +194,12 @@ def behind_leaves(w: Tensor) -> Tensor:
     return w.view_as(w)
 
 
-def note_pair(ctx: Any, w: Tensor) -> None:
-    """Tell the sums that this backward made a pair: with inputs=, autograd may drop its H0."""
+def note_pair(ctx: Any, w: Tensor, dtype: torch.dtype) -> None:
+    """Tell the sums that this backward made a pair, and in which dtype its forward used the weight:
+    with inputs=, autograd may drop its H0; other forwards may have come since."""
     if ctx.hebbian is not None:
         check_pair(ctx.hebbian, w)
+        ctx.hebbian._ghl_dtype = dtype
         ctx.hebbian._ghl_around = ctx.around
         ctx.hebbian._ghl_paired = torch._C._current_graph_task_id()
 

@@ -184,6 +184,11 @@ class RawSums:
         """Whether a backward has added to an update: what weight.grad has then is of no use."""
         return False
 
+    def dtype_of_pair(self) -> torch.dtype:
+        """In which the forward used the weight whose sums arrive: told by an eager one's backward,
+        by a compiled one itself."""
+        return vars(self.hebbian).pop("_ghl_dtype", self.compute_dtype)
+
     def release(self) -> None:
         """Take the hooks off: `weight.grad` is the ordinary gradient again."""
         self.live = False
@@ -370,7 +375,7 @@ class ImmediateSums(RawSums):
             totals = self._no_totals if self.totals is None else sums["totals"]
             update = torch.ops.ghl_kernels.merge_no_grad(
                 G, sums["H0"], totals, weight, rule.decay, rule.gate, rule.normalize,
-                self.compute_dtype,
+                self.dtype_of_pair(),
             )[0]  # fmt: skip
         mark_update(update)
         self._handed_out = True

@@ -244,3 +244,32 @@ def join(rank: int, world: int) -> None:
             optimizer.step()
 
     assert_raises(RuntimeError, r"model.join\(\) is not supported", joined)
+
+
+@scenario
+def sums_that_one_shard_lacks(rank: int, world: int) -> None:
+    """The others' gradients are zeros, for which no sums are needed; none of them waits."""
+    model = nn.Sequential(*(ghl.Linear(6, 6, dtype=torch.float64) for _ in range(2)))
+    optimizer = sgd(fully_shard(model, mesh=init_device_mesh("cpu", (world,))))
+    ghl.synchronize(model, optimizer)
+    model.forward = lambda x: F.linear(model[0](x), model[1].weight)[:, :2]
+    model(torch.randn(4, 6, dtype=torch.float64)).sum().backward()
+    message = "because no layer" if rank == 0 else "another rank could not"
+    assert_raises(RuntimeError, message, optimizer.step)
+
+
+@scenario
+def gradients_that_a_hook_reduces(rank: int, world: int) -> None:
+    """Before ghl.synchronize or after it."""
+    mesh = init_device_mesh("cpu", (world, 1), mesh_dim_names=("replicate", "shard"))["shard"]
+    for after in (False, True):
+        model = fully_shard(make("conv"), mesh=mesh)
+        if not after:
+            model.set_all_reduce_hook(dist.all_reduce)
+        optimizer = sgd(model)
+        ghl.synchronize(model, optimizer)
+        if after:
+            model.set_all_reduce_hook(dist.all_reduce)
+        x, target = batch("conv", rank)
+        loss_of(model(x), target).backward()
+        assert_raises(RuntimeError, "set_all_reduce_hook .* is not supported", optimizer.step)

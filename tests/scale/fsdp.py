@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
@@ -17,6 +19,8 @@ import ghl
 from .ddp import parts
 from .nets import BATCH, FEW, STEPS, alone, batch, loss_of, make, sgd
 from .world import assert_close, assert_equal_on_all_ranks, scenario
+
+ALONE = mock.patch.object(torch.distributed, "is_initialized", lambda: False)
 
 
 def shard(model: nn.Module, **options: Any) -> nn.Module:
@@ -138,7 +142,7 @@ def converted(rank: int, world: int) -> None:
     loss_of(model(x), target).backward()
     optimizer.step()
     whole = make("conv")
-    with mock.patch.object(torch.distributed, "is_initialized", lambda: False):
+    with ALONE:
         loss_of(whole(x), target).backward()
     given = [p.grad.full_tensor() for p in model.parameters()]
     assert_close(given, [p.grad for p in whole.parameters()], 1e-6)  # after float()
@@ -173,7 +177,7 @@ def micro_batches_without_a_gradient(rank: int, world: int) -> None:
         whole = make("conv", rule)
         x, target = batch("conv", 0)
         target[torch.arange(BATCH) % share < share // 4 * 3] = -100  # which counts for nothing
-        with mock.patch.object(torch.distributed, "is_initialized", lambda: False):
+        with ALONE:
             loss_of(whole(x), target).backward()
         model = shard(make("conv", rule), mesh=init_device_mesh("cpu", (world,)))
         optimizer = sgd(model)
@@ -240,7 +244,7 @@ def overflow_in_one_shard(rank: int, world: int) -> None:
     scaler.step(optimizer)
     given = [p.grad.full_tensor() for p in (weight, model.second[0].weight)]
     whole = make("conv")
-    with mock.patch.object(torch.distributed, "is_initialized", lambda: False):
+    with ALONE:
         loss_of(whole(batch("conv", 0)[0]), batch("conv", 0)[1]).backward()
     assert_close(given, [whole.first[0].weight.grad, whole.second[0].weight.grad])
 
@@ -266,7 +270,7 @@ def mixed_precision(rank: int, world: int) -> None:
     rule = ghl.Rule(gate="hebb", normalize="none")
     x, target = batch("conv", 0, torch.float32)
     whole, model = (make("conv", rule, torch.float32) for _ in range(2))
-    with mock.patch.object(torch.distributed, "is_initialized", lambda: False):
+    with ALONE:
         with torch.autocast("cpu", torch.bfloat16):
             y = whole(x)
         loss_of(y, target).backward()
@@ -280,3 +284,63 @@ def mixed_precision(rank: int, world: int) -> None:
         given, expected = layer.weight.grad.full_tensor(), other.weight.grad
         assert given.dtype == torch.float32
         assert_close([given], [expected], 1e-5 * expected.abs().max().item())
+
+
+def silent(rule: str) -> nn.Module:
+    """Of a layer's neurons the latter half has no gradient, of inputs that are positive."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 5)).double()
+    with torch.no_grad():
+        model[0].weight[2:] = -model[0].weight[2:].abs()
+        model[0].bias[2:] = -0.1
+    ghl.swap(model, rule, types=nn.Linear)
+    return model
+
+
+Backward = Callable[[float], None]
+
+
+def scaled(model: nn.Module, optimizer: torch.optim.Optimizer, backward: Backward) -> None:
+    backward(1.0)
+    for p in model.parameters():
+        p.grad.div_(8)
+
+
+def scaled_within(model: nn.Module, optimizer: torch.optim.Optimizer, backward: Backward) -> None:
+    scaled(model, optimizer, backward)
+    backward(-1.0)
+
+
+def dropped(model: nn.Module, optimizer: torch.optim.Optimizer, backward: Backward) -> None:
+    backward(1.0)
+    optimizer.zero_grad(set_to_none=False)
+    backward(-1.0)
+
+
+@scenario
+def shards_of_silent_neurons(rank: int, world: int) -> None:
+    """Gradients of zeros are changed in place: scaled, or zeroed?"""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.rand(BATCH, 6, generator=generator, dtype=torch.float64)
+    target = torch.randint(5, (BATCH,), generator=generator)
+    for rule, loop, foreach in (
+        ("hebb", scaled, False), ("ghl", scaled_within, False), ("ghl", dropped, True),
+        ("hebb", dropped, False),
+    ):  # fmt: skip
+        whole, model = silent(rule), silent(rule)
+        fully_shard(model, mesh=init_device_mesh("cpu", (world,)))
+        own = parts(rank, world, x, target, [BATCH // world] * world)
+        for net, images, wanted, scale in ((whole, x, target, 1), (model, *own, world)):
+
+            def backward(
+                sign: float, net: Any = net, x: Any = images, y: Any = wanted, scale: int = scale
+            ) -> None:
+                loss_of(net(sign * x), y, scale).backward()
+
+            optimizer = sgd(net, foreach=foreach)
+            with contextlib.nullcontext() if net is model else ALONE:
+                ghl.synchronize(net, optimizer)
+                loop(net, optimizer, backward)
+                optimizer.step()
+        given = [p.grad.full_tensor() for p in model.parameters()]
+        assert_close(given, [p.grad for p in whole.parameters()])

@@ -56,8 +56,9 @@ class Monitor:
         a token or an output position counts as one.
     loss: whether the loss is a `mean` over rows (of a rank) or a `sum`; it scales inner products.
     signal: `autograd`, or `given` where a learning rule hands it to `measure`.
-    distributed: sum over all ranks of the process group, if there is one: on measured steps each
-        must run the same model. False where ranks train models of their own.
+    distributed: sum over all ranks of the process group, if there is one: each must have a Monitor
+        then, or none comes to an end, and run the same model on measured steps. False where ranks
+        train models of their own, or one alone measures its own part.
     start: the number of the first step, where a run goes on: steps 0, every, 2 every are measured.
 
     Under a GradScaler inner products are those of the scaled loss; cosines are not affected. Under

@@ -123,6 +123,7 @@ class HeldSums(RawSums):
         self._versions = 0, 0
         self._grad: Any = None  # a weak reference to weight.grad as a backward left it
         self._captured = False
+        self.used_in: torch.dtype | None = None  # the forward of what came last used the weight
         # of weight.grad, without a mark, since a step put an update there: whether it has numbers
         self._moved: Tensor | bool | None = None
         self._channels_last: bool | None = None  # the memory order of what is held
@@ -158,6 +159,7 @@ class HeldSums(RawSums):
             self._task = task
         if name == "H0":
             self.hebbian._ghl_paired = -1  # type: ignore[attr-defined]
+            self.used_in = self.dtype_of_pair()
         if name != "totals" and not self.sharded:  # they come beside H0, in no set order
             self._half = name if self._half in (None, name) else None
 

@@ -6,6 +6,7 @@ Functions of the moment before a step; nothing here outlives it.
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -30,7 +31,7 @@ class Layer:
     rule: Rule
     sharded: bool
     leaves: tuple[Tensor, Tensor]
-    compute_dtype: torch.dtype  # in which the forward used the weight
+    compute_dtype: torch.dtype  # in which forwards use the weight
     H0: Tensor | None
     totals: Tensor | None
     lacking: bool
@@ -41,7 +42,8 @@ class Layer:
         if weight.grad is None:  # zeroed after the last backward, and with it what was held
             taken = taken._replace(H0=None, totals=None)
         leaves = sums.hebbian, sums.totals
-        return cls(weight, sums.rule, sums.sharded, leaves, sums.compute_dtype, *taken)
+        used_in = sums.used_in or weight.dtype
+        return cls(weight, sums.rule, sums.sharded, leaves, used_in, *taken)
 
     @property
     def has_sums(self) -> bool:
@@ -83,6 +85,18 @@ def take_off_scale(optimizer: Any) -> None:
     for device, grads in alike.items():
         torch._foreach_mul_(grads, scale.double().reciprocal().float().to(device))
     optimizer.grad_scale = None
+
+
+def settle_dtypes(held: Sequence[tuple[nn.Parameter, HeldSums]]) -> None:
+    """A weight that this rank has not used yet is used as its others are: in autocast's dtype.
+    Otherwise the updates of ranks would differ."""
+    seen: dict[torch.dtype, Counter[torch.dtype]] = {}
+    for weight, sums in held:
+        if sums.used_in is not None:
+            seen.setdefault(weight.dtype, Counter())[sums.used_in] += 1
+    for weight, sums in held:
+        if sums.used_in is None and (used := seen.get(weight.dtype)):
+            sums.used_in = used.most_common(1)[0][0]
 
 
 def add_up(layers: Sequence[Layer], group: Any, wire: torch.dtype | None) -> None:

@@ -85,14 +85,29 @@ def check_early(optimizer: Optimizer | None, model: nn.Module | None) -> None:
         )
 
 
-def check_averaged(weights: Mapping[str, nn.Parameter], group: Any) -> None:
-    """A gradient that only some of the group's ranks averaged is not the sums'."""
-    found = [
+def check_reducers(groups: Iterable[Any]) -> None:
+    """fully_shard's groups of parameters: what else reduces their gradients must reduce H0."""
+    if any(getattr(group, "_all_reduce_hook", None) is not None for group in groups):
+        raise RuntimeError(
+            "set_all_reduce_hook of fully_shard is not supported by ghl.synchronize: it reduces "
+            "gradients, and not what is held beside them; shard on a mesh of two dimensions"
+        )
+
+
+def check_alike(weights: Mapping[str, nn.Parameter], group: Any) -> None:
+    """A gradient that only some of the group's ranks averaged is not the sums'; with weights in
+    other dtypes ranks would make other updates."""
+    whole = {name: weight for name, weight in weights.items() if not is_sharded(weight)}
+    gradients = [
         f"{name!r}: " + ("none" if weight.grad is None else f"one of bits {bits(weight.grad):x}")
-        for name, weight in weights.items()
-        if not is_sharded(weight)
+        for name, weight in whole.items()
     ]
-    ranks.check_same(found, group, "have averaged the gradients of all weights")
+    ranks.check_same(gradients, group, "have averaged the gradients of all weights")
+    dtypes = [
+        f"{name!r} in {getattr(RawSums.present(weight), 'used_in', None) or weight.dtype}"
+        for name, weight in whole.items()
+    ]
+    ranks.check_same(dtypes, group, "have used weights in the same dtypes")
 
 
 def bits(t: Tensor) -> int:

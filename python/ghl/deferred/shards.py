@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
-from ghl.deferred.held import REPLACED, Begin, HeldSums, Taken, local
-from ghl.sums import RawSums
+from ghl.deferred.held import REPLACED, Begin, HeldSums, Taken, is_owed, local
+from ghl.sums import RawSums, without_sums
 from ghl_kernels import Rule
 
 
@@ -30,6 +30,7 @@ class ShardedSums(HeldSums):
         self._held: tuple[Tensor, Tensor] | None = None
         self._lacking = False
         self._size: Tensor | None = None  # Σ |G| as the last backward left it, once that has ended
+        self._kept: Tensor | None = None  # whether such sums are not all zero now, of this rank
         former = RawSums.latest(weight)
         # what FSDP has yet to add to weight.grad has lost its sums as well
         self._lost = isinstance(former, ShardedSums) and former.is_between
@@ -74,9 +75,17 @@ class ShardedSums(HeldSums):
         own = summands.redistribute(mesh, weight.placements).to_local()
         return own.to(weight.to_local().device)
 
+    def check(self, weight: Tensor) -> None:
+        super().check(weight)
+        rows = None if self._held is None else self._held[1][:, 1]
+        bare = rows is None or (self._lacking and not rows.any())
+        if bare and self.rule.gate != "sign_only" and is_owed(weight):
+            raise RuntimeError(without_sums([weight]))
+
     def drop(self) -> None:
         """Forget what has been reduced; what has not, FSDP keeps of G as well."""
-        self._held, self._size, self._lacking = None, None, False
+        self._held = self._size = self._kept = None
+        self._lacking = False
         self._forget()
 
     @staticmethod
@@ -92,16 +101,34 @@ class ShardedSums(HeldSums):
         for (sums, _), size in zip(noted, sizes, strict=True):
             sums._size = size
 
+    @staticmethod
+    @torch.no_grad()
+    def compare_sizes(pairs: Sequence[tuple[nn.Parameter, HeldSums]]) -> None:
+        """Before gradients are looked at. That of a shard whose neurons are all silent is zeros,
+        scaled or zeroed; those that were not tell which, of all weights that this rank has."""
+        noted = [
+            (sums, sums._size, local(weight.grad))
+            for weight, sums in pairs
+            if isinstance(sums, ShardedSums) and sums._size is not None and weight.grad is not None
+        ]
+        if not noted:
+            return
+        before = torch.stack([size for _, size, _ in noted]) != 0
+        now = torch.stack(torch._foreach_norm([grad for *_, grad in noted], 1)) != 0
+        kept = (before & now).any() | ~before.any()
+        for sums, *_ in noted:
+            sums._kept = kept
+
     def _left(self, grad: Tensor) -> bool:
         """Only within a backward for sure: operations on many DTensors at once change no version,
         zero_grad of a fused optimizer for one."""
         return self._size is None and super()._left(grad)
 
     def _keep_beside(self, grad: Tensor) -> None:
-        """Drop it where the gradient is all zeros and was not, or has another version."""
+        """Drop it where the gradient is all zeros and was not, or was zeroed with the others."""
         found = local(grad).any()
-        if self._size is not None and super()._left(grad):
-            found = found | (self._size == 0)
+        if self._size is not None and self._kept is not None:
+            found = found | (self._size == 0) & self._kept
         self._keep(found)
 
     def _keep(self, condition: Tensor) -> None:

@@ -23,7 +23,7 @@ from ghl.deferred import merging, others, refusals
 from ghl.deferred.groups import check_one_group, group_of, wrappers_of
 from ghl.deferred.held import HeldSums, capturing, is_owed, note_versions
 from ghl.deferred.shards import ShardedSums, is_on_neurons, is_sharded
-from ghl.deferred.wrapped import check_wrapper, is_managed, stepping
+from ghl.deferred.wrapped import check_wrapper, is_managed, reducers_of, stepping
 from ghl.guards import is_update
 from ghl.hooks import Hook, once_gradients_are_made, weak
 from ghl.layers import Plastic
@@ -70,13 +70,14 @@ def synchronize(
     The decay is taken of the weight as it is in the step. Gradients must not be taken away and
     added back (as PCGrad does), nor be made by backward(inputs=) or autograd.grad. A forward counts
     as often as backwards go through it (retain_graph=True). An optimizer that uses gradients before
-    it calls its closure, as SAM does, wants merge() on the handle before its step. Over several
-    ranks, remove() comes before another rule, and model.join() is refused: a rank that has joined
-    would not add its sums. Of a CUDA graph, forward, backward and step must be in the same one.
-    Another optimizer's step raises while gradients are held; synchronize again, when none are,
-    replaces the former.
+    it calls its closure, as SAM does, wants merge() on the handle before its step. Of a CUDA graph,
+    forward, backward and step must be in the same one. Another optimizer's step raises while
+    gradients are held; synchronize again, when none are, replaces the former.
 
-    Over several ranks a hook on `model` (not if that is compiled) tells where a backward begins.
+    Over several ranks a hook on `model` (not if that is compiled) tells where a backward begins;
+    remove() comes before another rule; model.join() is refused, as one that has joined would not
+    add its sums; get_optimizer_state_dict of torch.distributed.checkpoint, which steps an optimizer
+    that has no state, is to be called on all.
     Returns a handle: `remove()` takes all hooks off, and the updates are made in backward again.
     Raises TypeError for what is no optimizer; ValueError where there is nothing to synchronize, or
     FullyShardedDataParallel or tensor parallelism; RuntimeError for weights that already are, and
@@ -181,6 +182,7 @@ class Synchronizer:
         self._weights = weights
         self._group, self._wire = group, communicate
         self._wrappers = weakref.WeakSet(wrappers_of(model))
+        self._reducers = weakref.WeakSet(reducers_of(model))
         self._optimizer, self._model = weakref.ref(optimizer), weakref.ref(model)
         self._task, self._lock = -1, threading.Lock()
         self._merges = 0  # on several ranks
@@ -320,8 +322,10 @@ class Synchronizer:
             task = torch._C._current_graph_task_id()
             if task != self._task:
                 self._attach_missing()
+                held = self._held()
                 with torch.no_grad():
-                    for weight, sums in self._held():
+                    ShardedSums.compare_sizes(held)
+                    for weight, sums in held:
                         sums.follow(weight)
                 after_all_callbacks(self._ended)
             self._task = task
@@ -369,16 +373,20 @@ class Synchronizer:
         with ranks.together(self._group, device_of(next(iter(self._weights.values())))):
             if self._is_distributed():
                 refusals.check_rules(self._rules)
+                refusals.check_reducers(self._reducers)
             if self._group is None:
                 refusals.check_group(self._weights.values())
             refusals.check_lost(weight for _, weight in self._ruled())
             refusals.check_early(self._optimizer(), self._model())
+            if any(sums.rule.gate == "hebb" for _, sums in held):  # H0 counts beside zeros
+                ShardedSums.compare_sizes(held)
             for weight, sums in held:
                 sums.before_step(weight)
                 sums.check(weight)
+        merging.settle_dtypes(held)
         if ranks.size(self._group) > 1 and not capturing():
             if (self._merges + 1).bit_count() == 1:
-                refusals.check_averaged(self._weights, self._group)
+                refusals.check_alike(self._weights, self._group)
             self._merges += 1
         try:
             layers = [merging.Layer.of(weight, sums) for weight, sums in held]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -51,5 +52,19 @@ def is_managed(model: nn.Module, name: str) -> bool:
     """Whether fully_shard, or what is built on it, has the weight of a layer."""
     if getattr(model.get_submodule(name), "_is_fsdp_managed_module", False):
         return True
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    return fsdp is not None and any(isinstance(m, fsdp.FSDPModule) for m in model.modules())
+    return any(True for _ in sharders_of(model))
+
+
+def sharders_of(model: nn.Module) -> Iterator[Any]:
+    """The modules of a model that fully_shard was called for."""
+    if (fsdp := sys.modules.get("torch.distributed.fsdp")) is not None:
+        yield from (m for m in model.modules() if isinstance(m, fsdp.FSDPModule))
+
+
+def reducers_of(model: nn.Module) -> Iterator[Any]:
+    """fully_shard's groups of parameters whose gradients are reduced as one."""
+    for module in sharders_of(model):
+        state = module._get_fsdp_state()
+        several = getattr(state, "_fsdp_param_groups", None)
+        groups = [state._fsdp_param_group] if several is None else several
+        yield from (group for group in groups if group is not None)
