@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import weakref
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 
@@ -50,6 +53,19 @@ def once_gradients_are_made(
     if rest:
         return (itself, closure_and_then, *rest[1:]), kwargs
     return args, kwargs | {"closure": closure_and_then}
+
+
+def tensors_in(output: Any) -> Iterator[Tensor]:
+    """Those that a module has returned, in all that DistributedDataParallel looks into."""
+    for leaf in tree_leaves(output):
+        if isinstance(leaf, Tensor):
+            yield leaf
+        elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+            yield from tensors_in([getattr(leaf, f.name) for f in dataclasses.fields(leaf)])
+        elif isinstance(leaf, dict):
+            yield from tensors_in(list(leaf.values()))
+        elif isinstance(leaf, list | tuple):
+            yield from tensors_in([*leaf])
 
 
 def inert() -> Callable[..., None]:

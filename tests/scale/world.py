@@ -21,7 +21,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 Scenario = Callable[[int, int], None]
-MODULES = ("ddp", "autocast", "fsdp", "thawed", "errors")
+MODULES = ("ddp", "autocast", "fsdp", "thawed", "others", "errors")
 LIMIT = 300  # seconds for all scenarios of one world, on a busy machine; a hang ends sooner
 
 

@@ -25,7 +25,7 @@ from ghl.alignment.attention import Projections
 from ghl.alignment.statistics import to_numbers
 from ghl.alignment.steps import Steps
 from ghl.alignment.sums import Use
-from ghl.alignment.targets import Target, find_targets
+from ghl.alignment.targets import Target, check_same_on_ranks, find_targets
 from ghl.alignment.track import Track
 from ghl.hooks import Hook, Switched, weak
 from ghl.layers import check_module
@@ -102,6 +102,9 @@ class Monitor:
         batch, sample = STATISTICS[statistic]
         self.every, self.given, self._start = every, signal == "given", start
         self._distributed = distributed
+        if self._is_distributed():
+            settings = f"every={every}, {hebbian}, {statistic=}, {loss=}, {signal=}, start={start}"
+            check_same_on_ranks(targets, settings)
         self._tracks = [
             Track(t, hebbian, batch, sample and not self.given, loss == "mean", self.given, start)
             for t in targets

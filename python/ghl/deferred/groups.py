@@ -6,18 +6,28 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ghl.deferred.shards import is_sharded
 
 
 def group_of(model: nn.Module, group: Any) -> Any:
-    """The process group that shares a batch; None without one."""
+    """The process group that shares a batch; None without one. Raises ValueError where it is one
+    of several that a mesh is made of."""
     if group is not None or not (dist.is_available() and dist.is_initialized()):
         return group
     for wrapper in wrappers_of(model):
         return wrapper.process_group
-    return dist.group.WORLD
+    meshes = {p.device_mesh for p in model.parameters() if isinstance(p, DTensor)}
+    if not meshes or any(mesh.size() == dist.get_world_size() for mesh in meshes):
+        return dist.group.WORLD
+    if len(meshes) == 1 and (mesh := meshes.pop()).ndim == 1:
+        return mesh.get_group()
+    raise ValueError(
+        "model is sharded on meshes of other ranks than the default group's: pass the `group` of "
+        "all ranks that hold parts of one batch"
+    )
 
 
 def wrappers_of(model: nn.Module) -> list[DistributedDataParallel]:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
-from ghl.deferred.held import REPLACED, Begin, HeldSums, Taken, is_owed, local
+from ghl.deferred.held import ADDED, REPLACED, Begin, HeldSums, Taken, has_nothing, is_owed, local
+from ghl.guards import is_update
 from ghl.sums import RawSums, without_sums
 from ghl_kernels import Rule
 
@@ -39,10 +40,25 @@ class ShardedSums(HeldSums):
     def is_between(self) -> bool:
         return self._lost or self.hebbian.grad is not None
 
+    def follow(self, weight: Tensor) -> None:
+        """And look at an update to which FSDP may add what no hook tells of, where no H0 comes."""
+        super().follow(weight)
+        grad = weight.grad
+        if self.rule.gate == "sign_only" and grad is not None and is_update(grad):
+            self._moved = local(grad).any()
+
     def _accumulated(self, weight: Tensor) -> None:
-        super()._accumulated(weight)
         if self.rule.gate != "sign_only":
+            super()._accumulated(weight)
             self._reduce(weight)
+            return
+        grad = weight.grad
+        if grad is not None and is_update(grad):
+            del grad._ghl_update  # type: ignore[attr-defined]
+            if not isinstance(self._moved, Tensor) or not has_nothing(self._moved):
+                self._incomplete = ADDED
+            self._moved = None
+        super()._accumulated(weight)
 
     @torch.no_grad()
     def _reduce(self, weight: Tensor) -> None:
