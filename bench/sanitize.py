@@ -43,6 +43,9 @@ ON_A_CPU = (  # the interpreter takes seconds for a thousand rows
 )
 # with a GPU of seven multiprocessors: blocks of threads go on from tile to tile
 STRUNG = Layer("3x3, tiles strung together", 16, 16, 128, (16, 16), (3, 3), padding=(1, 1))
+# with one of three: one part of rows, longer than the ring of blocks that exchange u
+RING = Layer("linear, a ring gone round", 2300, 72, 136, linear=True)
+RING_ROWS = 6 * 256
 OTHER_COMPETITIONS = "hard", "softhebb", "linear"
 MODES = {"cuda": "bfloat16", "cpu": "float32"}  # the interpreter's bfloat16 product is wrong
 
@@ -105,13 +108,17 @@ def pairs(
                 yield f"{layer.name}, {competition}, {name}", wrong
 
 
-def strung(device: torch.device, mode: str, name: str) -> tuple[str, str | None]:
-    """The same of tiles that are strung together, of the widest tile of Hopper's kernels."""
-    tensors = STRUNG.tensors(torch.bfloat16, torch.device("cpu"))
+def on_few(device: torch.device, mode: str, name: str) -> tuple[str, str | None]:
+    """The same of the widest tile of Hopper's kernels on a part of a GPU: blocks of threads come to
+    more rows, which is another tile's or a ring gone round."""
+    exchanged = name == kernels.EXCHANGED
+    layer = RING if exchanged else STRUNG
+    tensors = layer.tensors(torch.bfloat16, torch.device("cpu"))
     there = tuple(t.to(device) for t in tensors)
-    problem, (operator, geometry) = STRUNG.problem(*there), operator_of(STRUNG)
+    problem, (operator, geometry) = layer.problem(*there), operator_of(layer)
     tile = max((tile for _, tile in kernels.tiles_for(name, problem)), key=lambda t: t.block_c)
-    few = {"processors": lambda device: 7, "FEWEST_BLOCKS": 1, "STRINGING": 0.0}
+    few = {"processors": lambda device: 3 if exchanged else 7}
+    few |= {} if exchanged else {"FEWEST_BLOCKS": 1, "STRINGING": 0.0}
     with (
         mock.patch.multiple(splits, **few),
         tiles.use(Entry.for_layer(problem, name, tile)),
@@ -119,11 +126,11 @@ def strung(device: torch.device, mode: str, name: str) -> tuple[str, str | None]
     ):
         parts, rows = splits.split_rows(problem, tile, device)
         pair = getattr(torch.ops.ghl_kernels, operator)
-        G, H0, _ = pair(*there, *geometry, "softmax", STRUNG.tau)
-    wrong = wrong_sums(G.cpu(), H0.cpu(), truth(STRUNG, tensors, "softmax"), mode)
-    if parts <= -(-problem.rows // rows):
-        wrong = "not strung together"
-    return f"{STRUNG.name}, softmax, {name}", wrong
+        G, H0, _ = pair(*there, *geometry, "softmax", layer.tau, "rows" if exchanged else "sums")
+    wrong = wrong_sums(G.cpu(), H0.cpu(), truth(layer, tensors, "softmax"), mode)
+    if rows <= RING_ROWS if exchanged else parts <= -(-problem.rows // rows):
+        wrong = f"only {parts} parts of {rows} rows"
+    return f"{layer.name}, softmax, {name}", wrong
 
 
 def merges(device: torch.device, name: str) -> Iterator[tuple[str, str | None]]:
@@ -170,8 +177,8 @@ def patches(device: torch.device) -> Iterator[tuple[str, str | None]]:
 
 def results(device: torch.device, names: tuple[str, ...]) -> Iterator[tuple[str, str | None]]:
     yield from pairs(device, MODES[device.type], names)
-    boxes = [name for name in names if name in tiles.BY_SM90 and name != kernels.EXCHANGED]
-    yield from (strung(device, MODES[device.type], name) for name in boxes)
+    boxes = [name for name in names if name in tiles.BY_SM90]
+    yield from (on_few(device, MODES[device.type], name) for name in boxes)
     if "triton" in names:
         yield from patches(device)
     for name in names:

@@ -84,8 +84,11 @@ def tiles_for(strategy: str, problem: Problem) -> tuple[tuple[int, Tile], ...]:
     known = compiled_tiles(strategy, problem.dtype, tf32, problem.pointwise, most_shared_bytes())
     if strategy != EXCHANGED:
         return known
-    seen, most = as_run(problem), most_programs()
-    return tuple((n, tile) for n, tile in known if tiles.programs(seen, tile) <= most)
+    # a layer too large to be folded is run as it is
+    seen, most = {problem, as_run(problem)}, most_programs()
+    return tuple(
+        (n, tile) for n, tile in known if all(tiles.programs(p, tile) <= most for p in seen)
+    )
 
 
 @functools.lru_cache(maxsize=4096)

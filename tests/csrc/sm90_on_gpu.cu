@@ -1,7 +1,7 @@
 // The layers of test_sm90_dual_wgrad.cpp on a GPU, without Python. Built with
 //   nvcc -std=c++17 -O3 -gencode arch=compute_90a,code=sm_90a -c tests/csrc/sm90_on_gpu.cu
 //   g++ -std=c++20 -DGHL_ON_GPU -pthread tests/csrc/test_sm90_dual_wgrad.cpp sm90_on_gpu.o
-//     -lcudart_static -ldl -lrt
+//     -L/usr/local/cuda/lib64 -lcudart_static -ldl -lrt
 // and run under `timeout 60`: at first built with -DGHL_WAIT_LIMIT=1000000 for nvcc, one layer by
 // its number; then all; then all under compute-sanitizer.
 #include <cstring>
@@ -55,7 +55,7 @@ const char* run_sm90_on_gpu(DualWgradParams p, size_t x_bytes, size_t signal_byt
   if (p.exchange) p.exchange = nothing.data();
   Copied exchange(p.exchange, nothing.size());
   for (int run = 0; run < 20; ++run) {
-    for (Copied* sums : {&G, &H0, &u_sums}) sums->poison();
+    for (Copied* written : {&G, &H0, &u_sums, &exchange}) written->poison();
     cudaError_t error = launch_sm90_dual_wgrad(p, tile, nullptr);
     if (error == cudaSuccess) error = cudaDeviceSynchronize();
     if (error != cudaSuccess) return cudaGetErrorString(error);

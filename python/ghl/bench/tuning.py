@@ -249,8 +249,8 @@ def tune_gpu(
         tried = [s for s in runs if s in strategies]
         compiled = [
             (s, tile)
-            for s in tiles.BY_CUDA
-            if s in tried
+            for s in strategies  # in their order: a layer's time may be up before the last
+            if s in tried and s in tiles.BY_CUDA
             for tile in kernels.candidates(s, problem)
         ]
         compiled += [(s, tiles.OF_PATCHES) for s in tiles.BY_PATCHES if s in tried]
