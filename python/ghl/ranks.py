@@ -6,7 +6,7 @@ Which tensors these are is `ghl.deferred.merging`'s business, and when is `ghl.d
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -86,15 +86,20 @@ ELSEWHERE = "another rank could not make its updates, and its error says why"
 AGREED = "have the same layers, dtypes and rules in the same order"
 
 
-def check_same(lines: list[str], group: Any, must: str = AGREED) -> None:
+def check_same(
+    lines: list[str], group: Any, weights: Iterable[Tensor | None], must: str = AGREED
+) -> None:
     """Raise on every rank, with the first difference, unless all have the same lines.
 
-    A rank that has found an error of its own sends that, so that none waits for it.
+    A rank that has found an error of its own sends that, so that none waits for it. weights: of the
+    device that NCCL is to send from; it would take the current one, perhaps the same on all ranks.
     """
     if size(group) == 1:
         return
     gathered: list[Any] = [None] * size(group)
-    dist.all_gather_object(gathered, lines, group=group)
+    devices = {weight.device for weight in weights if weight is not None and weight.is_cuda}
+    with torch.cuda.device(devices.pop()) if devices else contextlib.nullcontext():
+        dist.all_gather_object(gathered, lines, group=group)
     for rank, other in enumerate(gathered):
         if other == gathered[0]:
             continue

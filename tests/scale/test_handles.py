@@ -1,10 +1,14 @@
 """Which weights a handle of ghl.synchronize has: frozen ones, others', those that came later."""
 
+import contextlib
+import types
+
 import pytest
 import torch
 from torch import nn
 
 import ghl
+from ghl import ranks
 from ghl.deferred import refusals
 
 from .nets import backward, batch, grads, loss_of, make, sgd
@@ -106,3 +110,21 @@ def test_gradients_of_ranks_are_compared_in_whatever_order_they_are_added(dtype)
     assert {refusals.bits(t) for t in same} == {refusals.bits(grad)}
     grad[0, 0, 0, 0] = torch.nextafter(grad[0, 0, 0, 0], torch.ones((), dtype=dtype) * 9)
     assert refusals.bits(grad) != refusals.bits(same[0])
+
+
+@pytest.mark.parametrize("kind", ["cuda", "cpu"])
+def test_ranks_tell_each_other_from_the_device_of_their_weights(monkeypatch, kind):
+    """Whoever has not called torch.cuda.set_device is on every rank's first GPU."""
+    asked = []
+
+    def gather(gathered, lines, group):
+        gathered[:] = [lines] * 2
+
+    monkeypatch.setattr(ranks, "size", lambda group: 2)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    monkeypatch.setattr(
+        torch.cuda, "device", lambda device: asked.append(device) or contextlib.nullcontext()
+    )
+    weight = types.SimpleNamespace(device=torch.device(kind, 1), is_cuda=kind == "cuda")
+    ranks.check_same(["a line"], None, [None, weight])
+    assert asked == [weight.device] * weight.is_cuda

@@ -141,4 +141,6 @@ def note_unseen_uses(name: str, module: nn.Module, targets: dict[int, Target]) -
 def check_same_on_ranks(targets: Sequence[Target], settings: str) -> None:
     """Raise on every rank unless all measure the same layers in the same way; each must call it."""
     lines = [f"{target.names} {target.gap or ''}" for target in targets]
-    ranks.check_same([settings, *lines], dist.group.WORLD, "measure the same in the same way")
+    weights = [target.weight for target in targets]
+    must = "measure the same in the same way"
+    ranks.check_same([settings, *lines], dist.group.WORLD, weights, must)

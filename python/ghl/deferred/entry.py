@@ -83,9 +83,9 @@ def synchronize(
             for name, w in weights.items()
         ] + [f"communicate={communicate}"]
     except (TypeError, ValueError, RuntimeError) as error:
-        ranks.check_same([f"the error {error}"], group)
+        ranks.check_same([f"the error {error}"], group, model.parameters())
         raise
-    ranks.check_same(found, group)
+    ranks.check_same(found, group, weights.values())
     return Synchronizer(model, weights, optimizer, group, communicate)
 
 

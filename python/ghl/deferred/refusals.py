@@ -102,12 +102,13 @@ def check_alike(weights: Mapping[str, nn.Parameter], group: Any) -> None:
         f"{name!r}: " + ("none" if weight.grad is None else f"one of bits {bits(weight.grad):x}")
         for name, weight in whole.items()
     ]
-    ranks.check_same(gradients, group, "have averaged the gradients of all weights")
+    must = "have averaged the gradients of all weights"
+    ranks.check_same(gradients, group, whole.values(), must)
     dtypes = [
         f"{name!r} in {getattr(RawSums.present(weight), 'used_in', None) or weight.dtype}"
         for name, weight in whole.items()
     ]
-    ranks.check_same(dtypes, group, "have used weights in the same dtypes")
+    ranks.check_same(dtypes, group, whole.values(), "have used weights in the same dtypes")
 
 
 def bits(t: Tensor) -> int:
