@@ -187,7 +187,11 @@ class RawSums:
     def dtype_of_pair(self) -> torch.dtype:
         """In which the forward used the weight whose sums arrive: told by an eager one's backward,
         by a compiled one itself."""
-        return vars(self.hebbian).pop("_ghl_dtype", self.compute_dtype)
+        told = getattr(self.hebbian, "_ghl_dtype", None)
+        if told is None:
+            return self.compute_dtype
+        self.hebbian._ghl_dtype = None  # type: ignore[attr-defined]
+        return told
 
     def release(self) -> None:
         """Take the hooks off: `weight.grad` is the ordinary gradient again."""
