@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import weakref
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -56,16 +56,14 @@ def once_gradients_are_made(
 
 
 def tensors_in(output: Any) -> Iterator[Tensor]:
-    """Those that a module has returned, in all that DistributedDataParallel looks into."""
+    """Those that a module has returned, also as values of what pytree does not know."""
     for leaf in tree_leaves(output):
-        if isinstance(leaf, Tensor):
-            yield leaf
-        elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
-            yield from tensors_in([getattr(leaf, f.name) for f in dataclasses.fields(leaf)])
+        values: Iterable[Any] = (leaf,)
+        if dataclasses.is_dataclass(leaf):
+            values = (getattr(leaf, field.name, None) for field in dataclasses.fields(leaf))
         elif isinstance(leaf, dict):
-            yield from tensors_in(list(leaf.values()))
-        elif isinstance(leaf, list | tuple):
-            yield from tensors_in([*leaf])
+            values = leaf.values()
+        yield from (value for value in values if isinstance(value, Tensor))
 
 
 def inert() -> Callable[..., None]:

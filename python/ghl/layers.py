@@ -188,16 +188,17 @@ class Plastic(nn.Module):
     def _used_plainly(self, weight: Tensor) -> Tensor:
         """The weight as the plain forward uses it. Within transforms of torch.func that makes no
         H0, and a backward outside of them must not reach it."""
-        sums = self._sums
         if not torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling():
             return weight
-        # not one that is computed, or that functional_call gives
-        if sums is None or weight is not self._summed or self._rule.gate == "sign_only":
+        own = isinstance(weight, nn.Parameter) and weight is self.weight  # not a computed one
+        if not (own and self._learns) or self._rule.gate == "sign_only":
             return weight
         with temporarily_clear_interpreter_stack():
+            if self._sums is None or weight is not self._summed:
+                self._attach_beside()
             used = weight.view_as(weight)
-            if used.requires_grad:
-                used.register_hook(note_transformed(sums))
+            if self._sums is not None and used.requires_grad:
+                used.register_hook(note_transformed(self._sums))
         return used
 
     def _are_of_weight(self, sums: RawSums) -> bool:

@@ -86,20 +86,24 @@ ELSEWHERE = "another rank could not make its updates, and its error says why"
 AGREED = "have the same layers, dtypes and rules in the same order"
 
 
-def check_same(
-    lines: list[str], group: Any, weights: Iterable[Tensor | None], must: str = AGREED
-) -> None:
+def gather(value: Any, group: Any, weights: Iterable[Tensor]) -> list[Any]:
+    """What every rank has given. weights: of the device that NCCL is to send from; it would take
+    the current one, perhaps the same on all ranks."""
+    gathered: list[Any] = [None] * size(group)
+    devices = {weight.device for weight in weights if weight.is_cuda}
+    with torch.cuda.device(devices.pop()) if devices else contextlib.nullcontext():
+        dist.all_gather_object(gathered, value, group=group)
+    return gathered
+
+
+def check_same(lines: list[str], group: Any, weights: Iterable[Tensor], must: str = AGREED) -> None:
     """Raise on every rank, with the first difference, unless all have the same lines.
 
-    A rank that has found an error of its own sends that, so that none waits for it. weights: of the
-    device that NCCL is to send from; it would take the current one, perhaps the same on all ranks.
+    A rank that has found an error of its own sends that, so that none waits for it.
     """
     if size(group) == 1:
         return
-    gathered: list[Any] = [None] * size(group)
-    devices = {weight.device for weight in weights if weight is not None and weight.is_cuda}
-    with torch.cuda.device(devices.pop()) if devices else contextlib.nullcontext():
-        dist.all_gather_object(gathered, lines, group=group)
+    gathered = gather(lines, group, weights)
     for rank, other in enumerate(gathered):
         if other == gathered[0]:
             continue

@@ -145,14 +145,32 @@ def test_autograd_grad_through_a_transform(
 def test_a_backward_to_other_parameters_through_a_transform(
     networks: tuple[nn.Module, nn.Module, Tensor],
 ) -> None:
+    """Given by functional_call: the ordinary gradients by autograd.grad, no update in backward."""
     plain, swapped, x = networks
     gradients = []
     for model in (plain, swapped):
         given = {n: nn.Parameter(p.detach().clone()) for n, p in plain.named_parameters()}
 
-        def run(one: Tensor, model: nn.Module = model, given: Any = given) -> Tensor:
-            return torch.func.functional_call(model, given, (one[None],))
+        def loss(model: nn.Module = model, given: Any = given) -> Tensor:
+            def run(one: Tensor) -> Tensor:
+                return torch.func.functional_call(model, given, (one[None],))
 
-        torch.vmap(run)(x).square().mean().backward()
-        gradients.append([p.grad for p in given.values()])
+            return torch.vmap(run)(x).square().mean()
+
+        gradients.append(torch.autograd.grad(loss(), [*given.values()]))
     torch.testing.assert_close(*gradients)
+    with pytest.raises(RuntimeError, match=r"through a transform of torch\.func"):
+        loss().backward()
+
+
+@pytest.mark.parametrize("how", ["replaced", "thawed"])
+def test_a_weight_that_no_forward_has_used_yet_through_a_transform(how: str) -> None:
+    layer, x = ghl.Linear(4, 3), torch.randn(5, 4)
+    if how == "replaced":
+        layer.weight = nn.Parameter(layer.weight.detach().clone())
+    else:
+        layer = ghl.Linear(4, 3, rule="bp").requires_grad_(False)
+        layer.rule = "ghl"
+        layer.requires_grad_(True)
+    with pytest.raises(RuntimeError, match=r"through a transform of torch\.func"):
+        torch.vmap(layer)(x).square().sum().backward()

@@ -48,6 +48,19 @@ def layer_that_one_rank_has_never_used(rank: int, world: int) -> None:
 
 
 @scenario
+def layers_of_which_a_rank_has_used_none(rank: int, world: int) -> None:
+    """Or another one, in another dtype."""
+    for rule, exact in (("bp", False), ("ghl", True)):
+        model = Detour()
+        model.always.rule, model.exact = rule, exact
+        wrapped, optimizer = DDP(model, find_unused_parameters=True), sgd(model)
+        ghl.synchronize(wrapped, optimizer)
+        step(wrapped, rank, rank == 0)
+        optimizer.step()
+        assert_equal_on_all_ranks(list(model.parameters()))
+
+
+@scenario
 def forward_of_one_rank_before_the_step(rank: int, world: int) -> None:
     """Without autocast, to look at something; also between a forward and its backward."""
     for between in (False, True):
@@ -73,5 +86,5 @@ def forwards_in_different_dtypes(rank: int, world: int) -> None:
     ghl.synchronize(wrapped, optimizer)
     model.exact = rank == 1
     step(wrapped, rank)
-    message = "must have used weights in the same dtypes.*second' in torch.bfloat16; rank 1 .*32"
+    message = "must use a weight in one dtype: 'module.second' in torch.bfloat16 and in .*float32"
     assert_raises(RuntimeError, message, optimizer.step)

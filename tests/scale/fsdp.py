@@ -317,6 +317,13 @@ def dropped(model: nn.Module, optimizer: torch.optim.Optimizer, backward: Backwa
     backward(-1.0)
 
 
+def dropped_silence(model: nn.Module, optimizer: torch.optim.Optimizer, backward: Backward) -> None:
+    backward(0.0)
+    for p in model.parameters():
+        p.grad.zero_()
+    backward(-1.0)
+
+
 @scenario
 def shards_of_silent_neurons(rank: int, world: int) -> None:
     """Gradients of zeros are changed in place: scaled, or zeroed?"""
@@ -325,7 +332,7 @@ def shards_of_silent_neurons(rank: int, world: int) -> None:
     target = torch.randint(5, (BATCH,), generator=generator)
     for rule, loop, foreach in (
         ("hebb", scaled, False), ("ghl", scaled_within, False), ("ghl", dropped, True),
-        ("hebb", dropped, False),
+        ("hebb", dropped, False), ("hebb", dropped_silence, False),
     ):  # fmt: skip
         whole, model = silent(rule), silent(rule)
         fully_shard(model, mesh=init_device_mesh("cpu", (world,)))
@@ -335,7 +342,7 @@ def shards_of_silent_neurons(rank: int, world: int) -> None:
             def backward(
                 sign: float, net: Any = net, x: Any = images, y: Any = wanted, scale: int = scale
             ) -> None:
-                loss_of(net(sign * x), y, scale).backward()
+                (loss_of(net((sign or 1.0) * x), y, scale) * abs(sign)).backward()
 
             optimizer = sgd(net, foreach=foreach)
             with contextlib.nullcontext() if net is model else ALONE:

@@ -117,8 +117,8 @@ def test_ranks_tell_each_other_from_the_device_of_their_weights(monkeypatch, kin
     """Whoever has not called torch.cuda.set_device is on every rank's first GPU."""
     asked = []
 
-    def gather(gathered, lines, group):
-        gathered[:] = [lines] * 2
+    def gather(gathered, value, group):
+        gathered[:] = [value] * 2
 
     monkeypatch.setattr(ranks, "size", lambda group: 2)
     monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
@@ -126,5 +126,5 @@ def test_ranks_tell_each_other_from_the_device_of_their_weights(monkeypatch, kin
         torch.cuda, "device", lambda device: asked.append(device) or contextlib.nullcontext()
     )
     weight = types.SimpleNamespace(device=torch.device(kind, 1), is_cuda=kind == "cuda")
-    ranks.check_same(["a line"], None, [None, weight])
+    assert ranks.gather("this", None, [weight]) == ["this", "this"]
     assert asked == [weight.device] * weight.is_cuda

@@ -166,37 +166,3 @@ def test_the_sum_of_an_update_and_a_gradient_goes_with_the_rule(how):
                 layer.rule = "bp"
     assert model.first[0].weight.grad is None
     assert handle._owes() is False
-
-
-@pytest.mark.parametrize("moved", ["clone", "data", "view"])
-@pytest.mark.parametrize("zeroed", [False, True])
-def test_an_update_that_was_moved_is_none_to_add_to(moved, zeroed):
-    """As DDP does with gradients whose views of buckets it makes anew."""
-    model, optimizer, _ = synchronized()
-    fresh, fresh_optimizer, _ = synchronized()
-    backward(model, "conv", 0)
-    optimizer.step()
-    fresh.load_state_dict(model.state_dict())
-    weight = model.first[0].weight
-    if moved == "clone":
-        weight.grad = weight.grad.clone()
-    elif moved == "data":
-        weight.grad.data = weight.grad.data.clone()
-    else:
-        bucket = weight.grad.flatten()
-        weight.grad = bucket.view_as(weight)
-    for p in model.parameters():
-        if zeroed:
-            p.grad.zero_()
-        elif p is not weight:
-            p.grad = None
-    backward(model, "conv", 1)
-    if not zeroed:
-        with pytest.raises(RuntimeError, match=r"still held the update .* \(layer 'first.0'"):
-            optimizer.step()
-        optimizer.zero_grad()
-        backward(model, "conv", 1)
-    optimizer.step()
-    backward(fresh, "conv", 1)
-    fresh_optimizer.step()
-    assert_close([p.grad for p in model.parameters()], [p.grad for p in fresh.parameters()])

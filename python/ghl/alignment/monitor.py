@@ -25,7 +25,7 @@ from ghl.alignment.attention import Projections
 from ghl.alignment.statistics import to_numbers
 from ghl.alignment.steps import Steps
 from ghl.alignment.sums import Use
-from ghl.alignment.targets import Target, check_same_on_ranks, find_targets
+from ghl.alignment.targets import Target, find_targets
 from ghl.alignment.track import Track
 from ghl.hooks import Hook, Switched, weak
 from ghl.layers import check_module
@@ -56,9 +56,9 @@ class Monitor:
         a token or an output position counts as one.
     loss: whether the loss is a `mean` over rows (of a rank) or a `sum`; it scales inner products.
     signal: `autograd`, or `given` where a learning rule hands it to `measure`.
-    distributed: sum over all ranks of the process group, if there is one: each must have a Monitor
-        then, or none comes to an end, and run the same model on measured steps. False where ranks
-        train models of their own, or one alone measures its own part.
+    distributed: sum over all ranks of the process group, if there is one: each must have such a
+        Monitor then, or none comes to an end, and run the same model on measured steps. False where
+        ranks train models of their own, or one alone measures its own part.
     start: the number of the first step, where a run goes on: steps 0, every, 2 every are measured.
 
     Under a GradScaler inner products are those of the scaled loss; cosines are not affected. Under
@@ -102,9 +102,6 @@ class Monitor:
         batch, sample = STATISTICS[statistic]
         self.every, self.given, self._start = every, signal == "given", start
         self._distributed = distributed
-        if self._is_distributed():
-            settings = f"every={every}, {hebbian}, {statistic=}, {loss=}, {signal=}, start={start}"
-            check_same_on_ranks(targets, settings)
         self._tracks = [
             Track(t, hebbian, batch, sample and not self.given, loss == "mean", self.given, start)
             for t in targets

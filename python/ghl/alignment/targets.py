@@ -6,14 +6,12 @@ step is in `sums.py`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-import torch.distributed as dist
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from ghl import ranks
 from ghl.layers import Conv2d, Linear, Plastic
 from ghl.swap import other_kind
 
@@ -136,11 +134,3 @@ def note_unseen_uses(name: str, module: nn.Module, targets: dict[int, Target]) -
             f"its weight is shared with {name!r} ({type(module).__name__}), whose part in the "
             "learning signal is not seen"
         )
-
-
-def check_same_on_ranks(targets: Sequence[Target], settings: str) -> None:
-    """Raise on every rank unless all measure the same layers in the same way; each must call it."""
-    lines = [f"{target.names} {target.gap or ''}" for target in targets]
-    weights = [target.weight for target in targets]
-    must = "measure the same in the same way"
-    ranks.check_same([settings, *lines], dist.group.WORLD, weights, must)

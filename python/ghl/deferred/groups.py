@@ -13,21 +13,17 @@ from ghl.deferred.shards import is_sharded
 
 
 def group_of(model: nn.Module, group: Any) -> Any:
-    """The process group that shares a batch; None without one. Raises ValueError where it is one
-    of several that a mesh is made of."""
+    """The process group that shares a batch; None without one."""
     if group is not None or not (dist.is_available() and dist.is_initialized()):
         return group
     for wrapper in wrappers_of(model):
         return wrapper.process_group
-    meshes = {p.device_mesh for p in model.parameters() if isinstance(p, DTensor)}
-    if not meshes or any(mesh.size() == dist.get_world_size() for mesh in meshes):
+    parameters = [*model.parameters()]
+    meshes = {p.device_mesh if isinstance(p, DTensor) else None for p in parameters}
+    mesh = meshes.pop() if len(meshes) == 1 else None
+    if mesh is None or mesh.ndim > 1 or mesh.size() == dist.get_world_size():
         return dist.group.WORLD
-    if len(meshes) == 1 and (mesh := meshes.pop()).ndim == 1:
-        return mesh.get_group()
-    raise ValueError(
-        "model is sharded on meshes of other ranks than the default group's: pass the `group` of "
-        "all ranks that hold parts of one batch"
-    )
+    return mesh.get_group()
 
 
 def wrappers_of(model: nn.Module) -> list[DistributedDataParallel]:

@@ -124,8 +124,7 @@ class HeldSums(RawSums):
         self._grad: Any = None  # a weak reference to weight.grad as a backward left it
         self._captured = False
         self.used_in: torch.dtype | None = None  # the forward of what came last used the weight
-        # of weight.grad, without a mark, since a step put an update there: whether it has numbers
-        self._moved: Tensor | bool | None = None
+        self.assumed_in = weight.dtype  # where none came yet
         self._channels_last: bool | None = None  # the memory order of what is held
         former = RawSums.latest(weight)
         lost = is_owed(weight) or (isinstance(former, HeldSums) and former.holds(weight))
@@ -158,8 +157,8 @@ class HeldSums(RawSums):
             begin(self)  # while _task is still the backward before
             self._task = task
         if name == "H0":
-            self.hebbian._ghl_paired = -1  # type: ignore[attr-defined]
             self.used_in = self.dtype_of_pair()
+            self.hebbian._ghl_paired = -1  # type: ignore[attr-defined]
         if name != "totals" and not self.sharded:  # they come beside H0, in no set order
             self._half = name if self._half in (None, name) else None
 
@@ -222,10 +221,6 @@ class HeldSums(RawSums):
                 self.drop()
         elif is_update(grad):
             self._free(grad)
-        elif isinstance(self._moved, Tensor) and not has_nothing(self._moved):
-            self.drop()
-            self._incomplete = ADDED
-        self._moved = None
 
     @torch.no_grad()
     def _free(self, update: Tensor) -> None:
@@ -234,7 +229,6 @@ class HeldSums(RawSums):
         zeroed = is_zeroed(update)
         del update._ghl_update  # type: ignore[attr-defined]
         self.drop()
-        self._moved = None
         if not zeroed:
             self._incomplete = ADDED
 
@@ -243,7 +237,6 @@ class HeldSums(RawSums):
         or all zeros. Within one, views of a bucket of DDP's change each other's versions."""
         grad = weight.grad
         if grad is None:
-            self._moved = None
             if self._half is None:
                 self.drop()
         elif is_update(grad):
@@ -253,8 +246,6 @@ class HeldSums(RawSums):
             if self._reason(weight) is not None and not is_owed(weight):
                 self.drop()
             self._keep_beside(grad)
-        if self._moved is not None and grad is not None and not is_update(grad):
-            self._moved = grad.any() & self._moved
 
     def ended(self, weight: Tensor) -> None:
         """At the end of a backward, when DDP and FSDP have written what they averaged."""
@@ -315,11 +306,10 @@ class HeldSums(RawSums):
 
     def lose(self) -> None:
         """What was taken made no update: the gradient that is held has no sums any more."""
-        self._incomplete, self._moved = DROPPED, None
+        self._incomplete = DROPPED
 
     def take(self) -> Taken:
         """What is held; from then on nothing is."""
         taken = Taken(self.hebbian.grad, self.totals.grad, self.hebbian.grad is None)
         self.drop()
-        self._moved = True
         return taken

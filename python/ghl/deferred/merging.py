@@ -42,7 +42,7 @@ class Layer:
         if weight.grad is None:  # zeroed after the last backward, and with it what was held
             taken = taken._replace(H0=None, totals=None)
         leaves = sums.hebbian, sums.totals
-        used_in = sums.used_in or weight.dtype
+        used_in = sums.used_in or sums.assumed_in
         return cls(weight, sums.rule, sums.sharded, leaves, used_in, *taken)
 
     @property
@@ -95,8 +95,8 @@ def settle_dtypes(held: Sequence[tuple[nn.Parameter, HeldSums]]) -> None:
         if sums.used_in is not None:
             seen.setdefault(weight.dtype, Counter())[sums.used_in] += 1
     for weight, sums in held:
-        if sums.used_in is None and (used := seen.get(weight.dtype)):
-            sums.used_in = used.most_common(1)[0][0]
+        if used := seen.get(weight.dtype):
+            sums.assumed_in = used.most_common(1)[0][0]
 
 
 def add_up(layers: Sequence[Layer], group: Any, wire: torch.dtype | None) -> None:

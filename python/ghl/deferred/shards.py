@@ -32,6 +32,8 @@ class ShardedSums(HeldSums):
         self._lacking = False
         self._size: Tensor | None = None  # Σ |G| as the last backward left it, once that has ended
         self._kept: Tensor | None = None  # whether such sums are not all zero now, of this rank
+        self._silent: Tensor | None = None  # whether all such sums of this rank were zero
+        self._leftover: Tensor | None = None  # whether an update had numbers as a backward began
         former = RawSums.latest(weight)
         # what FSDP has yet to add to weight.grad has lost its sums as well
         self._lost = isinstance(former, ShardedSums) and former.is_between
@@ -44,8 +46,9 @@ class ShardedSums(HeldSums):
         """And look at an update to which FSDP may add what no hook tells of, where no H0 comes."""
         super().follow(weight)
         grad = weight.grad
-        if self.rule.gate == "sign_only" and grad is not None and is_update(grad):
-            self._moved = local(grad).any()
+        if self.rule.gate == "sign_only":
+            marked = grad is not None and is_update(grad)
+            self._leftover = local(grad).any() if marked else None  # type: ignore[arg-type]
 
     def _accumulated(self, weight: Tensor) -> None:
         if self.rule.gate != "sign_only":
@@ -55,9 +58,9 @@ class ShardedSums(HeldSums):
         grad = weight.grad
         if grad is not None and is_update(grad):
             del grad._ghl_update  # type: ignore[attr-defined]
-            if not isinstance(self._moved, Tensor) or not has_nothing(self._moved):
+            if self._leftover is not None and not has_nothing(self._leftover):
                 self._incomplete = ADDED
-            self._moved = None
+            self._leftover = None
         super()._accumulated(weight)
 
     @torch.no_grad()
@@ -100,7 +103,7 @@ class ShardedSums(HeldSums):
 
     def drop(self) -> None:
         """Forget what has been reduced; what has not, FSDP keeps of G as well."""
-        self._held = self._size = self._kept = None
+        self._held = self._size = self._kept = self._silent = None
         self._lacking = False
         self._forget()
 
@@ -131,9 +134,9 @@ class ShardedSums(HeldSums):
             return
         before = torch.stack([size for _, size, _ in noted]) != 0
         now = torch.stack(torch._foreach_norm([grad for *_, grad in noted], 1)) != 0
-        kept = (before & now).any() | ~before.any()
+        kept, silent = (before & now).any(), ~before.any()
         for sums, *_ in noted:
-            sums._kept = kept
+            sums._kept, sums._silent = kept, silent
 
     def _left(self, grad: Tensor) -> bool:
         """Only within a backward for sure: operations on many DTensors at once change no version,
@@ -143,8 +146,9 @@ class ShardedSums(HeldSums):
     def _keep_beside(self, grad: Tensor) -> None:
         """Drop it where the gradient is all zeros and was not, or was zeroed with the others."""
         found = local(grad).any()
-        if self._size is not None and self._kept is not None:
-            found = found | (self._size == 0) & self._kept
+        if self._size is not None and self._kept is not None and self._silent is not None:
+            unchanged = self._silent if super()._left(grad) else False
+            found = found | (self._size == 0) & (self._kept | unchanged)
         self._keep(found)
 
     def _keep(self, condition: Tensor) -> None:

@@ -21,7 +21,7 @@ from ghl.deferred import merging, others, refusals
 from ghl.deferred.groups import wrappers_of
 from ghl.deferred.held import HeldSums, capturing, is_owed, note_versions
 from ghl.deferred.shards import ShardedSums, is_sharded
-from ghl.deferred.wrapped import reducers_of
+from ghl.deferred.wrapped import makes_state, reducers_of
 from ghl.guards import is_update
 from ghl.hooks import Hook, once_gradients_are_made, tensors_in, weak
 from ghl.layers import Plastic
@@ -234,17 +234,6 @@ class Synchronizer:
             if weight.grad is not None and is_update(weight.grad):
                 note_versions(weight.grad)
 
-    def _is_trial(self, held: list[tuple[nn.Parameter, HeldSums]]) -> bool:
-        """Whether the step is that of torch.distributed.checkpoint's get_optimizer_state_dict, to
-        have an optimizer make its state: of zeros, with nothing learned, perhaps on one rank."""
-        optimizer = self._optimizer()
-        if optimizer is None or not self._is_distributed() or capturing():
-            return False
-        if any(sums.sharded or sums.hebbian.grad is not None for _, sums in held):
-            return False
-        still = all(float(group.get("lr", 1)) == 0 for group in optimizer.param_groups)
-        return still and not any(weight.grad is None or weight.grad.any() for weight, _ in held)
-
     @torch.no_grad()
     def merge(self) -> None:
         """Turn every G that is held into its update, on all ranks together.
@@ -252,7 +241,7 @@ class Synchronizer:
         `optimizer.step()` does this; to be called by hand only where something else uses updates.
         """
         held = self._held()
-        if not self._weights or self._is_trial(held):
+        if not self._weights or (self._is_distributed() and makes_state()):
             return
         if self._is_distributed():
             refusals.check_join(self._wrappers)

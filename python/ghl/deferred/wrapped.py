@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from types import FrameType
 from typing import Any
 
 from torch import nn
@@ -68,3 +69,16 @@ def reducers_of(model: nn.Module) -> Iterator[Any]:
         several = getattr(state, "_fsdp_param_groups", None)
         groups = [state._fsdp_param_group] if several is None else several
         yield from (group for group in groups if group is not None)
+
+
+def makes_state() -> bool:
+    """Whether the optimizer's step is that of torch.distributed.checkpoint.state_dict, which has
+    gradients of zeros and a learning rate of zero, for a state to be there; perhaps on one rank."""
+    saving: Any = sys.modules.get("torch.distributed.checkpoint.state_dict")
+    frame: FrameType | None = None if saving is None else sys._getframe()
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "_init_optim_state" and code.co_filename == saving.__file__:
+            return True
+        frame = frame.f_back
+    return False
