@@ -20,6 +20,11 @@ def mark_update(update: Tensor) -> None:
     update._ghl_update = True  # type: ignore[attr-defined]
 
 
+def unmark_update(grad: Tensor) -> None:
+    """Let a gradient that was an update be an ordinary one."""
+    del grad._ghl_update  # type: ignore[attr-defined]
+
+
 def is_update(grad: Tensor | None) -> bool:
     return getattr(grad, "_ghl_update", False)
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import itertools
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 from torch.utils.hooks import RemovableHandle
 
 
@@ -27,6 +29,14 @@ def weak(owned: Any, method: str) -> Any:
         return None if owner is None else getattr(owner, method)(*args, **kwargs)
 
     return call
+
+
+@functools.cache
+def watch_optimizers(before: Callable[..., None], after: Callable[..., None] = nothing) -> None:
+    """Have functions called around the steps of all optimizers, once and for good: a hook that is
+    taken off while hooks are called, as a finalizer may do, would break off that step."""
+    register_optimizer_step_pre_hook(before)
+    register_optimizer_step_post_hook(after)
 
 
 def once_gradients_are_made(
@@ -53,17 +63,6 @@ def once_gradients_are_made(
     if rest:
         return (itself, closure_and_then, *rest[1:]), kwargs
     return args, kwargs | {"closure": closure_and_then}
-
-
-def tensors_in(output: Any) -> Iterator[Tensor]:
-    """Those that a module has returned, also as values of what pytree does not know."""
-    for leaf in tree_leaves(output):
-        values: Iterable[Any] = (leaf,)
-        if dataclasses.is_dataclass(leaf):
-            values = (getattr(leaf, field.name, None) for field in dataclasses.fields(leaf))
-        elif isinstance(leaf, dict):
-            values = leaf.values()
-        yield from (value for value in values if isinstance(value, Tensor))
 
 
 def inert() -> Callable[..., None]:

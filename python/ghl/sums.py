@@ -187,8 +187,10 @@ class RawSums:
     def dtype_of_pair(self) -> torch.dtype:
         """In which the forward used the weight whose sums arrive: told by an eager one's backward,
         by a compiled one itself."""
-        told = getattr(self.hebbian, "_ghl_paired", NO_TASK) == torch._C._current_graph_task_id()
-        return self.hebbian._ghl_dtype if told else self.compute_dtype  # type: ignore[attr-defined]
+        task = torch._C._current_graph_task_id()
+        if getattr(self.hebbian, "_ghl_paired", -1) == task != -1:
+            return getattr(self.hebbian, "_ghl_dtype", self.compute_dtype)
+        return self.compute_dtype
 
     def release(self) -> None:
         """Take the hooks off: `weight.grad` is the ordinary gradient again."""

@@ -6,19 +6,15 @@ import itertools
 import sys
 import weakref
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from types import FrameType
 from typing import Any
 
 import torch
 from torch.optim import optimizer as optimizer_module
-from torch.optim.optimizer import (
-    Optimizer,
-    register_optimizer_step_post_hook,
-    register_optimizer_step_pre_hook,
-)
+from torch.optim.optimizer import Optimizer
 
-from ghl.hooks import nothing, once_gradients_are_made, weak
+from ghl.hooks import nothing, once_gradients_are_made, watch_optimizers, weak
 
 living: weakref.WeakValueDictionary[int, Steps] = weakref.WeakValueDictionary()  # as they came
 numbers = itertools.count()
@@ -35,14 +31,6 @@ def before_any(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
 def after_any(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
     for steps in list(living.values()):
         steps.after(optimizer)
-
-
-@cache
-def watch_optimizers() -> None:
-    """Have the steps of all optimizers told, from the first Steps on. These hooks are never taken
-    off: a finalizer may run while hooks are called, and would break off the step."""
-    register_optimizer_step_pre_hook(before_any)
-    register_optimizer_step_post_hook(after_any)
 
 
 def steps_around() -> int:
@@ -81,7 +69,7 @@ class Steps:
         self._calls = 0  # of the step's closure
         self._number = next(numbers)
         living[self._number] = self
-        watch_optimizers()
+        watch_optimizers(before_any, after_any)
 
     def remove(self) -> None:
         self.leave()

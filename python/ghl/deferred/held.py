@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.hooks import unserializable_hook
 
-from ghl.guards import is_update
+from ghl.guards import is_update, unmark_update
 from ghl.sums import TRANSFORMED, RawSums, described
 from ghl_kernels import Rule
 from ghl_kernels.layout import is_channels_last
@@ -124,7 +124,6 @@ class HeldSums(RawSums):
         self._grad: Any = None  # a weak reference to weight.grad as a backward left it
         self._captured = False
         self.used_in: torch.dtype | None = None  # the forward of what came last used the weight
-        self.assumed_in = weight.dtype  # where none came yet
         self._channels_last: bool | None = None  # the memory order of what is held
         former = RawSums.latest(weight)
         lost = is_owed(weight) or (isinstance(former, HeldSums) and former.holds(weight))
@@ -227,7 +226,7 @@ class HeldSums(RawSums):
         """Let a gradient that was an update be one again. If it was not zeroed no step may use what
         a backward adds to it, as that of a generator does to its discriminator's."""
         zeroed = is_zeroed(update)
-        del update._ghl_update  # type: ignore[attr-defined]
+        unmark_update(update)
         self.drop()
         if not zeroed:
             self._incomplete = ADDED
@@ -266,7 +265,7 @@ class HeldSums(RawSums):
             return
         if is_update(grad):
             if not is_unchanged(grad):
-                del grad._ghl_update  # type: ignore[attr-defined]
+                unmark_update(grad)
         elif self.rule.gate == "hebb" and not self._left(grad):
             self._keep_beside(grad)
 

@@ -6,7 +6,6 @@ Functions of the moment before a step; nothing here outlives it.
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -37,12 +36,13 @@ class Layer:
     lacking: bool
 
     @classmethod
-    def of(cls, weight: nn.Parameter, sums: HeldSums) -> Layer:
+    def of(cls, weight: nn.Parameter, sums: HeldSums, unused: torch.dtype) -> Layer:
+        """unused: in which dtype a weight is used that this rank has not."""
         taken = sums.take()
         if weight.grad is None:  # zeroed after the last backward, and with it what was held
             taken = taken._replace(H0=None, totals=None)
         leaves = sums.hebbian, sums.totals
-        used_in = sums.used_in or sums.assumed_in
+        used_in = sums.used_in or unused
         return cls(weight, sums.rule, sums.sharded, leaves, used_in, *taken)
 
     @property
@@ -85,18 +85,6 @@ def take_off_scale(optimizer: Any) -> None:
     for device, grads in alike.items():
         torch._foreach_mul_(grads, scale.double().reciprocal().float().to(device))
     optimizer.grad_scale = None
-
-
-def settle_dtypes(held: Sequence[tuple[nn.Parameter, HeldSums]]) -> None:
-    """A weight that this rank has not used yet is used as its others are: in autocast's dtype.
-    Otherwise the updates of ranks would differ."""
-    seen: dict[torch.dtype, Counter[torch.dtype]] = {}
-    for weight, sums in held:
-        if sums.used_in is not None:
-            seen.setdefault(weight.dtype, Counter())[sums.used_in] += 1
-    for weight, sums in held:
-        if used := seen.get(weight.dtype):
-            sums.assumed_in = used.most_common(1)[0][0]
 
 
 def add_up(layers: Sequence[Layer], group: Any, wire: torch.dtype | None) -> None:

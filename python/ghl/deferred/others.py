@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import weakref
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ghl.deferred.held import HeldSums, is_owed
@@ -47,10 +45,3 @@ def orphan(weights: Sequence[weakref.ref[nn.Parameter]], hooks: Sequence[Any]) -
     orphans.update((w, None) for weight in weights if (w := weight()) is not None)
     for hook in hooks:
         hook.remove()
-
-
-@functools.cache
-def watch_optimizers() -> None:
-    """Have the steps of all optimizers checked, from the first synchronizer on. The hook is never
-    taken off: that would be while hooks are called."""
-    register_optimizer_step_pre_hook(check_others)

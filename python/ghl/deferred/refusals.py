@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from ghl import ranks
-from ghl.deferred.held import REPLACED, HeldSums, is_owed
+from ghl.deferred.held import REPLACED, is_owed
 from ghl.deferred.shards import is_sharded
 from ghl.guards import is_update
 from ghl.layers import Plastic
@@ -94,27 +94,15 @@ def check_reducers(groups: Iterable[Any]) -> None:
         )
 
 
-def check_alike(weights: Mapping[str, nn.Parameter], group: Any) -> None:
-    """A gradient that only some of the group's ranks averaged is not the sums'; with weights in
-    other dtypes ranks would make other updates. One that has not used a weight learns its dtype."""
+def check_averaged(weights: Mapping[str, nn.Parameter], group: Any) -> None:
+    """A gradient that only some of the group's ranks averaged is not the sums'."""
     whole = {name: weight for name, weight in weights.items() if not is_sharded(weight)}
-    gradients = [
+    found = [
         f"{name!r}: " + ("none" if weight.grad is None else f"one of bits {bits(weight.grad):x}")
         for name, weight in whole.items()
     ]
     must = "have averaged the gradients of all weights"
-    ranks.check_same(gradients, group, whole.values(), must)
-    present = {name: RawSums.present(weight) for name, weight in whole.items()}
-    held = {name: sums for name, sums in present.items() if isinstance(sums, HeldSums)}
-    mine = {name: sums.used_in for name, sums in held.items()}
-    everyone = ranks.gather(mine, group, whole.values())
-    for name, sums in held.items():
-        used = {theirs.get(name) for theirs in everyone} - {None}
-        if len(used) > 1:
-            every = " and in ".join(sorted(map(str, used)))
-            raise RuntimeError(f"ranks differ, must use a weight in one dtype: {name!r} in {every}")
-        if used:
-            sums.used_in = used.pop()
+    ranks.check_same(found, group, whole.values(), must)
 
 
 def bits(t: Tensor) -> int:

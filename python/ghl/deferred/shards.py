@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from ghl.deferred.held import ADDED, REPLACED, Begin, HeldSums, Taken, has_nothing, is_owed, local
-from ghl.guards import is_update
+from ghl.guards import is_update, unmark_update
 from ghl.sums import RawSums, without_sums
 from ghl_kernels import Rule
 
@@ -31,8 +31,7 @@ class ShardedSums(HeldSums):
         self._held: tuple[Tensor, Tensor] | None = None
         self._lacking = False
         self._size: Tensor | None = None  # Σ |G| as the last backward left it, once that has ended
-        self._kept: Tensor | None = None  # whether such sums are not all zero now, of this rank
-        self._silent: Tensor | None = None  # whether all such sums of this rank were zero
+        self._spared: Tensor | None = None  # whether it is zero, and what is held counts still
         self._leftover: Tensor | None = None  # whether an update had numbers as a backward began
         former = RawSums.latest(weight)
         # what FSDP has yet to add to weight.grad has lost its sums as well
@@ -47,21 +46,19 @@ class ShardedSums(HeldSums):
         super().follow(weight)
         grad = weight.grad
         if self.rule.gate == "sign_only":
-            marked = grad is not None and is_update(grad)
-            self._leftover = local(grad).any() if marked else None  # type: ignore[arg-type]
+            update = grad if grad is not None and is_update(grad) else None
+            self._leftover = None if update is None else local(update).any()
 
     def _accumulated(self, weight: Tensor) -> None:
-        if self.rule.gate != "sign_only":
-            super()._accumulated(weight)
-            self._reduce(weight)
-            return
-        grad = weight.grad
-        if grad is not None and is_update(grad):
-            del grad._ghl_update  # type: ignore[attr-defined]
+        grad, has_sums = weight.grad, self.rule.gate != "sign_only"
+        if not has_sums and grad is not None and is_update(grad):
+            unmark_update(grad)
             if self._leftover is not None and not has_nothing(self._leftover):
                 self._incomplete = ADDED
             self._leftover = None
         super()._accumulated(weight)
+        if has_sums:
+            self._reduce(weight)
 
     @torch.no_grad()
     def _reduce(self, weight: Tensor) -> None:
@@ -73,7 +70,7 @@ class ShardedSums(HeldSums):
             torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
             for leaf in (self.hebbian, self.totals)
         )
-        self.hebbian.grad = self.totals.grad = self._size = None
+        self.hebbian.grad = self.totals.grad = self._size = self._spared = None
         if H0.device.type != "cpu":  # FSDP reduces in a stream of its own
             stream = torch.accelerator.current_stream()
             for t in (H0, totals):
@@ -103,7 +100,7 @@ class ShardedSums(HeldSums):
 
     def drop(self) -> None:
         """Forget what has been reduced; what has not, FSDP keeps of G as well."""
-        self._held = self._size = self._kept = self._silent = None
+        self._held = self._size = self._spared = None
         self._lacking = False
         self._forget()
 
@@ -126,17 +123,19 @@ class ShardedSums(HeldSums):
         """Before gradients are looked at. That of a shard whose neurons are all silent is zeros,
         scaled or zeroed; those that were not tell which, of all weights that this rank has."""
         noted = [
-            (sums, sums._size, local(weight.grad))
+            (sums, sums._size, weight.grad)
             for weight, sums in pairs
             if isinstance(sums, ShardedSums) and sums._size is not None and weight.grad is not None
         ]
         if not noted:
             return
         before = torch.stack([size for _, size, _ in noted]) != 0
-        now = torch.stack(torch._foreach_norm([grad for *_, grad in noted], 1)) != 0
-        kept, silent = (before & now).any(), ~before.any()
-        for sums, *_ in noted:
-            sums._kept, sums._silent = kept, silent
+        now = torch.stack(torch._foreach_norm([local(grad) for *_, grad in noted], 1)) != 0
+        kept = (before & now).any()
+        for sums, size, grad in noted:
+            # where nothing had numbers, all that is left to ask is whether it was changed
+            spared = kept | ~before.any() if HeldSums._left(sums, grad) else kept
+            sums._spared = (size == 0) & spared
 
     def _left(self, grad: Tensor) -> bool:
         """Only within a backward for sure: operations on many DTensors at once change no version,
@@ -146,10 +145,7 @@ class ShardedSums(HeldSums):
     def _keep_beside(self, grad: Tensor) -> None:
         """Drop it where the gradient is all zeros and was not, or was zeroed with the others."""
         found = local(grad).any()
-        if self._size is not None and self._kept is not None and self._silent is not None:
-            unchanged = self._silent if super()._left(grad) else False
-            found = found | (self._size == 0) & (self._kept | unchanged)
-        self._keep(found)
+        self._keep(found if self._spared is None else found | self._spared)
 
     def _keep(self, condition: Tensor) -> None:
         if self._held is not None:
@@ -158,12 +154,11 @@ class ShardedSums(HeldSums):
 
     def take(self) -> Taken:
         held = self._held
-        lacking = self._lacking or held is None
         self.drop()
         if held is None or held[0].shape[0] == 0:
-            return Taken(None, None, lacking)
+            return Taken(None, None, held is None)
         H0, neurons = held
-        return Taken(H0, torch.cat([neurons[:, 0], neurons[:1, 1]]), lacking)
+        return Taken(H0, torch.cat([neurons[:, 0], neurons[:1, 1]]), False)  # see `check`
 
 
 def is_on_neurons(weight: DTensor) -> bool:

@@ -17,13 +17,13 @@ from torch.optim import Optimizer
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ghl import ranks
-from ghl.deferred import merging, others, refusals
+from ghl.deferred import dtypes, merging, others, refusals
 from ghl.deferred.groups import wrappers_of
 from ghl.deferred.held import HeldSums, capturing, is_owed, note_versions
 from ghl.deferred.shards import ShardedSums, is_sharded
-from ghl.deferred.wrapped import makes_state, reducers_of
+from ghl.deferred.wrapped import makes_state, reducers_of, tensors_in
 from ghl.guards import is_update
-from ghl.hooks import Hook, once_gradients_are_made, tensors_in, weak
+from ghl.hooks import Hook, once_gradients_are_made, watch_optimizers, weak
 from ghl.layers import Plastic
 from ghl.sums import RawSums, device_of
 
@@ -71,7 +71,7 @@ class Synchronizer:
         self._attach()
         self._rules = [(layer, layer.rule) for layer in self._layers]
         others.living.add(self)
-        others.watch_optimizers()
+        watch_optimizers(others.check_others)
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -258,13 +258,14 @@ class Synchronizer:
             for weight, sums in held:
                 sums.before_step(weight)
                 sums.check(weight)
-        merging.settle_dtypes(held)
         if ranks.size(self._group) > 1 and not capturing():
             if (self._merges + 1).bit_count() == 1:
-                refusals.check_alike(self._weights, self._group)
+                refusals.check_averaged(self._weights, self._group)
+                dtypes.agree(self._weights, self._group)
             self._merges += 1
         try:
-            layers = [merging.Layer.of(weight, sums) for weight, sums in held]
+            used = dtypes.assumed(held)
+            layers = [merging.Layer.of(w, sums, used.get(w.dtype, w.dtype)) for w, sums in held]
             merging.add_up(layers, self._group, self._wire)
             merging.take_off_scale(self._optimizer())
             for layer, update in merging.updates(layers):

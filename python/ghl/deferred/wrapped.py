@@ -1,14 +1,16 @@
-"""What others put around models and optimizers: what is looked through, and what is refused."""
+"""What others put around models, optimizers and outputs: looked through, told apart, refused."""
 
 from __future__ import annotations
 
+import dataclasses
 import sys
-from collections.abc import Iterator
-from types import FrameType
+import traceback
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
 
 
 def stepping(optimizer: Any) -> Optimizer:
@@ -71,14 +73,22 @@ def reducers_of(model: nn.Module) -> Iterator[Any]:
         yield from (group for group in groups if group is not None)
 
 
+def tensors_in(output: Any) -> Iterator[Tensor]:
+    """Those that a module has returned, also as values of what pytree does not know."""
+    for leaf in tree_leaves(output):
+        values: Iterable[Any] = (leaf,)
+        if dataclasses.is_dataclass(leaf):
+            values = (getattr(leaf, field.name, None) for field in dataclasses.fields(leaf))
+        elif isinstance(leaf, dict):
+            values = leaf.values()
+        yield from (value for value in values if isinstance(value, Tensor))
+
+
 def makes_state() -> bool:
     """Whether the optimizer's step is that of torch.distributed.checkpoint.state_dict, which has
     gradients of zeros and a learning rate of zero, for a state to be there; perhaps on one rank."""
     saving: Any = sys.modules.get("torch.distributed.checkpoint.state_dict")
-    frame: FrameType | None = None if saving is None else sys._getframe()
-    while frame is not None:
-        code = frame.f_code
-        if code.co_name == "_init_optim_state" and code.co_filename == saving.__file__:
-            return True
-        frame = frame.f_back
-    return False
+    return saving is not None and any(
+        frame.f_code.co_name == "_init_optim_state" and frame.f_code.co_filename == saving.__file__
+        for frame, _ in traceback.walk_stack(sys._getframe())
+    )
