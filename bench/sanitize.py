@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -41,11 +41,32 @@ ON_A_CPU = (  # the interpreter takes seconds for a thousand rows
     Layer("linear", 24, 20, 18, linear=True),
     Layer("3x3", 1, 16, 16, (5, 4), (3, 3), padding=(1, 1)),
 )
-# with a GPU of seven multiprocessors: blocks of threads go on from tile to tile
-STRUNG = Layer("3x3, tiles strung together", 16, 16, 128, (16, 16), (3, 3), padding=(1, 1))
-# with one of three: one part of rows, longer than the ring of blocks that exchange u
-RING = Layer("linear, a ring gone round", 2300, 72, 136, linear=True)
-RING_ROWS = 6 * 256
+
+
+class Few(NamedTuple):
+    """A layer on a GPU of few multiprocessors, where blocks of threads come to more rows.
+
+    patched: of `splits`. reached: whether they do, by the parts, the rows of one, and all rows.
+    """
+
+    layer: Layer
+    patched: dict[str, Any]
+    totals: str
+    reached: Callable[[int, int, int], bool]
+
+
+STRUNG = Few(
+    Layer("3x3, tiles strung together", 16, 16, 128, (16, 16), (3, 3), padding=(1, 1)),
+    {"processors": lambda device: 7, "FEWEST_BLOCKS": 1, "STRINGING": 0.0},
+    "sums",
+    lambda parts, rows, all_rows: parts > -(-all_rows // rows),
+)
+RING = Few(  # of six chunks of 256 rows
+    Layer("linear, a ring gone round", 2300, 72, 136, linear=True),
+    {"processors": lambda device: 3},
+    "rows",
+    lambda parts, rows, all_rows: rows > 6 * 256,
+)
 OTHER_COMPETITIONS = "hard", "softhebb", "linear"
 MODES = {"cuda": "bfloat16", "cpu": "float32"}  # the interpreter's bfloat16 product is wrong
 
@@ -109,26 +130,23 @@ def pairs(
 
 
 def on_few(device: torch.device, mode: str, name: str) -> tuple[str, str | None]:
-    """The same of the widest tile of Hopper's kernels on a part of a GPU: blocks of threads come to
-    more rows, which is another tile's or a ring gone round."""
-    exchanged = name == kernels.EXCHANGED
-    layer = RING if exchanged else STRUNG
+    """The same of the widest tile of Hopper's kernels on a part of a GPU."""
+    few = RING if name == kernels.EXCHANGED else STRUNG
+    layer = few.layer
     tensors = layer.tensors(torch.bfloat16, torch.device("cpu"))
     there = tuple(t.to(device) for t in tensors)
     problem, (operator, geometry) = layer.problem(*there), operator_of(layer)
     tile = max((tile for _, tile in kernels.tiles_for(name, problem)), key=lambda t: t.block_c)
-    few = {"processors": lambda device: 3 if exchanged else 7}
-    few |= {} if exchanged else {"FEWEST_BLOCKS": 1, "STRINGING": 0.0}
     with (
-        mock.patch.multiple(splits, **few),
+        mock.patch.multiple(splits, **few.patched),
         tiles.use(Entry.for_layer(problem, name, tile)),
         ghl_kernels.force(name),
     ):
         parts, rows = splits.split_rows(problem, tile, device)
         pair = getattr(torch.ops.ghl_kernels, operator)
-        G, H0, _ = pair(*there, *geometry, "softmax", layer.tau, "rows" if exchanged else "sums")
+        G, H0, _ = pair(*there, *geometry, "softmax", layer.tau, few.totals)
     wrong = wrong_sums(G.cpu(), H0.cpu(), truth(layer, tensors, "softmax"), mode)
-    if rows <= RING_ROWS if exchanged else parts <= -(-problem.rows // rows):
+    if not few.reached(parts, rows, problem.rows):
         wrong = f"only {parts} parts of {rows} rows"
     return f"{layer.name}, softmax, {name}", wrong
 
