@@ -68,8 +68,8 @@ SCHEMAS = (
     "Tensor(b!) H0, Tensor(c!)? u_sums, int splits) -> ()",
 )
 
-# Those that tapes may play are also there for callers with gradients off, who pay for no look at
-# them: their results are no part of autograd's graph.
+# Those that tapes may play are also there for a backward, where gradients are off and no look at
+# them is paid for: their results are no part of a graph. Nor does autocast cast for them.
 NO_GRAD = {
     name: f"{name}_no_grad" for name in ("linear_pair", "conv2d_pair", "merge", "foreach_merge")
 }
@@ -294,24 +294,23 @@ _served: list[Any] = []  # registrations, as long as this module
 TAKES_ACTIVATIONS = ("linear_pair", "conv2d_pair", "linear_update", "conv2d_update")
 
 
-def register(name: str, run: Callable[..., Any], fake: Callable[..., Any], casts: bool) -> Any:
-    """The operator of that name, without autograd."""
+def register(name: str, public: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """The operator of that name, without autograd. public: the one that it is for others."""
     _library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"ghl_kernels::{name}", fake, lib=_library)
     operator = getattr(torch.ops.ghl_kernels, name).default
-    if casts:
+    if public in TAKES_ACTIVATIONS:
         for key, device in (("AutocastCPU", "cpu"), ("AutocastCUDA", "cuda")):
-            _library.impl(name, autocast_activations(operator, device), key)
+            _library.impl(name, autocast_activations(operator, device, name == public), key)
     return operator
 
 
 def register_operator(
     name: str, implementation: Callable[..., Any], fake: Callable[..., Any]
 ) -> None:
-    casts = name in TAKES_ACTIVATIONS
     recorded = implementation if name == "logsumexp" else replayed(name, implementation)
     run = on_their_device(recorded)
-    operator = register(name, run, fake, casts)
+    operator = register(name, name, run, fake)
     if name == "logsumexp":
         torch.library.register_autograd(
             f"ghl_kernels::{name}",
@@ -320,9 +319,9 @@ def register_operator(
     else:
         _library.impl(name, without_derivative(operator, run), "Autograd", with_keyset=True)
     if name in NO_GRAD:
-        register(NO_GRAD[name], below_autograd(run), fake, casts)
+        register(NO_GRAD[name], name, below_autograd(run), fake)
         _library.impl(NO_GRAD[name], torch.library.fallthrough_kernel, "Autograd")
-        _served.append(player.serve(NO_GRAD[name], name, "CUDA", multiplies=casts))
+        _served.append(player.serve(NO_GRAD[name], name, "CUDA", name in TAKES_ACTIVATIONS))
 
 
 for _name, (_implementation, _fake) in OPERATORS.items():

@@ -19,13 +19,19 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 BACKENDS = (torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA)
 
 
-def autocast_activations(operator: Callable[..., Any], device: str) -> Callable[..., Any]:
-    """x, y and g in autocast's dtype, w as it is: sums and updates stay in float32."""
+def autocast_activations(
+    operator: Callable[..., Any], device: str, casts: bool
+) -> Callable[..., Any]:
+    """x, y and g in autocast's dtype, w as it is: sums and updates stay in float32.
+
+    casts: not for a layer's backward, which may be called within a region of autocast though the
+    forward was not; nor do operators that it is made of cast then.
+    """
 
     def cast(x: Tensor, y: Tensor, g: Tensor, *rest: object) -> Any:
         dtype = torch.get_autocast_dtype(device)
         with torch.autocast(device, enabled=False):
-            if all(t.dtype in FLOATS for t in (x, y, g)):
+            if casts and all(t.dtype in FLOATS for t in (x, y, g)):
                 x, y, g = x.to(dtype), y.to(dtype), g.to(dtype)
             return operator(x, y, g, *rest)
 
@@ -118,12 +124,12 @@ def current(device: torch.device) -> AbstractContextManager[Any]:
 def on_their_device(run: Callable[..., Any]) -> Callable[..., Any]:
     """Makes the device of the tensors the current one."""
 
-    def call(first: Tensor | Sequence[Tensor], *rest: Any, **named: Any) -> Any:
+    def call(first: Tensor | Sequence[Tensor], *rest: Any) -> Any:
         tensors = [first] if isinstance(first, Tensor) else first
         index = max((t.get_device() for t in tensors if t.is_cuda), default=-1)
         if index < 0 or index == torch.cuda.current_device():
-            return run(first, *rest, **named)
+            return run(first, *rest)
         with torch.cuda.device(index):
-            return run(first, *rest, **named)
+            return run(first, *rest)
 
     return call

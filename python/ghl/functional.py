@@ -73,7 +73,7 @@ def saved_output(
         return y
     if not torch.compiler.is_compiling() and ctx.probe._version == ctx.version:
         return y
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         return operation(x, w, None if b is None else b.to(x.dtype), *geometry)
 
 
@@ -158,16 +158,18 @@ class Conv2dFunction(torch.autograd.Function):
         stride, padding, dilation, groups = ctx.geometry
         _, _, needs_x, _, needs_b, *_ = ctx.needs_input_grad
         used = w.to(x.dtype)
-        grad_x, differentiable_G, grad_b = torch.ops.aten.convolution_backward(
-            g, x, used, [w.shape[0]], stride, padding, dilation, False, [0, 0], groups,
-            [needs_x, is_differentiated(), needs_b],
+        # not of the bias, with which oneDNN makes G as well, asked for or not
+        grad_x, differentiable_G, _ = torch.ops.aten.convolution_backward(
+            g, x, used, None, stride, padding, dilation, False, [0, 0], groups,
+            [needs_x, is_differentiated(), False],
         )  # fmt: skip
+        grad_b = g.sum((0, 2, 3)) if needs_b else None
         note_pair(ctx, w, x.dtype)
         y = saved_output(ctx, y, F.conv2d, x, used, b, *ctx.geometry)
         G, H0, totals = torch.ops.ghl_kernels.conv2d_pair_no_grad(
             x, y, g, w, stride, padding, dilation, groups, *ctx.rule
         )
-        if differentiable_G is not None:
+        if is_differentiated():
             G = differentiable_G
         return as_rows(H0, ctx.channels_last), wanted(ctx, totals), grad_x, G, grad_b, *[None] * 7
 

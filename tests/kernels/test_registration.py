@@ -61,12 +61,14 @@ def test_tensors_without_data(device: str) -> None:
     assert result[0].shape == (4, 3)
 
 
-def test_autocast_casts() -> None:
+def test_autocast_casts_for_the_others_alone() -> None:
     x, y, g, w = tensors()
     with torch.autocast("cpu", torch.bfloat16):
-        G, *_ = linear_pair_no_grad(x, y, g, w, *RULE)
-    expected, *_ = linear_pair(x.bfloat16(), y.bfloat16(), g.bfloat16(), w, *RULE)
-    assert torch.equal(G, expected)
+        rounded, *_ = linear_pair(x, y, g, w, *RULE)
+        exact, *_ = linear_pair_no_grad(x, y, g, w, *RULE)
+    for given, dtype in ((rounded, torch.bfloat16), (exact, torch.float32)):
+        expected, *_ = linear_pair(x.to(dtype), y.to(dtype), g.to(dtype), w, *RULE)
+        assert torch.equal(given, expected)
 
 
 def test_transforms() -> None:

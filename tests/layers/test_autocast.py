@@ -103,14 +103,21 @@ def test_autocast_switched_between_steps():
         assert not torch.equal(updates[0][layer], updates[1][layer])
 
 
-def test_backward_inside_autocast():
-    """Calling backward() inside the region changes nothing."""
-    model, updates = net(), []
-    ghl.swap(model, types=(nn.Conv2d, nn.Linear))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("forward", [True, False])
+@pytest.mark.parametrize("kind", [nn.Conv2d, nn.Linear])
+def test_backward_inside_autocast(kind, forward, dtype):
+    """Calling backward() inside the region changes nothing, also of a float32 forward, and where
+    an in-place ReLU has overwritten y."""
+    torch.manual_seed(0)
+    layer = nn.Linear(5, 4) if kind is nn.Linear else nn.Conv2d(3, 8, 3)
+    model, updates = nn.Sequential(layer, nn.ReLU(inplace=True)), []
+    ghl.swap(model, ghl.Rule(gate="hebb", normalize="none"), types=kind)
+    x = torch.randn(9, 5) if kind is nn.Linear else image()
     for inside in (False, True):
         model.zero_grad()
-        loss = rounded_loss(model)
-        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+        loss = loss_of(model, x, dtype, forward) * 1e-9
+        with torch.autocast("cpu", dtype, enabled=inside):
             loss.backward()
         updates.append([p.grad for p in model.parameters()])
     for a, b in zip(*updates, strict=True):

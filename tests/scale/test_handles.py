@@ -60,6 +60,19 @@ def test_a_new_optimizer_without_the_frozen_weights_replaces_the_former():
     assert model.second[0].weight.grad.abs().max() == 1
 
 
+def test_arguments_are_named_that_are_not_what_they_must_be():
+    model = make("conv")
+    optimizer = sgd(model)
+    for arguments, message in (
+        ((optimizer, model), "model is SGD, must be an nn.Module"),
+        (([model], optimizer), "model is list, must be an nn.Module"),
+        ((model, model), "optimizer is a ConvNet, must be a torch.optim.Optimizer"),
+        ((model, optimizer, 3), "group is 3, must be a torch.distributed.ProcessGroup or None"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            ghl.synchronize(*arguments)
+
+
 def test_other_models_of_the_optimizer_may_have_their_updates_in_backward():
     models = make("conv"), make("conv")
     optimizer = torch.optim.SGD([p for model in models for p in model.parameters()], 0.02)

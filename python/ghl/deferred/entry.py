@@ -10,11 +10,11 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from ghl import ranks
-from ghl.deferred.groups import check_one_group, group_of
+from ghl.deferred.groups import check_one_group, check_process_group, group_of
 from ghl.deferred.shards import is_on_neurons, is_sharded
 from ghl.deferred.synchronizer import Synchronizer, handle_of
 from ghl.deferred.wrapped import check_wrapper, is_managed, stepping
-from ghl.layers import Plastic
+from ghl.layers import Plastic, check_module
 from ghl_kernels.layout import is_channels_last
 
 WIRES = (None, torch.float32, torch.bfloat16)
@@ -44,8 +44,8 @@ def synchronize(
     communicate: torch.bfloat16 halves the bytes of H0 on the wire, at a relative error of about
         2⁻⁸ for every rank's summand; totals are sent as they are.
 
-    On the wire, for a weight of K neurons and N numbers, in float32: 4N + 4(K+1) bytes once a
-    step beside DistributedDataParallel's 4N for every G that it averages; 4N + 8K beside FSDP's
+    On the wire, for a weight of K neurons and N numbers, in float32: 4N + 4(K+5) bytes once a
+    step beside DistributedDataParallel's 4N for every G that it averages; 4N + 24K beside FSDP's
     for every reduction of G, and 4 for absmax a step; 4 more tell whether a rank has an error,
     which is then one of all. It is no DDP communication hook: a compiled backward gives G and H0 in
     no set order, so H0 may not be there when a bucket is full; with no_sync H0 would be sent once
@@ -64,10 +64,12 @@ def synchronize(
     remove() comes before another rule; model.join() is refused, as one that has joined would not
     add its sums.
     Returns a handle: `remove()` takes all hooks off, and the updates are made in backward again.
-    Raises TypeError for what is no optimizer; ValueError where there is nothing to synchronize, or
-    FullyShardedDataParallel or tensor parallelism; RuntimeError for weights that already are, and
-    on all ranks where they differ in layers, dtypes, rules or `communicate`.
+    Raises TypeError for what is no model, optimizer or group; ValueError where there is nothing to
+    synchronize, or FullyShardedDataParallel or tensor parallelism; RuntimeError for weights that
+    already are, and on all ranks where they differ in layers, dtypes, rules or `communicate`.
     """
+    check_module(model)
+    check_process_group(group)
     wanted, group = group, group_of(model, group)
     weights: dict[str, nn.Parameter] = {}
     try:

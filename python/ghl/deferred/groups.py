@@ -12,6 +12,11 @@ from torch.nn.parallel import DistributedDataParallel
 from ghl.deferred.shards import is_sharded
 
 
+def check_process_group(group: Any) -> None:
+    if group is not None and not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
+        raise TypeError(f"group is {group!r}, must be a torch.distributed.ProcessGroup or None")
+
+
 def group_of(model: nn.Module, group: Any) -> Any:
     """The process group that shares a batch; None without one."""
     if group is not None or not (dist.is_available() and dist.is_initialized()):

@@ -29,6 +29,10 @@ DROPPED = (
     "weight.grad holds a gradient whose sums were not made: call backward() without inputs=, and "
     "optimizer.zero_grad() before that"
 )
+FAILED = (
+    "weight.grad holds a gradient whose sums a step has used up that raised an error, and made no "
+    "update of them: call optimizer.zero_grad() first"
+)
 REORDERED = (
     "weight was given another memory format within an accumulation, and its sums have the former: "
     "call optimizer.zero_grad() first"
@@ -101,10 +105,14 @@ def is_unchanged(update: Tensor) -> bool:
 
 
 class Taken(NamedTuple):
-    """H0 (neurons, rest) and totals, and whether a backward gave this rank none beside a G."""
+    """H0 (neurons, rest) and totals; in which dtype forwards used the weight, as this rank knows it
+    or, where that is None and ranks are added up already, as they have `sent` it; and whether a
+    backward gave this rank no sums beside a G."""
 
     H0: Tensor | None
     totals: Tensor | None
+    used_in: torch.dtype | None
+    sent: Tensor | None
     lacking: bool
 
 
@@ -123,7 +131,8 @@ class HeldSums(RawSums):
         self._versions = 0, 0
         self._grad: Any = None  # a weak reference to weight.grad as a backward left it
         self._captured = False
-        self.used_in: torch.dtype | None = None  # the forward of what came last used the weight
+        # the dtype in which the forward of the H0 that came last used the weight
+        self.used_in: torch.dtype | None = None
         self._channels_last: bool | None = None  # the memory order of what is held
         former = RawSums.latest(weight)
         lost = is_owed(weight) or (isinstance(former, HeldSums) and former.holds(weight))
@@ -281,7 +290,7 @@ class HeldSums(RawSums):
         self._forget()
 
     def _forget(self) -> None:
-        self._incomplete = self._channels_last = None
+        self._incomplete = self._channels_last = self.used_in = None
         self._captured = False
 
     def _check_compiled(self) -> None:
@@ -305,10 +314,11 @@ class HeldSums(RawSums):
 
     def lose(self) -> None:
         """What was taken made no update: the gradient that is held has no sums any more."""
-        self._incomplete = DROPPED
+        self._incomplete = FAILED
 
     def take(self) -> Taken:
         """What is held; from then on nothing is."""
-        taken = Taken(self.hebbian.grad, self.totals.grad, self.hebbian.grad is None)
+        H0, totals = self.hebbian.grad, self.totals.grad
+        taken = Taken(H0, totals, self.used_in, None, H0 is None)
         self.drop()
         return taken

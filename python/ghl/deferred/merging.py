@@ -6,8 +6,8 @@ Functions of the moment before a step; nothing here outlives it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,11 +15,14 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ghl import ranks
+from ghl.deferred import dtypes
 from ghl.deferred.held import HeldSums, local, note_versions
 from ghl.guards import is_update, mark_update
 from ghl.sums import without_sums
 from ghl_kernels import Rule
 from ghl_kernels.composed import gated, sign
+
+Item = TypeVar("Item")
 
 
 @dataclasses.dataclass
@@ -30,25 +33,29 @@ class Layer:
     rule: Rule
     sharded: bool
     leaves: tuple[Tensor, Tensor]
-    compute_dtype: torch.dtype  # in which forwards use the weight
     H0: Tensor | None
     totals: Tensor | None
+    used_in: torch.dtype | None
+    sent: Tensor | None
     lacking: bool
 
     @classmethod
-    def of(cls, weight: nn.Parameter, sums: HeldSums, unused: torch.dtype) -> Layer:
-        """unused: in which dtype a weight is used that this rank has not."""
+    def of(cls, weight: nn.Parameter, sums: HeldSums) -> Layer:
         taken = sums.take()
         if weight.grad is None:  # zeroed after the last backward, and with it what was held
-            taken = taken._replace(H0=None, totals=None)
+            taken = taken._replace(H0=None, totals=None, used_in=None)
         leaves = sums.hebbian, sums.totals
-        used_in = sums.used_in or unused
-        return cls(weight, sums.rule, sums.sharded, leaves, used_in, *taken)
+        return cls(weight, sums.rule, sums.sharded, leaves, *taken)
 
     @property
     def has_sums(self) -> bool:
         """Whether the rule needs more than G."""
         return self.rule.gate != "sign_only"
+
+    @property
+    def has_largest_elsewhere(self) -> bool:
+        """Whether max|H|, which the update is divided by, is that of all ranks' parts."""
+        return self.sharded and self.has_sums and self.rule.normalize == "absmax"
 
     @property
     def is_due(self) -> bool:
@@ -60,6 +67,17 @@ class Layer:
     def G(self) -> Tensor:
         assert self.weight.grad is not None
         return local(self.weight.grad)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """In which forwards used the weight, on any rank."""
+        return self.used_in or self.weight.dtype
+
+    @property
+    def is_bare(self) -> Tensor:
+        """Whether no rank had sums beside this rank's gradient."""
+        assert self.totals is not None
+        return (self.totals[-1] == 0).to(self.G.device) & self.G.any()
 
     def put(self, update: Tensor) -> None:
         """Hand the update to the optimizer."""
@@ -88,7 +106,8 @@ def take_off_scale(optimizer: Any) -> None:
 
 
 def add_up(layers: Sequence[Layer], group: Any, wire: torch.dtype | None) -> None:
-    """Sum H0 and totals of whole weights over the ranks; a rank that has none adds zeros.
+    """Sum H0 and totals of whole weights over the ranks; a rank that has none adds zeros, and is
+    told the dtype in which the others used the weight.
 
     FSDP's have been summed in backward. Raises RuntimeError where no rank had sums beside a G.
     """
@@ -98,45 +117,61 @@ def add_up(layers: Sequence[Layer], group: Any, wire: torch.dtype | None) -> Non
         totals = [torch.zeros_like(x.leaves[1]) if x.totals is None else x.totals for x in whole]
         for layer in whole:
             layer.H0 = None  # its memory is free as soon as it is in a message
+        sent = [dtypes.sent(x.used_in, t) for x, t in zip(whole, totals, strict=True)]
+        beside = [*totals, *sent]
         ranks.add_over_ranks(H0, group, wire)
-        ranks.add_over_ranks(totals, group)
-        for layer, *sums in zip(whole, H0, totals, strict=True):
-            layer.H0, layer.totals = sums
-    check_rows([layer for layer in layers if layer.is_due and layer.has_sums and layer.lacking])
+        ranks.add_over_ranks(beside, group)
+        totals, sent = beside[: len(whole)], beside[len(whole) :]
+        for layer, *sums in zip(whole, H0, totals, sent, strict=True):
+            layer.H0, layer.totals, layer.sent = sums
+    due = [layer for layer in layers if layer.is_due and layer.has_sums]
+    check_rows([layer for layer in due if layer.lacking])
+    learn_dtypes([layer for layer in due if layer.used_in is None])
+
+
+def grouped(items: Iterable[Item], key: Callable[[Item], Any]) -> Iterator[list[Item]]:
+    """Those that have a key in common, in their order."""
+    by_key: dict[Any, list[Item]] = {}
+    for item in items:
+        by_key.setdefault(key(item), []).append(item)
+    yield from by_key.values()
 
 
 def check_rows(layers: Sequence[Layer]) -> None:
     """A gradient without sums must not pass for an update; of zeros, the update is zero."""
-    bare: dict[torch.device, list[Tensor]] = {}
-    of: dict[torch.device, list[Tensor]] = {}
     for layer in layers:
         if layer.H0 is None or layer.totals is None:
             neurons, rest = layer.G.flatten(1).shape
             layer.H0 = layer.leaves[0].new_zeros(neurons, rest)
             layer.totals = layer.leaves[1].new_zeros(neurons + 1)
-        is_bare = (layer.totals[-1] == 0).to(layer.G.device) & layer.G.any()
-        bare.setdefault(layer.G.device, []).append(is_bare)
-        of.setdefault(layer.G.device, []).append(layer.weight)
-    for device, flags in bare.items():  # one wait for all of a device
-        found = [w for w, flag in zip(of[device], torch.stack(flags).tolist(), strict=True) if flag]
+    for same in grouped(layers, lambda layer: layer.G.device):
+        bare = torch.stack([layer.is_bare for layer in same]).tolist()  # one wait for all
+        found = [layer.weight for layer, flag in zip(same, bare, strict=True) if flag]
         if found:
             raise RuntimeError(without_sums(found))
 
 
+def learn_dtypes(layers: Iterable[Layer]) -> None:
+    """In which dtype others have used the weights that this rank has not."""
+    told = [(layer, layer.sent) for layer in layers if layer.sent is not None]
+    for same in grouped(told, lambda pair: pair[1].device):
+        numbers = torch.stack([sent for _, sent in same]).tolist()  # one wait for all
+        for (layer, _), sums in zip(same, numbers, strict=True):
+            layer.used_in = dtypes.told(sums)
+
+
 def updates(layers: Sequence[Layer]) -> Iterator[tuple[Layer, Tensor]]:
     """Every layer that is due, with its update: one operation for all that share a rule."""
-    alike: dict[Any, list[Layer]] = {}
-    split = []
-    for layer in layers:
-        if layer.sharded and layer.has_sums and layer.rule.normalize == "absmax":
-            split.append(layer)
-        elif layer.is_due:
-            rule, G = layer.rule, layer.G
-            key = rule.decay, rule.gate, rule.normalize, G.dtype, G.device, layer.compute_dtype
-            alike.setdefault(key, []).append(layer)
-    for same in alike.values():
+    whole = (layer for layer in layers if layer.is_due and not layer.has_largest_elsewhere)
+    for same in grouped(whole, kind_of_merge):
         yield from zip(same, merged(same, same[0].rule), strict=True)
-    yield from updates_of_shards(split)
+    yield from updates_of_shards([layer for layer in layers if layer.has_largest_elsewhere])
+
+
+def kind_of_merge(layer: Layer) -> tuple[Any, ...]:
+    """What layers that are merged by one operation have in common."""
+    rule, G = layer.rule, layer.G
+    return rule.decay, rule.gate, rule.normalize, G.dtype, G.device, layer.compute_dtype
 
 
 def merged(layers: Sequence[Layer], rule: Rule, dtype: torch.dtype | None = None) -> list[Tensor]:

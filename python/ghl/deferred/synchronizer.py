@@ -261,11 +261,10 @@ class Synchronizer:
         if ranks.size(self._group) > 1 and not capturing():
             if (self._merges + 1).bit_count() == 1:
                 refusals.check_averaged(self._weights, self._group)
-                dtypes.agree(self._weights, self._group)
+                dtypes.check_agreed(self._weights, self._group)
             self._merges += 1
         try:
-            used = dtypes.assumed(held)
-            layers = [merging.Layer.of(w, sums, used.get(w.dtype, w.dtype)) for w, sums in held]
+            layers = [merging.Layer.of(weight, sums) for weight, sums in held]
             merging.add_up(layers, self._group, self._wire)
             merging.take_off_scale(self._optimizer())
             for layer, update in merging.updates(layers):
