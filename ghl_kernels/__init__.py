@@ -31,14 +31,14 @@ library.serve(cpu=library.load("ghl_kernels_cpu"), cuda=library.load("ghl_kernel
 def backend(operator: str, first: Tensor, problem: Problem | None = None) -> Backend:
     """Which implementation `operator` takes for tensors like `first` (its first argument), and why.
 
-    problem: the sizes of a layer, by which a GPU and grouped convolutions choose. On a GPU the
-    kernels are tried first, and compiled for that, as by a call. Raises ValueError for an unknown
-    operator, and on a GPU for a layer's operator without a problem.
+    problem: the sizes of a layer, by which a pair or an update goes. On a GPU the kernels are tried
+    first, and compiled for that, as by a call. Raises ValueError for an unknown operator, and for a
+    layer's operator without a problem.
     """
     check_choice("operator", operator, ops.OPERATORS)
-    if problem is None and operator in ops.TAKES_ACTIVATIONS and first.device.type == "cuda":
+    if problem is None and operator in ops.TAKES_ACTIVATIONS:
         raise ValueError(
-            f"problem is None, must be the sizes of the layer: on a GPU {operator} goes by them"
+            f"problem is None, must be the sizes of the layer: {operator} goes by them"
         )
     with current(first.device):
         return dispatch.choose(operator, first, problem)

@@ -125,9 +125,10 @@ class Table:
         """ValueError naming the file if it is not a table of this version."""
         try:
             content = json.loads(path.read_text())
-            origin = {"measured": content["measured"] is not None}
+            measured = content["measured"]
+            origin = {"measured": measured is not None and bool(measured["gpu"])}
             entries = tuple(Entry.of(origin | entry) for entry in content["entries"])
-            return cls(path.stem, content["measured"], entries, content.get("merges"))
+            return cls(path.stem, measured, entries, content.get("merges"))
         except (KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} is not a table of tiles of this version: {error}") from error
 

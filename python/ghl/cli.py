@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+OURS = ("ghl", "torch.")  # packages without which nothing works
+
 
 @dataclass(frozen=True)
 class Command:
@@ -201,7 +203,7 @@ def doctor(args: argparse.Namespace) -> int:
     """Run `ghl doctor`."""
     from ghl.doctor import main as doctor_main
 
-    return doctor_main() or 0
+    return doctor_main()
 
 
 # what is measured by default, fitting into five minutes on a large GPU
@@ -225,9 +227,8 @@ def bench_arguments(parser: argparse.ArgumentParser) -> None:
         )
     add = layers.add_argument
     add("--device", default="cuda", help="cuda by default; cpu")
-    add(
-        "--seconds", type=float, default=300, help="begin no further layer after these, %(default)s"
-    )
+    add("--seconds", type=float, default=300,
+        help="begin no further layer after these, %(default)s")  # fmt: skip
     add("--out", type=Path, metavar="FILE", help="write all figures there as JSON")
     add("--resume", action="store_true",
         help="go on with FILE if it is of this GPU, these versions and sources")  # fmt: skip
@@ -291,6 +292,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except (ValueError, OSError) as error:
         print(f"ghl: error: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        if str(error.name).startswith(OURS):
+            raise
+        print(f"ghl: error: {error}: pip install 'ghl-kernels[train]' brings it", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("ghl: interrupted", file=sys.stderr)

@@ -63,7 +63,8 @@ def swap(
     rule, an nn.Embedding say, G is of all uses and H of the layers that have one.
 
     Raises ValueError, before anything changes, for a model with nothing to swap, for a name or
-    pattern that matches nothing, and for layers that share a weight under different rules.
+    pattern that matches nothing, and for layers that share a weight under different rules;
+    TypeError for a model, tau, types or exclude that are of another kind.
     """
     rule = Rule.of(rule)
     check_module(model)
@@ -103,14 +104,15 @@ def swap(
 def unswap(model: nn.Module) -> list[str]:
     """Turn every ghl layer of `model` back into its torch.nn base, in place; returns names.
 
-    A subclass of one, as a parametrization makes it, keeps its class and gets the rule `bp`. An
-    update in weight.grad, to which ordinary gradients must not be added, is dropped.
+    A subclass of one, as a parametrization makes it, keeps its class and gets the rule `bp`, and so
+    does a layer that was given a forward of its own, which may call our class's. An update in
+    weight.grad, to which ordinary gradients must not be added, is dropped.
     """
     check_module(model)
     plastic = [(n, m) for n, m in model.named_modules() if isinstance(m, Plastic)]
     for _, module in plastic:
         base = BASES.get(type(module))
-        if base is None:
+        if base is None or has_own_forward(module):
             module.rule = "bp"
         else:
             forget_rule(module)
@@ -204,7 +206,7 @@ def reason_to_skip(module: nn.Module, names: Sequence[str], exclude: Sequence[st
         return "is not initialized yet"
     if type(module) not in COUNTERPARTS and not isinstance(module, Plastic):
         return other_kind(module)
-    if type(module) in COUNTERPARTS and not vars(module).keys().isdisjoint(FORWARDS):
+    if type(module) in COUNTERPARTS and has_own_forward(module):
         return "has a forward of its own, which may compute differently"
     if weight is None:
         return "its weight is not a Parameter"
@@ -213,6 +215,10 @@ def reason_to_skip(module: nn.Module, names: Sequence[str], exclude: Sequence[st
     if not weight.requires_grad:
         return "its weight is frozen"
     return None
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    return not vars(module).keys().isdisjoint(FORWARDS)
 
 
 def of_functions(modules: Mapping[str, nn.Module], exclude: Sequence[str]) -> dict[str, str]:

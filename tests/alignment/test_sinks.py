@@ -99,6 +99,20 @@ def test_parquet_without_pyarrow(tmp_path, monkeypatch):
         sinks.Parquet(tmp_path)
 
 
+def test_all_sinks_are_closed_where_one_raises(tmp_path):
+    class Full(sinks.Table):
+        def close(self):
+            raise OSError("no space left on device")
+
+    streams = io.StringIO(), io.StringIO()
+    first, last = (sinks.Csv(tmp_path / name) for name in "ab")
+    with pytest.raises(OSError, match="no space"):
+        sinks.Sinks(first, Full(streams[0]), last).close()
+    for one in (first, last):
+        with pytest.raises(ValueError, match="closed file"):
+            one._layers.write("")
+
+
 def test_tensorboard_has_scalars_and_histograms(tmp_path, reports):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -52,6 +52,32 @@ def test_hooks_are_there_on_measured_steps_alone():
     assert not hooked(model) and not model[2]._forward_hooks
 
 
+@pytest.mark.parametrize("ended_by", ["the next step", "remove"])
+def test_what_an_interrupt_within_attention_leaves_behind(monkeypatch, ended_by):
+    """Torch calls no hook of a forward that a KeyboardInterrupt has ended."""
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with Monitor(model) as monitor:
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(nn.functional, "multi_head_attention_forward", interrupted)
+            run(model)
+        assert modes()
+        if ended_by == "remove":
+            monitor.remove()
+        else:
+            step(model, optimizer)
+            assert monitor.report()["2.in_proj"]["batch"]
+        assert not modes()
+
+
+def interrupted(*args, **kwargs):
+    raise KeyboardInterrupt
+
+
+def modes():
+    return torch.overrides._get_current_function_mode_stack()
+
+
 def test_layers_of_several_optimizers_have_theirs_apart():
     model = network()
     first, second = (torch.optim.SGD(m.parameters(), 0.1) for m in (model[0], model[3]))

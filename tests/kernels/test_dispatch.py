@@ -39,13 +39,14 @@ def some_library(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_native_runs_where_the_library_is_loaded(operator: str, some_library: None) -> None:
-    backend = ghl_kernels.backend(operator, torch.zeros(2, 2))
+    backend = ghl_kernels.backend(operator, torch.zeros(2, 2), problem())
     assert backend == Backend("native", "compiled kernels for cpu are loaded")
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_composed_runs_where_it_is_not_and_says_why(operator: str, no_library: str) -> None:
-    assert ghl_kernels.backend(operator, torch.zeros(2, 2)) == Backend("composed", no_library)
+    backend = ghl_kernels.backend(operator, torch.zeros(2, 2), problem())
+    assert backend == Backend("composed", no_library)
 
 
 def test_composed_serves_devices_without_kernels(some_library: None) -> None:
@@ -296,7 +297,7 @@ def test_unknown_names_are_errors() -> None:
     with pytest.raises(ValueError, match=r"operator is 'conv2d', must be one of logsumexp"):
         ghl_kernels.backend("conv2d", torch.zeros(1))
     with pytest.raises(ValueError, match="problem is None, must be the sizes of the layer"):
-        ghl_kernels.backend("conv2d_pair", on_gpu())
+        ghl_kernels.backend("conv2d_pair", torch.zeros(1))
 
 
 def test_force_nests_and_ends_with_an_exception(some_library: None) -> None:

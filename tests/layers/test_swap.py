@@ -275,6 +275,17 @@ def test_unswap_of_parametrized_layers():
     model[1](torch.ones(1, 1, 4, 4)).sum().backward()
 
 
+def test_unswap_of_a_layer_whose_forward_was_wrapped():
+    """As accelerate does; what it calls is our class's."""
+    model = nn.Sequential(nn.Linear(3, 2))
+    ghl.swap(model, types=nn.Linear)
+    before = model[0].forward
+    model[0].forward = lambda x: 2 * before(x)
+    assert ghl.unswap(model) == ["0"]
+    model(torch.ones(5, 3)).sum().backward()
+    assert model[0].weight.grad.eq(10).all()
+
+
 class Double(nn.Module):
     def forward(self, b):
         return 2 * b

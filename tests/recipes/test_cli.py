@@ -117,6 +117,49 @@ def test_resume_without_a_run_is_an_error(tmp_path, capsys):
     assert not (tmp_path / "typo").exists()
 
 
+@pytest.mark.parametrize("missing", ["numpy", "ghl_kernels.rule"])
+def test_a_package_that_is_not_installed_is_one_line(capsys, monkeypatch, missing):
+    """But for what is our own, which is a defect."""
+
+    def absent(args):
+        raise ModuleNotFoundError(f"No module named {missing!r}", name=missing)
+
+    monkeypatch.setattr("ghl.recipes.train.train", absent)
+    if missing == "numpy":
+        assert run("train") == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(
+            "ghl: error: No module named 'numpy': pip install 'ghl-kernels[train]'"
+        )
+    else:
+        with pytest.raises(ModuleNotFoundError):
+            run("train")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["tune", "deephebb_b65x"], "deephebb_b65x"),
+        (["tune", "--budget", "0"], "--budget is 0.0, must be above 0"),
+        (["tune", "--modes", "float16"], "--modes is 'float16', must be one of"),
+        (["tune", "--strategies", "cuda_sm91"], "--strategies is 'cuda_sm91', must be one of"),
+        (["layers", "--seconds", "-3", "--device", "cpu"], "--seconds is -3.0, must be above 0"),
+        (["layers", "--resume", "--device", "cpu"], "--resume: expected with --out FILE"),
+    ],
+)
+def test_bad_input_of_benchmarks_is_one_line(capsys, words, message):
+    """Told whether or not there is a GPU."""
+    assert run("bench", *words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("ghl: error: ") and message in line
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to tune for")
+def test_tuning_without_a_gpu(capsys):
+    assert run("bench", "tune") == 2
+    assert "tiles are tuned on a GPU" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(os.name != "posix", reason="of file systems of Unix")
 def test_a_directory_that_cannot_be_made_is_one_line(capsys):
     assert run("train", *SMALL, "--out", "/dev/null/x") == 2

@@ -285,6 +285,7 @@ def test_every_architecture_has_a_table(
         "[]",
         "{}",
         '{"measured": null}',
+        '{"measured": {}, "entries": []}',
         '{"measured": null, "entries": [{"kind": "conv"}]}',
         '{"measured": null, "entries": [{"tile": {"block_z": 1}}]}',
     ],

@@ -10,6 +10,7 @@ import importlib.util
 import io
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, TextIO
@@ -231,8 +232,9 @@ class Sinks:
             sink.add(report, step)
 
     def close(self) -> None:
-        for sink in self._sinks:
-            sink.close()
+        with ExitStack() as every:  # also where one raises, on a full disk say
+            for sink in reversed(self._sinks):
+                every.callback(sink.close)
 
     def __enter__(self) -> Sinks:
         return self

@@ -43,6 +43,18 @@ def check_modes(modes: Sequence[str] | None, known: tuple[str, ...]) -> None:
         check_choice("--modes", mode, known)
 
 
+def check_seconds(option: str, seconds: float) -> None:
+    """ValueError for a time in which nothing can be measured."""
+    if not seconds > 0:
+        raise ValueError(f"{option} is {seconds}, must be above 0")
+
+
+def check_workloads(workloads: Sequence[str]) -> None:
+    """ValueError for one that is not known, before anything is measured."""
+    for workload in workloads:
+        layers_of(workload)
+
+
 def wrong(rows: list[Row]) -> list[str]:
     """Refusals of ours for a wrong result; one that does not fit or compile is no error."""
     ours = [row for row in rows if row["implementation"] in OURS]
@@ -52,12 +64,12 @@ def wrong(rows: list[Row]) -> list[str]:
 def layers(args: argparse.Namespace) -> int:
     """Run `ghl bench layers`."""
     start = time.monotonic()
-    device = device_of(args.device)
     if args.resume and not args.out:
         raise ValueError("--resume: expected with --out FILE, the file to go on with")
     check_modes(args.modes, tuple(MODES))
-    for workload in args.workloads:
-        layers_of(workload)  # a wrong name is told before anything is measured
+    check_seconds("--seconds", args.seconds)
+    check_workloads(args.workloads)
+    device = device_of(args.device)
     torch.backends.cudnn.benchmark = True  # what a user who cares for speed sets
     result: dict[str, Any] = report.provenance(device)
     earlier = report.resumed(args.out, result) if args.resume else {}
@@ -118,16 +130,18 @@ def print_report(rows: list[Row], ceilings: clocks.Ceilings, unfinished: list[st
 
 def tune(args: argparse.Namespace) -> int:
     """Run `ghl bench tune`."""
-    device = device_of("cuda")
+    check_modes(args.modes, tuning.TUNED_MODES)
+    check_seconds("--budget", args.budget)
+    for strategy in args.strategies or ():
+        check_choice("--strategies", strategy, tiles.STRATEGIES)
+    check_workloads(args.workloads)
+    if not torch.cuda.is_available():
+        raise ValueError(f"tiles are tuned on a GPU, and torch {torch.__version__} finds none here")
+    device = torch.device("cuda")
     some = torch.empty(0, device=device)
     by_triton, by_cuda = (dispatch.unavailable(name, some, None) for name in ("triton", "cuda"))
     if by_triton and by_cuda:
         raise ValueError(f"there is nothing to tune: {by_triton}; {by_cuda}")
-    check_modes(args.modes, tuning.TUNED_MODES)
-    for strategy in args.strategies or ():
-        check_choice("--strategies", strategy, tiles.STRATEGIES)
-    for workload in args.workloads:
-        layers_of(workload)
     torch.backends.cudnn.benchmark = True
     with torch.no_grad():
         tuned, path = tuning.tune_gpu(
