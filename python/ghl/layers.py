@@ -84,7 +84,6 @@ class Plastic(nn.Module):
     weight: Any  # the base class declares it
     _rule: Rule
     _sums: RawSums | None = None
-    _summed: Tensor | None = None  # the weight that _sums are of
 
     @property
     def rule(self) -> Rule:
@@ -123,8 +122,7 @@ class Plastic(nn.Module):
     def _attach(self) -> None:
         """Make or share the sums of the present weight, if it will have an update."""
         weight, sums = self.weight, self._sums
-        known = sums if self._summed is weight else None
-        if known is not None and known.serves(weight, self._rule):
+        if sums is not None and sums.is_of(weight) and sums.serves(weight, self._rule):
             return  # what they hold is not lost
         self._detach()
         self._attach_beside()
@@ -151,13 +149,13 @@ class Plastic(nn.Module):
                 "parametrization, DataParallel or functional_call), must be a leaf: its update "
                 "is made where its gradient is accumulated; use ghl.unswap or rule='bp' here"
             )
-        sums = RawSums.of(weight, self._rule, self)
-        self.__dict__.update(_sums=sums, _summed=weight)
+        self.__dict__["_sums"] = RawSums.of(weight, self._rule, self)
 
     def _detach(self) -> None:
-        """Sums of the present weight and of the one before, if functional_call had another."""
+        """Let go of the sums of the present weight, and of the one before, if functional_call had
+        another."""
         found = {self._sums, RawSums.present(self.weight)}
-        self.__dict__.update(_sums=None, _summed=None)
+        self.__dict__["_sums"] = None
         for sums in found:
             if sums is not None:
                 sums.layers.discard(self)
@@ -194,7 +192,7 @@ class Plastic(nn.Module):
         if not (own and self._learns) or self._rule.gate == "sign_only":
             return weight
         with temporarily_clear_interpreter_stack():
-            if self._sums is None or weight is not self._summed:
+            if self._sums is None or not self._sums.is_of(weight):
                 self._attach_beside()
             used = weight.view_as(weight)
             if self._sums is not None and used.requires_grad:
@@ -202,7 +200,7 @@ class Plastic(nn.Module):
         return used
 
     def _are_of_weight(self, sums: RawSums) -> bool:
-        return sums.sharded or (sums.fits(self.weight) and self._summed is self.weight)
+        return sums.sharded or (sums.fits(self.weight) and sums.is_of(self.weight))
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self._let_go_of_exchanged()
@@ -246,7 +244,7 @@ class Plastic(nn.Module):
             self._attach()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_sums", "_summed")}
+        return {k: v for k, v in self.__dict__.items() if k != "_sums"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

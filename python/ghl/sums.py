@@ -170,6 +170,9 @@ class RawSums:
             and self.fits(weight)
         )
 
+    def is_of(self, weight: Tensor) -> bool:
+        return self._weight() is weight
+
     def fits(self, weight: Tensor) -> bool:
         """Whether they are as those of the weight would be: `weight.data = ...` may change it."""
         leaf = self.hebbian

@@ -126,7 +126,7 @@ def forget_rule(layer: Any) -> None:
     layer._drop_update()
     if weight is not None and RawSums.present(weight) is None:
         RawSums.forget(weight)
-    for attribute in ("_rule", "_sums", "_summed", "_swapped_as"):
+    for attribute in ("_rule", "_sums", "_swapped_as"):
         layer.__dict__.pop(attribute, None)
 
 
