@@ -69,7 +69,7 @@ _noted: list[Backend] = []  # what tapes that are played without Python took
 _here = threading.local()  # the same of this thread: autograd has one for every device
 _warned: set[str] = set()
 _settled: dict[tuple[Any, ...], Backend] = {}
-_unsettled = 0  # times
+_unsettled = 0  # how many times `unsettle` was called: part of every key
 
 
 def unsettle() -> None:

@@ -96,6 +96,8 @@ def check_pair_rule(competition: str, tau: float, totals: str) -> None:
 
 
 def logsumexp(y: Tensor, tau: float, dim: int) -> Tensor:
+    """log Σ exp(y/tau) over dimension `dim`, which the result lacks, in float32 (float64 of that):
+    what the softmax u = exp(y/tau − lse) of a competition needs. Has a derivative."""
     checks.check_logsumexp(y, dim)
     check_rule(tau=tau)
     return dispatch.implementation("logsumexp", y).logsumexp(y, tau, dim)
@@ -126,6 +128,15 @@ def problem_of_conv2d(
 def linear_pair(
     x: Tensor, y: Tensor, g: Tensor, w: Tensor, competition: str, tau: float, totals: str = "sums"
 ) -> Triple:
+    """G = gᵀx and H0 = uᵀx of a linear layer (arXiv 2601.21367, section 3), u as in
+    `reference.compete`.
+
+    x (M, C), y and g (M, K), rows of the layer's input, output and the output's gradient, of one
+    dtype; w (K, C). Returns G and H0, of the weight's shape and memory order, and totals (K + 1):
+    for "sums" the K sums of u over rows, and M; for "rows" M behind K numbers that mean nothing;
+    for "none" an empty tensor. All are float32, or float64 of float64. Raises ValueError or
+    TypeError naming the argument.
+    """
     problem = problem_of_linear(x, y, g, w, competition, tau, totals)
     return dispatch.implementation("linear_pair", x, problem).pair(problem, x, y, g, w, tau)
 
@@ -143,6 +154,11 @@ def conv2d_pair(
     tau: float,
     totals: str = "sums",
 ) -> Triple:
+    """`linear_pair` of a convolution: a row is an output position, its input the patch under the
+    kernel, and all K channels of a position compete.
+
+    x (N, C, H, W), zero-padded by `padding`, y and g (N, K, Ho, Wo), w (K, C/groups, kh, kw).
+    """
     geometry = stride, padding, dilation, groups
     problem = problem_of_conv2d((x, y, g, w), geometry, competition, tau, totals)
     return dispatch.implementation("conv2d_pair", x, problem).pair(problem, x, y, g, w, tau)
@@ -158,6 +174,14 @@ def merge(
     normalize: str,
     used_as: torch.dtype | None = None,
 ) -> Triple:
+    """The update, as `reference.merge` has it, from the sums of a pair or of many, and statistics.
+
+    G like w (K, ...); H0 like w, or rows (K, -1) in the order of its memory; totals (K + 1) as
+    pairs make them, of which only `instar` reads the sums of u and `mean` the number of rows; w of
+    any float dtype, rounded to `used_as` first. Returns the update, like w and of G's dtype;
+    neurons (3, K): ⟨G, H⟩, ‖G‖² and ‖H‖² of each neuron's weights, H before its normalisation;
+    layer (3): the same of all.
+    """
     checks.check_merge(G, H0, totals, w, used_as)
     check_rule(decay=decay, gate=gate, normalize=normalize)
     implementation = dispatch.implementation("merge", G)
@@ -175,6 +199,7 @@ def foreach_merge(
     normalize: str,
     used_as: torch.dtype | None = None,
 ) -> Triples:
+    """`merge` of many layers under one rule, in a launch or two: lists of its results."""
     checks.check_foreach_merge(G, H0, totals, w, used_as)
     check_rule(decay=decay, gate=gate, normalize=normalize)
     implementation = dispatch.implementation("foreach_merge", G[0])
@@ -204,6 +229,7 @@ def linear_update(
     gate: str,
     normalize: str,
 ) -> Triple:
+    """`linear_pair` and `merge` in one: the update, in the dtype of w, neurons and layer."""
     problem = problem_of_linear(x, y, g, w, competition, tau, totals_for(decay))
     check_rule(decay=decay, gate=gate, normalize=normalize)
     implementation = dispatch.implementation("linear_update", x, problem)
@@ -225,6 +251,7 @@ def conv2d_update(
     gate: str,
     normalize: str,
 ) -> Triple:
+    """`conv2d_pair` and `merge` in one: the update, in the dtype of w, neurons and layer."""
     geometry = stride, padding, dilation, groups
     problem = problem_of_conv2d((x, y, g, w), geometry, competition, tau, totals_for(decay))
     check_rule(decay=decay, gate=gate, normalize=normalize)
@@ -242,6 +269,7 @@ def fake_pair(x: Tensor, y: Tensor, g: Tensor, w: Tensor, *rest: object) -> Trip
     checks.check_device(x, y=y, g=g, w=w)
     dtype = sum_dtype(x.dtype)
     G, H0 = torch.empty_like(w, dtype=dtype), torch.empty_like(w, dtype=dtype)
+    # the last of all arguments, `totals`, or another where the dispatcher left out its default
     return G, H0, w.new_empty(0 if rest[-1] == "none" else w.shape[0] + 1, dtype=dtype)
 
 

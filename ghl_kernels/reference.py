@@ -95,13 +95,13 @@ def padded(
         sides = [(t // 2, t - t // 2) for t in total]
     else:
         assert not isinstance(padding, str), f"padding is {padding!r}"
-        sides = [(p, p) for p in pair(padding)]
+        sides = [(p, p) for p in height_width(padding)]
     (top, bottom), (left, right) = sides
     mode = "constant" if padding_mode == "zeros" else padding_mode
     return F.pad(x, (left, right, top, bottom), mode=mode)
 
 
-def pair(value: int | tuple[int, int]) -> tuple[int, int]:
+def height_width(value: int | tuple[int, int]) -> tuple[int, int]:
     """An int for both dimensions, or a pair as it is."""
     return (value, value) if isinstance(value, int) else (value[0], value[1])
 
@@ -123,7 +123,7 @@ def conv2d_update(
     A row is an output position, its presynaptic input the patch under the kernel. All K channels
     of a position compete; each group's channels correlate with that group's inputs.
     """
-    rule, stride, dilation = Rule.of(rule), pair(stride), pair(dilation)
+    rule, stride, dilation = Rule.of(rule), height_width(stride), height_width(dilation)
     kernel_size = (w.shape[2], w.shape[3])
     x = padded(x, kernel_size, padding, dilation, padding_mode)
     u = compete(y, rule)

@@ -80,6 +80,16 @@ class Rule:
         """A Rule as it is, or the preset of that name."""
         return rule if isinstance(rule, Rule) else cls.preset(rule)
 
+    @property
+    def makes_update(self) -> bool:
+        """Whether what reaches `weight.grad` is another thing than the gradient."""
+        return self.gate != "gradient"
+
+    @property
+    def needs_hebbian(self) -> bool:
+        """Whether the update is made of more than the gradient."""
+        return self.gate not in ("gradient", "sign_only")
+
     def replace(self, **changes: str | float) -> Rule:
         """The same rule with some choices changed, validated anew."""
         return dataclasses.replace(self, **changes)  # type: ignore[arg-type]

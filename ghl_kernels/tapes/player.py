@@ -73,7 +73,7 @@ def serve(name: str, operator: str, device: str, multiplies: bool) -> Any:
 
 
 def forgotten() -> int:
-    """How often all was."""
+    """How many times all tapes have been forgotten."""
     by = module()
     return 0 if by is None else by.forgotten()
 

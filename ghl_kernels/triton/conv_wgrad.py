@@ -23,8 +23,8 @@ from ghl_kernels.problem import dot_precision
 from ghl_kernels.splits import Partials
 from ghl_kernels.triton.competition import exponent_scale, u_of_tile
 from ghl_kernels.triton.launch import launch
+from ghl_kernels.triton.loads import in_units, without_spills
 from ghl_kernels.triton.logsumexp import Statistics, statistics
-from ghl_kernels.triton.split_k import in_units, without_spills
 from ghl_kernels.tuning.tiles import programs
 
 
@@ -213,7 +213,7 @@ def conv_wgrad(task: Task, partials: Partials) -> None:
     unit = 1 if tile.packed else in_units(x)
     tile = without_spills(tile, problem, y, g, *([] if tile.packed or unit > 1 else [x]))
     in_tile = problem.groups == 1 and problem.neurons <= tile.block_k
-    row_statistics = Statistics(*partials.sums)
+    row_statistics = Statistics(*partials.sums)  # any pointers, where nobody reads them
     if competition != "linear" and not in_tile:
         row_statistics = statistics(y, competition, tau)
     in_group = programs(problem, tile) // problem.groups

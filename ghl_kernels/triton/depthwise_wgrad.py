@@ -88,7 +88,7 @@ def depthwise_wgrad(task: Task, partials: Partials) -> None:
     """Fill `partials` from images x (N, channels, H, W), matrices y and g (M, K); tile.block_c
     taps."""
     problem, tile, x, y, g, competition, tau, _ = task
-    row_statistics = Statistics(*partials.sums)
+    row_statistics = Statistics(*partials.sums)  # any pointers, where nobody reads them
     if competition != "linear":
         row_statistics = statistics(y, competition, tau)
     launch(

@@ -24,8 +24,8 @@ from ghl_kernels.problem import dot_precision
 from ghl_kernels.splits import Partials
 from ghl_kernels.triton.competition import exponent_scale, u_of_tile
 from ghl_kernels.triton.launch import launch
+from ghl_kernels.triton.loads import without_spills
 from ghl_kernels.triton.logsumexp import Statistics, statistics
-from ghl_kernels.triton.split_k import without_spills
 from ghl_kernels.tuning.tiles import programs
 
 
@@ -111,7 +111,7 @@ def linear_wgrad(task: Task, partials: Partials) -> None:
     if not descriptors:
         tile = without_spills(tile, problem, *sources)
     in_tile = problem.neurons <= tile.block_k
-    row_statistics = Statistics(*partials.sums)
+    row_statistics = Statistics(*partials.sums)  # any pointers, where nobody reads them
     if competition != "linear" and not in_tile:
         row_statistics = statistics(y, competition, tau)
     if descriptors:

@@ -2,8 +2,9 @@
 
 Cost: reads G, H0 and w (K × columns each) twice, the second time from L2 where they fit, and
 writes the update once; two launches. The first finds each neuron's decay, <G, H>, ||G||², ||H||²
-and max|H|, the second the update. For: any K and columns; a tile is
-several neurons where their weights are few. Sums are in a fixed order.
+and max|H|, the second the update; of what the first reads for Oja's decay, H0 and w come once more
+from L1 or L2 for H. For: any K and columns; a tile is several neurons where their weights are few.
+Sums are in a fixed order.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ def is_transformed(x: Tensor) -> bool:
     return isinstance(x, torch.fx.Proxy) or torch.jit.is_tracing()
 
 
-def pair(given: Any) -> tuple[int, int]:
+def height_width(given: Any) -> tuple[int, int]:
     """A stride, padding or dilation as nn.Conv2d takes it, also if it was set after it was made."""
     numbers = (given,) if isinstance(given, int) else tuple(given)
     return numbers[0], numbers[-1]
@@ -52,10 +52,10 @@ def padded(module: nn.Conv2d, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
     if module.padding == "valid":
         return x, (0, 0)
     if module.padding != "same":
-        return x, pair(module.padding)
-    if pair(module.stride) != (1, 1):
+        return x, height_width(module.padding)
+    if height_width(module.stride) != (1, 1):
         raise ValueError(f"stride is {module.stride}, must be 1 with padding='same'")
-    taps = zip(pair(module.dilation), module.kernel_size, strict=True)
+    taps = zip(height_width(module.dilation), module.kernel_size, strict=True)
     height, width = (distance * (size - 1) for distance, size in taps)
     top, left = height // 2, width // 2
     if height % 2 or width % 2:
@@ -107,7 +107,7 @@ class Plastic(nn.Module):
                 self._rule = former
                 self._attach()
             raise
-        if former is not None and self._rule.gate == "gradient":
+        if former is not None and not self._rule.makes_update:
             self._drop_update()
 
     def _drop_update(self) -> None:
@@ -130,7 +130,7 @@ class Plastic(nn.Module):
     @property
     def _learns(self) -> bool:
         """Whether the present weight will have an update."""
-        if self._rule.gate == "gradient":  # asked first: a parametrized weight is computed
+        if not self._rule.makes_update:  # asked first: a parametrized weight is computed
             return False
         weight = self.weight
         return bool(weight.requires_grad and weight.numel() > 0)
@@ -173,7 +173,7 @@ class Plastic(nn.Module):
             check_whole(self)
             self._attach_beside()
             sums = self._sums
-        if self._rule.gate == "sign_only":
+        if not self._rule.needs_hebbian:
             return None
         if x.is_nested or x.layout != torch.strided:
             what = "a nested tensor" if x.is_nested else x.layout
@@ -189,7 +189,7 @@ class Plastic(nn.Module):
         if not torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling():
             return weight
         own = isinstance(weight, nn.Parameter) and weight is self.weight  # not a computed one
-        if not (own and self._learns) or self._rule.gate == "sign_only":
+        if not (own and self._learns and self._rule.needs_hebbian):
             return weight
         with temporarily_clear_interpreter_stack():
             if self._sums is None or not self._sums.is_of(weight):
@@ -313,6 +313,6 @@ class Conv2d(Plastic, nn.Conv2d):
         if sums is None or weight is not self.weight or input.dim() not in (3, 4):
             return nn.Conv2d._conv_forward(self, input, self._used_plainly(weight), bias)
         x, padding = padded(self, input if input.dim() == 4 else input[None])
-        stride, dilation = pair(self.stride), pair(self.dilation)
+        stride, dilation = height_width(self.stride), height_width(self.dilation)
         y = functional.conv2d(x, weight, bias, stride, padding, dilation, self.groups, sums)
         return y if input.dim() == 4 else y[0]

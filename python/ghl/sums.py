@@ -87,7 +87,10 @@ class RawSums:
 
     hebbian (out_channels, rest) and totals (out_channels + 1) are leaves whose gradients are H0,
     in the memory order of the weight, and the sums of u with the number of rows; totals is None
-    where these sums do without.
+    where these sums do without. With hebbian goes what a forward and its backward must tell these
+    sums, which they may not know: `_ghl_weight`, a weak reference to the weight, and of the latest
+    eager backward that made a pair `_ghl_paired`, its autograd task, `_ghl_dtype`, that of its
+    forward, and `_ghl_around`, the task that forward was recomputed in, or -1.
     compute_dtype, channels_last: the dtype and memory order in which the latest forward used the
     weight.
     """
@@ -188,8 +191,8 @@ class RawSums:
         return False
 
     def dtype_of_pair(self) -> torch.dtype:
-        """In which the forward used the weight whose sums arrive: told by an eager one's backward,
-        by a compiled one itself."""
+        """In which the forward used the weight whose sums arrive: the backward of an eager one has
+        left it with the leaf (`functional.note_pair`); of a compiled one the latest is taken."""
         task = torch._C._current_graph_task_id()
         if getattr(self.hebbian, "_ghl_paired", -1) == task != -1:
             return getattr(self.hebbian, "_ghl_dtype", self.compute_dtype)
@@ -226,9 +229,10 @@ class ImmediateSums(RawSums):
             self._no_totals, self.totals = torch.zeros_like(self.totals), None
         leaves = {"H0": self.hebbian, "totals": self.totals}
         leaves = {name: leaf for name, leaf in leaves.items() if leaf is not None}
-        self._awaited = {"G"} if rule.gate == "sign_only" else {"G", *leaves}
-        self._before: Tensor | None = None  # whether weight.grad was in the way of a backward
-        # an update; or numbers of before, which zero_grad has not taken away since
+        self._awaited = {"G", *leaves} if rule.needs_hebbian else {"G"}
+        # on the device: whether weight.grad had numbers when this backward began
+        self._before: Tensor | None = None
+        # whether weight.grad may hold an update, or what was there before these sums
         self._handed_out = weight.grad is not None
         self._added = NO_TASK  # the backward in which a gradient is: hooks come after none, too
         self._versions = 0, 0  # of G and the weight, where G has come before H0
@@ -375,7 +379,7 @@ class ImmediateSums(RawSums):
     def _merge(self, weight: Tensor, sums: dict[str, Tensor]) -> Tensor:
         """The update, which no graph has part in. weight: detached."""
         rule, G = self.rule, sums["G"]
-        if rule.gate == "sign_only":
+        if not rule.needs_hebbian:
             update = sign(G.detach())
         else:
             totals = self._no_totals if self.totals is None else sums["totals"]

@@ -173,7 +173,7 @@ def check_shared(modules: Mapping[str, nn.Module], swapped: Mapping[str, Rule]) 
     for name, module in modules.items():
         rule = swapped.get(name) or (module.rule if isinstance(module, Plastic) else None)
         weight = module._parameters.get("weight")
-        if rule is None or rule.gate == "gradient" or weight is None:
+        if rule is None or not rule.makes_update or weight is None:
             continue
         other, other_rule = first.setdefault(id(weight), (name, rule))
         if other_rule != rule:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -352,4 +353,5 @@ def test_without_a_gpu_one_line_says_so(
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert ghl(words) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("ghl: error: --device is 'cuda', but torch")
+    assert line.startswith("ghl: error: ")
+    assert re.search("--device is 'cuda', but torch .* no GPU|tuned on a GPU, .* none here", line)

@@ -93,7 +93,7 @@ def test_geometry_changed_after_construction(changes):
     ghl.swap(swapped)
     assert torch.equal(swapped(image(3, 4)), plain(image(3, 4)))
     loss_of(image(3, 4))(swapped).backward()
-    pairs = {n: v if isinstance(v, str) else ghl.layers.pair(v) for n, v in changes.items()}
+    pairs = {n: v if isinstance(v, str) else ghl.layers.height_width(v) for n, v in changes.items()}
     vars(plain[0]).update(pairs)  # as the reference takes them
     model = assert_like_reference(plain, loss_of(image(3, 4)))
     assert torch.equal(swapped[0].weight.grad, model[0].weight.grad)

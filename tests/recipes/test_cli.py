@@ -154,12 +154,6 @@ def test_bad_input_of_benchmarks_is_one_line(capsys, words, message):
     assert line.startswith("ghl: error: ") and message in line
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to tune for")
-def test_tuning_without_a_gpu(capsys):
-    assert run("bench", "tune") == 2
-    assert "tiles are tuned on a GPU" in capsys.readouterr().err
-
-
 @pytest.mark.skipif(os.name != "posix", reason="of file systems of Unix")
 def test_a_directory_that_cannot_be_made_is_one_line(capsys):
     assert run("train", *SMALL, "--out", "/dev/null/x") == 2

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ghl.alignment.sums import Geometry, Use
-from ghl.layers import padded, pair
+from ghl.layers import height_width, padded
 
 
 def use_of(module: nn.Module, x: Tensor, y: Tensor, weight: Tensor) -> Use:
@@ -24,7 +24,8 @@ def use_of(module: nn.Module, x: Tensor, y: Tensor, weight: Tensor) -> Use:
     assert isinstance(module, nn.Conv2d)
     with torch.no_grad():
         x, padding = padded(module, x)
-    place = Geometry(pair(module.stride), padding, pair(module.dilation), module.groups)
+    stride, dilation = height_width(module.stride), height_width(module.dilation)
+    place = Geometry(stride, padding, dilation, module.groups)
 
     def again(x: Tensor) -> Tensor:
         b = None if bias is None else bias.to(x.dtype)

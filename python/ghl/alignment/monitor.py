@@ -11,7 +11,6 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -179,12 +178,7 @@ class Monitor:
     def __enter__(self) -> Monitor:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         self.remove()
 
     @property
@@ -215,11 +209,14 @@ class Monitor:
     def report(self) -> dict[str, dict[str, Any]]:
         """The last measured step, by name of the layer; waits for the device.
 
-        Each layer has `batch`, `sample`, `update` (of W after − W before the optimizer's step):
-        {cosine, inner, neurons: (K) cosines}; `weight_norm`, `hebbian_share`,
-        `anti_hebbian_share`, `sign_flips` (the share of entries of weight.grad that changed their
-        sign since the step before), `step`; None where there is nothing to say, with the reason in
-        `gaps`: {name of the part, or `layer`: reason}.
+        Of each layer, after arXiv 2505.18069: `batch`, of the sums S and B over rows of the signal
+        −∂ℓ/∂W and of the Hebbian direction h_b h_aᵀ; `sample`, of the mean of ⟨S, B⟩ of rows;
+        `update`, of B and W after − W before the optimizer's step. Each is {cosine, inner (sums
+        over rows divided by their number), neurons: (K) cosines on the CPU, NaN where there is
+        none}. Beside them `weight_norm`; `hebbian_share` and `anti_hebbian_share`, of the neurons
+        of `batch`, without it of `sample`; `sign_flips` (the share of entries of weight.grad that
+        changed their sign since the step before); `step`. What is not there is None, with the
+        reason in `gaps`: {name of the part, or `layer`: reason}.
         """
         alone = not self._is_distributed()
         reported = {track: track.reported(self.every, alone) for track in self._tracks}

@@ -34,8 +34,11 @@ def after_any(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
 
 
 def steps_around() -> int:
-    """How many optimizers' steps the one that calls its hooks is within."""
-    found = -1
+    """How many optimizers' steps the one that calls its hooks is within.
+
+    Of a step that calls hooks there is one frame, of `profile_hook_step`'s wrapper in torch.optim.
+    """
+    found = -1  # its own
     frame: FrameType | None = sys._getframe()
     while frame is not None:
         code = frame.f_code

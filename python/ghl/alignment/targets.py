@@ -37,10 +37,10 @@ class Target:
     @property
     def ruled(self) -> bool:
         """Whether `weight.grad` holds the update of a rule instead of the gradient."""
-        return isinstance(self.module, Plastic) and self.module.rule.gate != "gradient"
+        return isinstance(self.module, Plastic) and self.module.rule.makes_update
 
     def swapped_since(self) -> bool:
-        """Whether a layer has changed its class, or its weight, since the Monitor was attached."""
+        """Whether a layer has changed its class since the Monitor was attached."""
         return any(type(module) is not kind for module, kind in self.classes.items())
 
 

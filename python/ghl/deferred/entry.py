@@ -106,7 +106,7 @@ def weights_of(
     trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
     found: dict[int, tuple[str, nn.Parameter]] = {}
     for name, module in model.named_modules():
-        ruled = isinstance(module, Plastic) and module.rule.gate != "gradient"
+        ruled = isinstance(module, Plastic) and module.rule.makes_update
         if ruled and id(module.weight) in trained:
             found.setdefault(id(module.weight), (name, module.weight))
     replaced = {handle_of(weight) for _, weight in found.values() if weight.requires_grad}

@@ -119,6 +119,13 @@ class Taken(NamedTuple):
 class HeldSums(RawSums):
     """Adds up in the gradients of the two leaves, over backwards, as autograd does in the weight's.
 
+    What is held goes by what weight.grad is as a backward begins:
+        None                                      dropped
+        an update, zeroed in place                dropped; it is an ordinary gradient again
+        an update, not zeroed                     dropped, and the step refuses what is added
+        the gradient that the last one left       kept
+        another, or changed in place              kept, unless it is all zeros
+
     begin is called with these sums before the first of a backward's gradients is added.
     """
 
@@ -194,7 +201,7 @@ class HeldSums(RawSums):
     def check(self, weight: Tensor) -> None:
         """Raise, and keep all, where the sums are not those of the gradient that is held."""
         reason = self._reason(weight)
-        matters = reason is ADDED or self.rule.gate != "sign_only"
+        matters = reason is ADDED or self.rule.needs_hebbian
         if reason is not None and matters and is_owed(weight):
             raise RuntimeError(f"{reason} (layer {described(weight)})")
         if self._captured and not capturing():

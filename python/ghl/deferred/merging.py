@@ -48,14 +48,9 @@ class Layer:
         return cls(weight, sums.rule, sums.sharded, leaves, *taken)
 
     @property
-    def has_sums(self) -> bool:
-        """Whether the rule needs more than G."""
-        return self.rule.gate != "sign_only"
-
-    @property
     def has_largest_elsewhere(self) -> bool:
         """Whether max|H|, which the update is divided by, is that of all ranks' parts."""
-        return self.sharded and self.has_sums and self.rule.normalize == "absmax"
+        return self.sharded and self.rule.needs_hebbian and self.rule.normalize == "absmax"
 
     @property
     def is_due(self) -> bool:
@@ -111,7 +106,7 @@ def add_up(layers: Sequence[Layer], group: Any, wire: torch.dtype | None) -> Non
 
     FSDP's have been summed in backward. Raises RuntimeError where no rank had sums beside a G.
     """
-    whole = [layer for layer in layers if layer.has_sums and not layer.sharded]
+    whole = [layer for layer in layers if layer.rule.needs_hebbian and not layer.sharded]
     if whole and ranks.size(group) > 1:
         H0 = [torch.zeros_like(x.leaves[0]) if x.H0 is None else x.H0 for x in whole]
         totals = [torch.zeros_like(x.leaves[1]) if x.totals is None else x.totals for x in whole]
@@ -124,7 +119,7 @@ def add_up(layers: Sequence[Layer], group: Any, wire: torch.dtype | None) -> Non
         totals, sent = beside[: len(whole)], beside[len(whole) :]
         for layer, *sums in zip(whole, H0, totals, sent, strict=True):
             layer.H0, layer.totals, layer.sent = sums
-    due = [layer for layer in layers if layer.is_due and layer.has_sums]
+    due = [layer for layer in layers if layer.is_due and layer.rule.needs_hebbian]
     check_rows([layer for layer in due if layer.lacking])
     learn_dtypes([layer for layer in due if layer.used_in is None])
 
@@ -177,7 +172,7 @@ def kind_of_merge(layer: Layer) -> tuple[Any, ...]:
 def merged(layers: Sequence[Layer], rule: Rule, dtype: torch.dtype | None = None) -> list[Tensor]:
     """What the merge gives for each layer under the decay, gate and normalisation of `rule`;
     forwards have used all of them in one dtype."""
-    if rule.gate == "sign_only":
+    if not rule.needs_hebbian:
         return [sign(layer.G) for layer in layers]
     return torch.ops.ghl_kernels.foreach_merge_no_grad(
         [layer.G.to(dtype or layer.G.dtype) for layer in layers],

@@ -46,12 +46,12 @@ class ShardedSums(HeldSums):
         """And look at an update to which FSDP may add what no hook tells of, where no H0 comes."""
         super().follow(weight)
         grad = weight.grad
-        if self.rule.gate == "sign_only":
+        if not self.rule.needs_hebbian:
             update = grad if grad is not None and is_update(grad) else None
             self._leftover = None if update is None else local(update).any()
 
     def _accumulated(self, weight: Tensor) -> None:
-        grad, has_sums = weight.grad, self.rule.gate != "sign_only"
+        grad, has_sums = weight.grad, self.rule.needs_hebbian
         if not has_sums and grad is not None and is_update(grad):
             unmark_update(grad)
             if self._leftover is not None and not has_nothing(self._leftover):
@@ -97,7 +97,7 @@ class ShardedSums(HeldSums):
         super().check(weight)
         rows = None if self._held is None else self._held[1][:, 1]
         bare = rows is None or (self._lacking and not rows.any())
-        if bare and self.rule.gate != "sign_only" and is_owed(weight):
+        if bare and self.rule.needs_hebbian and is_owed(weight):
             raise RuntimeError(without_sums([weight]))
 
     def drop(self) -> None:

@@ -150,7 +150,7 @@ class Synchronizer:
         ids = self._ids()
         for layer in self._layers:
             weight, rule = layer._parameters.get("weight"), getattr(layer, "_rule", None)
-            if weight is not None and id(weight) in ids and rule and rule.gate != "gradient":
+            if weight is not None and id(weight) in ids and rule and rule.makes_update:
                 yield layer, weight
 
     def _attach(self) -> None:

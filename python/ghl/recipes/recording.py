@@ -76,7 +76,7 @@ def unscaled(
     found = {}
     for name, measured in report.items():
         layer = modules.get(name)
-        ruled = isinstance(layer, Plastic) and layer.rule.gate != "gradient"
+        ruled = isinstance(layer, Plastic) and layer.rule.makes_update
         found[name] = dict(measured)
         for part in () if ruled else ("batch", "sample"):
             if numbers := measured[part]:
