@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ghl
 
@@ -217,6 +218,31 @@ def test_no_images_give_a_zero_update(options):
     layer = ghl.Conv2d(4, 6, **{"kernel_size": 3, **options})
     layer(torch.zeros(0, 4, 7, 8)).sum().backward()
     assert torch.equal(layer.weight.grad, torch.zeros_like(layer.weight))
+
+
+class Convolutions(TorchDispatchMode):
+    """Which gradients PyTorch's own operators made, asked for or not."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.convolution_backward.default:
+            self.made.append([gradient is not None for gradient in result])
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_weight_gradient_is_made_once(bias, dtype):
+    """oneDNN makes it with that of a bias."""
+    layer = ghl.Conv2d(16, 32, 3, bias=bias, dtype=dtype)
+    y = layer(torch.randn(4, 16, 9, 9, dtype=dtype, requires_grad=True))
+    with Convolutions() as convolutions:
+        y.sum().backward()
+    assert convolutions.made == [[True, False, False]]
 
 
 def test_is_a_conv2d_with_its_arguments():
