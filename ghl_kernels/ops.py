@@ -23,9 +23,9 @@ from ghl_kernels.registration import (
     on_their_device,
     without_derivative,
 )
+from ghl_kernels.replay import replayed
 from ghl_kernels.rule import CHOICES, check_choice, check_tau, totals_for
 from ghl_kernels.tapes import player
-from ghl_kernels.tapes.replay import replayed
 
 Tensors = Sequence[Tensor]
 Geometry = tuple[Sequence[int], Sequence[int], Sequence[int], int]  # stride to groups

@@ -1,4 +1,4 @@
-// Calls of an operator like earlier ones, played from tapes: what ghl_kernels/tapes/replay.py does,
+// Calls of an operator like earlier ones, played from tapes: what ghl_kernels/replay.py does,
 // where not even a dictionary of Python's is asked. Python records, and hands its tapes over.
 //
 // Knows PyTorch by more than its stable interface, whose calls lose what an error says: it is built
@@ -37,7 +37,7 @@ void append_all(std::string& kind, c10::ArrayRef<int64_t> values) {
   kind.append(reinterpret_cast<const char*>(values.data()), values.size() * sizeof(int64_t));
 }
 
-// All that a call depends on of a tensor, as `lie` of ghl_kernels/tapes/replay.py; false if that is
+// All that a call depends on of a tensor, as `lie` of ghl_kernels/replay.py; false if that is
 // more.
 bool append_tensor(std::string& kind, const at::Tensor& t) {
   if (!t.defined() || t.layout() != at::kStrided) return false;

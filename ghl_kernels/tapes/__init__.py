@@ -1,5 +1,6 @@
-"""Calls like earlier ones: what those did is written on a tape, and played for other tensors.
+"""What a call did, written on a tape and played for other tensors; `ghl_kernels.replay` says for
+which.
 
-`replay` says which calls are alike, `recorder` writes, `tape` plays in Python, and `player` hands
-tapes to csrc/replay, which plays them without; `launches` launches Triton's kernels without Triton.
+`recorder` writes, `tape` plays in Python, and `player` hands tapes to csrc/replay, which plays them
+without; `launches` launches Triton's kernels without Triton.
 """

@@ -1,7 +1,7 @@
 """Tapes played by csrc/replay, without Python: where it was built for this torch and this Python.
 
 Operators for callers with gradients off look there for a tape of calls like theirs, and call the
-operator of Python's where there is none, which records, and hands tapes over (`replay.py`).
+operator of Python's where there is none, which records, and hands tapes over: `ghl_kernels.replay`.
 Whether products of float32 may be in TF32 only Python knows: those it plays itself.
 """
 

@@ -25,8 +25,8 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.driver import CudaDriver, CudaLauncher, CudaUtils
 from triton.runtime.driver import driver
 
-from ghl_kernels import dispatch
-from ghl_kernels.tapes import launches, player, replay, tape
+from ghl_kernels import dispatch, replay
+from ghl_kernels.tapes import launches, player, tape
 from ghl_kernels.tapes.launches import ADDRESS, Address, Described, Kernel, TensorMap
 from ghl_kernels.tapes.recorder import record
 from ghl_kernels.tuning.tiles import Tile

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 import ghl
 import ghl_kernels
-from ghl_kernels import Rule, dispatch, ops
-from ghl_kernels.tapes import player, replay
+from ghl_kernels import Rule, dispatch, ops, replay
+from ghl_kernels.tapes import player
 
 pytestmark = pytest.mark.skipif(player.module() is None, reason="csrc/replay is not built for this")
 

@@ -18,8 +18,7 @@ pytest.importorskip("triton")
 
 from small_tiles import COMPILED, MANY_SPLITS, Form
 
-from ghl_kernels import splits
-from ghl_kernels.tapes import replay
+from ghl_kernels import replay, splits
 from ghl_kernels.tuning import tiles
 
 

@@ -15,8 +15,8 @@ from test_tape import LAYERS, half, layers
 from torch import Tensor
 
 import ghl_kernels
-from ghl_kernels import Backend, Rule, dispatch
-from ghl_kernels.tapes import player, replay
+from ghl_kernels import Backend, Rule, dispatch, replay
+from ghl_kernels.tapes import player
 from ghl_kernels.tapes.recorder import recorder
 from ghl_kernels.tuning import trial
 
