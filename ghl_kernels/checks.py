@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # that GPU kernels and autocast take
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -22,6 +22,7 @@ from torch import Tensor
 from ghl_kernels import library as libraries
 from ghl_kernels import native
 from ghl_kernels.cuda import kernels
+from ghl_kernels.layout import LARGEST_SIZE
 from ghl_kernels.library import Library
 from ghl_kernels.problem import Problem, dot_precision
 from ghl_kernels.rule import check_choice
@@ -59,7 +60,6 @@ class Backend:
     reason: str
 
 
-LARGEST = 2**31 - 2**17  # 32-bit numbers that a step over the last tile cannot overflow
 MOST_GROUPS = 65535  # blocks in the third dimension of a grid
 MOST_SETTLED = 4096  # calls alike whose implementation is remembered
 
@@ -133,7 +133,7 @@ def beyond_kernels(first: Tensor, problem: Problem | None) -> str | None:
         return "the kernels for a GPU have no float64"
     if problem is not None:
         weights = problem.all_neurons * problem.columns
-        if max(problem.rows, weights, problem.image) > LARGEST:
+        if max(problem.rows, weights, problem.image) > LARGEST_SIZE:
             return "rows, weights or the numbers of one image are more than 2**31 - 2**17"
     return None
 

@@ -25,7 +25,6 @@ from ghl_kernels import layout
 from ghl_kernels.problem import Problem
 
 CHANNELS = 16  # a multiple of so many is what Triton compiles wide loads for
-LARGEST = layout.LARGEST_OFFSET - 2**17  # a step over the last tile must not overflow
 
 Shape = tuple[int, int, int, int, int]
 
@@ -97,7 +96,7 @@ class Fold:
         batch, rows, width, _, _ = shape
         in_image = (rows + 1) * width * self.pixel + self.taps * self.pixel
         sums = self.problem.neurons * self.kernel_height * self.taps * self.pixel
-        return max(in_image, batch * rows, sums) <= LARGEST
+        return max(in_image, batch * rows, sums) <= layout.LARGEST_SIZE
 
     def images(self, buffer: Tensor, out_size: tuple[int, int]) -> Tensor:
         """The buffer as the images (N, taps · pixel, rows, out width) that overlap in it."""

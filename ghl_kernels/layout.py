@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 LARGEST_OFFSET = 2**31 - 1
+LARGEST_SIZE = 2**31 - 2**17  # 32-bit numbers that a step over the last tile cannot overflow
 LARGEST_TILE = 256  # rows; offsets inside a tile are 32-bit
 
 

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from ghl_kernels import composed
+from ghl_kernels.checks import FLOATS
 from ghl_kernels.composed import Triple, Triples
 from ghl_kernels.layout import empty_rows, in_order_of, like_weight
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Layer(NamedTuple):
@@ -72,7 +71,7 @@ def merge_of(fill: Callable[[Layer, str, str, str], None]) -> Callable[..., Trip
     ) -> Triple:
         """See `composed.merge`; with `overwrite` it is the update that may take H0's memory."""
         dtypes = [t.dtype for t in (G, H0, totals, w)] + [dtype or G.dtype]
-        if w.numel() == 0 or any(kind not in DTYPES for kind in dtypes):
+        if w.numel() == 0 or any(kind not in FLOATS for kind in dtypes):
             return composed.merge(G, H0, totals, w, decay, gate, normalize, dtype)
         layer = Layer.of(G, H0, totals, w, dtype, overwrite)
         fill(layer, decay, gate, normalize)
@@ -96,7 +95,7 @@ def foreach_merge_of(
         normalize: str,
     ) -> Triples:
         tensors = (*G, *H0, *totals, *w)
-        if any(t.dtype not in DTYPES for t in tensors) or any(t.numel() == 0 for t in w):
+        if any(t.dtype not in FLOATS for t in tensors) or any(t.numel() == 0 for t in w):
             return composed.foreach_merge(G, H0, totals, w, decay, gate, normalize)
         layers = [Layer.of(*one) for one in zip(G, H0, totals, w, strict=True)]
         fill(layers, decay, gate, normalize)

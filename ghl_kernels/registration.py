@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+from ghl_kernels.checks import FLOATS
+
 BACKENDS = (torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA)
 
 

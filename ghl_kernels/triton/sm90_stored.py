@@ -13,10 +13,10 @@ from ghl_kernels.composed import update_of
 from ghl_kernels.cuda.kernels import foreach_merge, kernels, logsumexp, merge
 from ghl_kernels.pairs import pair_by
 from ghl_kernels.triton.stored import stored_u
+from ghl_kernels.tuning.tiles import CHUNK
 
 __all__ = ["foreach_merge", "logsumexp", "merge", "pair", "update"]
 
-CHUNK = 8  # numbers of 16 bits
 
 pair = pair_by(kernels("cuda_sm90_stored", functools.partial(stored_u, apart=CHUNK)))
 update = update_of(pair, merge)

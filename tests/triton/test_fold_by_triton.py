@@ -114,7 +114,7 @@ def test_what_is_too_large_folded_is_gathered(
 ) -> None:
     use(forms.FOLDED)
     layer = LAYERS["vgg"]
-    monkeypatch.setattr(fold, "LARGEST", 100)
+    monkeypatch.setattr(fold.layout, "LARGEST_SIZE", 100)
     with forced("triton"):
         assert_pair(layer, layer.tensors())
     assert not folded

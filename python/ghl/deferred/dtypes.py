@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from ghl import ranks
 from ghl.deferred.held import HeldSums
 from ghl.sums import RawSums
-
-DTYPES = torch.float64, torch.float32, torch.bfloat16, torch.float16
+from ghl_kernels.checks import DTYPES
 
 
 def sent(dtype: torch.dtype | None, like: Tensor) -> Tensor:
