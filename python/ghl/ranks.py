@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 BUCKET = 25 * 2**20  # bytes, DDP's own choice
 
@@ -19,6 +20,11 @@ BUCKET = 25 * 2**20  # bytes, DDP's own choice
 def size(group: Any) -> int:
     """The number of ranks of a process group; 1 where there is none."""
     return 1 if group is None else dist.get_world_size(group)
+
+
+def local(t: Tensor) -> Tensor:
+    """This rank's part of a DTensor; any other tensor as it is."""
+    return t.to_local() if isinstance(t, DTensor) else t
 
 
 def buckets(tensors: Sequence[Tensor]) -> Iterator[list[int]]:

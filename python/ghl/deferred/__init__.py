@@ -2,8 +2,8 @@
 
 `entry` is the function, `synchronizer` its handle, `held` and `shards` the sums of one weight;
 `merging` is what a step does, `dtypes` in which dtype ranks use a weight, `groups` whose ranks have
-the parts of a batch, `wrapped` what is put around models and optimizers, `others` and `refusals`
-what must not happen.
+the parts of a batch, `wrapped` what is put around models and optimizers, `other_optimizers` and
+`refusals` what must not happen.
 """
 
 from ghl.deferred.entry import synchronize

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.utils.hooks import unserializable_hook
 
 from ghl.guards import is_update, unmark_update
+from ghl.ranks import local
 from ghl.sums import TRANSFORMED, RawSums, described
 from ghl_kernels import Rule
 from ghl_kernels.layout import is_channels_last
@@ -48,11 +48,6 @@ CAPTURED = (
 )
 
 Begin = Callable[["HeldSums"], None]
-
-
-def local(t: Tensor) -> Tensor:
-    """This rank's part of a DTensor; any other tensor as it is."""
-    return t.to_local() if isinstance(t, DTensor) else t
 
 
 def capturing() -> bool:

@@ -16,8 +16,9 @@ from torch.distributed.tensor import DTensor
 
 from ghl import ranks
 from ghl.deferred import dtypes
-from ghl.deferred.held import HeldSums, local, note_versions
+from ghl.deferred.held import HeldSums, note_versions
 from ghl.guards import is_update, mark_update
+from ghl.ranks import local
 from ghl.sums import without_sums
 from ghl_kernels import Rule
 from ghl_kernels.composed import gated, sign

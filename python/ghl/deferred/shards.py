@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from ghl.deferred import dtypes
-from ghl.deferred.held import ADDED, REPLACED, Begin, HeldSums, Taken, has_nothing, is_owed, local
+from ghl.deferred.held import ADDED, REPLACED, Begin, HeldSums, Taken, has_nothing, is_owed
 from ghl.guards import is_update, unmark_update
+from ghl.ranks import local
 from ghl.sums import RawSums, without_sums
 from ghl_kernels import Rule
 

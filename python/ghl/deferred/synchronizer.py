@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ghl import ranks
-from ghl.deferred import dtypes, merging, others, refusals
+from ghl.deferred import dtypes, merging, other_optimizers, refusals
 from ghl.deferred.groups import wrappers_of
 from ghl.deferred.held import HeldSums, capturing, is_owed, note_versions
 from ghl.deferred.shards import ShardedSums, is_sharded
@@ -70,15 +70,15 @@ class Synchronizer:
         self._take_over()
         self._attach()
         self._rules = [(layer, layer.rule) for layer in self._layers]
-        others.living.add(self)
-        watch_optimizers(others.check_others)
+        other_optimizers.living.add(self)
+        watch_optimizers(other_optimizers.check_others)
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
             *self._watch(model),
         ]
         owned = [*map(weakref.ref, weights.values())]
-        self._orphaned = weakref.finalize(self, others.orphan, owned, self._hooks)
+        self._orphaned = weakref.finalize(self, other_optimizers.orphan, owned, self._hooks)
         self._orphaned.atexit = False
 
     def _take_over(self) -> None:
@@ -90,7 +90,7 @@ class Synchronizer:
 
         def checked_begin(sums: HeldSums) -> None:
             if (method := begin()) is None:
-                raise RuntimeError(others.GONE)
+                raise RuntimeError(other_optimizers.GONE)
             method(sums)
 
         for weight in self._weights.values():
@@ -98,7 +98,7 @@ class Synchronizer:
             if is_sharded(weight):
                 maker = functools.partial(ShardedSums, begin=checked_begin, wire=self._wire)
             _of_weight[weight] = weakref.ref(self)
-            others.orphans.pop(weight, None)
+            other_optimizers.orphans.pop(weight, None)
             RawSums.choose(weight, maker)
 
     def remove(self) -> None:
@@ -108,7 +108,7 @@ class Synchronizer:
                 "gradients are held, of which nothing would make updates any more: call "
                 "optimizer.step() or optimizer.zero_grad() before remove()"
             )
-        others.living.discard(self)
+        other_optimizers.living.discard(self)
         self._orphaned.detach()
         for hook in self._hooks:
             hook.remove()
@@ -138,7 +138,7 @@ class Synchronizer:
 
     def check_other(self, optimizer: Optimizer) -> None:
         """Raise where an optimizer that does not make updates is about to use gradients."""
-        if optimizer is not self._optimizer() and others.owes(optimizer, self._ids()):
+        if optimizer is not self._optimizer() and other_optimizers.owes(optimizer, self._ids()):
             raise RuntimeError(
                 f"this {type(optimizer).__name__} is about to step with an ordinary gradient, of "
                 "which another optimizer's step makes the update: call ghl.synchronize(model, "

@@ -16,8 +16,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 import ghl
-from ghl.deferred.held import local
 from ghl.layers import Plastic
+from ghl.ranks import local
 from ghl.recipes import interrupts, models, optimizers
 from ghl.recipes.checkpoint import random_states, restore_random_states, seed_everything
 from ghl.recipes.config import LAYERS, Config
