@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ghl.sums import RawSums, check_pair
+from ghl_kernels.checks import sum_dtype
 from ghl_kernels.layout import as_rows, is_channels_last
 from ghl_kernels.rule import totals_for
 
@@ -77,6 +78,12 @@ def saved_output(
         return operation(x, w, None if b is None else b.to(x.dtype), *geometry)
 
 
+def for_pair(w: Tensor, used: Tensor) -> Tensor:
+    """The weight in a dtype that a pair takes, which asks no more of it than how it lies: a
+    bfloat16 one may have been used in float16, by autocast."""
+    return w if w.dtype in (used.dtype, sum_dtype(used.dtype)) else used
+
+
 def wanted(ctx: Any, totals: Tensor) -> Tensor | None:
     """As the gradient of a leaf, if there is one."""
     return totals if ctx.needs_input_grad[1] else None
@@ -116,7 +123,9 @@ class LinearFunction(torch.autograd.Function):
         grad_b = g.sum(0) if needs_b else None
         note_pair(ctx, w, x.dtype)
         y = saved_output(ctx, y, F.linear, x, used, b)
-        G, H0, totals = torch.ops.ghl_kernels.linear_pair_no_grad(x, y, g, w, *ctx.rule)
+        G, H0, totals = torch.ops.ghl_kernels.linear_pair_no_grad(
+            x, y, g, for_pair(w, used), *ctx.rule
+        )
         if is_differentiated():
             G = g.mT @ x
         return as_rows(H0, ctx.channels_last), wanted(ctx, totals), grad_x, G, grad_b, *[None] * 3
@@ -167,7 +176,7 @@ class Conv2dFunction(torch.autograd.Function):
         note_pair(ctx, w, x.dtype)
         y = saved_output(ctx, y, F.conv2d, x, used, b, *ctx.geometry)
         G, H0, totals = torch.ops.ghl_kernels.conv2d_pair_no_grad(
-            x, y, g, w, stride, padding, dilation, groups, *ctx.rule
+            x, y, g, for_pair(w, used), stride, padding, dilation, groups, *ctx.rule
         )
         if is_differentiated():
             G = differentiable_G

@@ -6,6 +6,7 @@ Bias and every other gradient are the ordinary ones; without gradients nothing d
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Callable
 from typing import Any, Literal
@@ -21,11 +22,21 @@ from ghl.hooks import nothing
 from ghl.sums import RawSums
 from ghl_kernels import Rule
 
+HANDLER, OF_TORCH = "__torch_function__", (Tensor, nn.Parameter)
+
 
 def check_module(model: object) -> None:
     """Raise a TypeError for what is no network."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is {type(model).__name__}, must be an nn.Module")
+
+
+def overrides_functions(t: Tensor) -> bool:
+    """Whether what F.linear and others do is replaced for a subclass of tensors."""
+    if type(t) in OF_TORCH:  # asked first: a graph is traced through that alone
+        return False
+    known = [inspect.getattr_static(kind, HANDLER) for kind in OF_TORCH]
+    return inspect.getattr_static(type(t), HANDLER) not in known
 
 
 def is_transformed(x: Tensor) -> bool:
@@ -143,6 +154,11 @@ class Plastic(nn.Module):
             return
         if not weight.is_floating_point():
             raise TypeError(f"weight is of {weight.dtype}, must be of floating-point numbers")
+        if overrides_functions(weight):
+            raise TypeError(
+                f"weight is a {type(weight).__name__}, which overrides what functions do with it "
+                "(__torch_function__), must be a plain Parameter: use ghl.unswap or rule='bp' here"
+            )
         if not weight.is_leaf:
             raise RuntimeError(
                 f"weight of {type(self).__name__} is computed from other tensors (a "

@@ -259,6 +259,8 @@ class ImmediateSums(RawSums):
             collector = owner()
             weight = collector._weight() if collector is not None else None
             if collector is not None and weight is not None and sums is not None:
+                if not weight.requires_grad:  # frozen since the forward: no G comes either
+                    return
                 collector._check_no_update(weight)
                 collector._arrive(name, sums)
 
@@ -277,7 +279,7 @@ class ImmediateSums(RawSums):
 
     def _take_gradient(self, weight: Tensor) -> None:
         task = torch._C._current_graph_task_id()
-        if weight.grad is None or task != self._added:  # frozen since the forward, or of nothing
+        if weight.grad is None or not weight.requires_grad or task != self._added:  # of nothing
             return
         self._check_no_update(weight)
         before, self._before = self._before, None

@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from ghl.layers import Conv2d, Linear, Plastic, check_module
+from ghl.layers import Conv2d, Linear, Plastic, check_module, overrides_functions
 from ghl.sums import RawSums
 from ghl_kernels import Rule
 
@@ -212,6 +212,8 @@ def reason_to_skip(module: nn.Module, names: Sequence[str], exclude: Sequence[st
         return "its weight is not a Parameter"
     if not weight.is_floating_point():
         return f"its weight is of {weight.dtype}"
+    if overrides_functions(weight):
+        return f"its weight is a {type(weight).__name__}, which overrides what functions do with it"
     if not weight.requires_grad:
         return "its weight is frozen"
     return None

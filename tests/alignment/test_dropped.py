@@ -47,6 +47,47 @@ def test_a_batch_that_was_dropped(ruled, order):
     assert_same_report(*reports)
 
 
+@pytest.mark.parametrize("ruled", [False, True], ids=["plain", "synchronized"])
+def test_a_backward_through_weights_frozen_since_the_forward(ruled):
+    """It adds no gradient, as that of a generator through its discriminator."""
+    reports = []
+    for frozen in (False, True):
+        model = network(ruled)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        handle = ghl.synchronize(model, optimizer) if ruled else None
+        with Monitor(model) as monitor:
+            loss_of(model, 1).backward()
+            if frozen:
+                loss = loss_of(model, 2)
+                model.requires_grad_(False)
+                loss.backward()
+                model.requires_grad_(True)
+            optimizer.step()
+            reports.append(monitor.report())
+        optimizer.zero_grad()
+        if handle is not None:
+            handle.remove()
+    assert_same_report(*reports)
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, nn.Conv2d])
+def test_a_backward_called_within_autocast(kind):
+    """Of a float32 forward, whose y an in-place ReLU has overwritten."""
+    reports = []
+    for inside in (False, True):
+        torch.manual_seed(0)
+        layer = nn.Linear(5, 4) if kind is nn.Linear else nn.Conv2d(2, 4, 3)
+        x = torch.randn((9, 5) if kind is nn.Linear else (3, 2, 6, 6))
+        model = nn.Sequential(layer, nn.ReLU(inplace=True))
+        with Monitor(model) as monitor:
+            loss = model(x).square().sum()
+            with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+                loss.backward()
+            monitor.step()
+            reports.append(monitor.report()["0"]["sample"]["cosine"])
+    assert reports[0] == reports[1]
+
+
 def test_micro_batches_add_up_after_one_that_was_dropped():
     reports = []
     for drops in (False, True):

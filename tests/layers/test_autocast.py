@@ -124,6 +124,29 @@ def test_backward_inside_autocast(kind, forward, dtype):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("synchronized", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_of_one_low_precision_under_autocast_of_another(dtype, synchronized):
+    other = torch.float16 if dtype is torch.bfloat16 else torch.bfloat16
+    plain, rule = net(dtype), Rule(gate="hebb", normalize="none")
+
+    def run(model):
+        return loss_of(model, image(), other)
+
+    calls = record(plain, run)
+    model = copy.deepcopy(plain)
+    ghl.swap(model, rule, types=(nn.Conv2d, nn.Linear))
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    if synchronized:
+        ghl.synchronize(model, optimizer)
+    run(model).backward()
+    optimizer.step()
+    for name, (call,) in calls.items():
+        call.x = call.x.to(other)
+        weight = model.get_submodule(name).weight
+        assert_update(weight, [call], rule, used=weight.to(other), rounding=2**-7)
+
+
 @pytest.mark.parametrize("preset", ["ghl", "hebb", "sign", "bp"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_models_of_one_dtype(dtype, preset):

@@ -98,6 +98,18 @@ def test_a_weight_frozen_since_the_forward_has_no_gradient():
     assert layer.weight.grad.abs().max() == 1
 
 
+def test_a_weight_frozen_since_the_forward_keeps_its_update():
+    """As a discriminator's, which its own loss has made, while the generator's goes through it."""
+    layer = ghl.Linear(4, 3)
+    layer(torch.randn(5, 4)).square().sum().backward()
+    update = layer.weight.grad.clone()
+    x = torch.randn(5, 4, requires_grad=True)
+    loss = layer(x).square().sum()
+    layer.requires_grad_(False)
+    loss.backward()
+    assert torch.equal(layer.weight.grad, update) and x.grad is not None
+
+
 def test_retained_graph():
     """The same graph twice gives the same update twice."""
     model, x = model_and_input()

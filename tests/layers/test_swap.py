@@ -286,6 +286,31 @@ def test_unswap_of_a_layer_whose_forward_was_wrapped():
     assert model[0].weight.grad.eq(10).all()
 
 
+class Overriding(torch.Tensor):
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+class Plain(torch.Tensor):
+    pass
+
+
+def test_weights_that_override_functions_are_left_alone():
+    """What is made of them instead would be differentiated as the plain layer."""
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3))
+    for layer, kind in zip(model, (Overriding, Plain), strict=False):
+        layer.weight = nn.Parameter(layer.weight.detach().as_subclass(kind))
+    report = ghl.swap(model, types=nn.Linear)
+    assert [*report.swapped] == ["1", "2"]
+    assert report.skipped == {
+        "0": "its weight is a Overriding, which overrides what functions do with it"
+    }
+    model[2].weight = model[0].weight
+    with pytest.raises(TypeError, match="weight is a Overriding, which overrides what functions"):
+        model[2](torch.ones(1, 3))
+
+
 class Double(nn.Module):
     def forward(self, b):
         return 2 * b

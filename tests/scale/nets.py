@@ -166,3 +166,10 @@ def synchronized(name: str = "conv", rule: str | ghl.Rule = "ghl", **options: ob
     model = make(name, rule)
     optimizer = sgd(model, **options)
     return model, optimizer, ghl.synchronize(model, optimizer)
+
+
+def expected() -> list[Any]:
+    """The gradients after one backward of a whole batch, made in backward."""
+    model = make("conv")
+    backward(model, "conv", 0, micro=1)
+    return [p.grad for p in model.parameters()]

@@ -12,7 +12,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 import ghl
 from ghl.deferred import held
 
-from .nets import BOTH, backward, batch, grads, loss_of, make, sgd, synchronized
+from .nets import BOTH, backward, batch, expected, grads, loss_of, make, sgd, synchronized
 from .world import assert_close
 
 
@@ -22,12 +22,6 @@ def halves(model, between):
     loss_of(model(x[:9]), target[:9]).backward()
     between()
     loss_of(model(x[9:]), target[9:]).backward()
-
-
-def expected():
-    model = make("conv")
-    backward(model, "conv", 0, micro=1)
-    return [p.grad for p in model.parameters()]
 
 
 NOTHING = {

@@ -9,7 +9,7 @@ from torch import nn
 
 import ghl
 
-from .nets import backward, sgd, synchronized
+from .nets import backward, batch, expected, grads, loss_of, sgd, synchronized
 from .world import assert_close
 
 BOTH = (nn.Conv2d, nn.Linear)
@@ -166,3 +166,72 @@ def test_the_sum_of_an_update_and_a_gradient_goes_with_the_rule(how):
                 layer.rule = "bp"
     assert model.first[0].weight.grad is None
     assert handle._owes() is False
+
+
+def frozen(model, function):
+    model.requires_grad_(False)
+    function()
+    model.requires_grad_(True)
+
+
+def compiled(model):
+    return torch.compile(model, backend="aot_eager")
+
+
+@pytest.mark.parametrize("prepared", [lambda model: model, compiled])
+@pytest.mark.parametrize("before", [False, True])
+def test_a_backward_through_weights_frozen_since_the_forward_counts_for_nothing(prepared, before):
+    """As that of a generator through its discriminator."""
+    model, optimizer, _ = synchronized()
+    whole = prepared(model)
+    (x, target), (other, _) = batch("conv", 0), batch("conv", 1)
+    if before:
+        loss_of(whole(x), target).backward()
+    loss = loss_of(whole(other), target)
+    frozen(model, loss.backward)
+    if not before:
+        loss_of(whole(x), target).backward()
+    optimizer.step()
+    assert_close(grads(model), expected())
+
+
+def test_a_weight_frozen_since_the_forward_keeps_the_update_of_the_last_step():
+    model, optimizer, _ = synchronized()
+    x, target = batch("conv", 0)
+    loss_of(model(x), target).backward()
+    optimizer.step()
+    loss = loss_of(model(batch("conv", 1)[0]), target)
+    frozen(model, loss.backward)
+    assert_close(grads(model), expected())
+    optimizer.step()
+
+
+def test_sums_of_a_backward_that_a_hook_of_the_weight_ended():
+    """They were added, and its gradient was not."""
+    model, optimizer, _ = synchronized()
+    x, target = batch("conv", 0)
+    loss_of(model(x), target).backward()
+    weight = model.first[0].weight
+    hook = weight.register_hook(lambda gradient: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        loss_of(model(batch("conv", 1)[0]), target).backward()
+    hook.remove()
+    with pytest.raises(RuntimeError, match="a backward that raised an error has added"):
+        optimizer.step()
+    optimizer.zero_grad()
+    loss_of(model(x), target).backward()
+    optimizer.step()
+    assert_close(grads(model), expected())
+
+
+def test_a_step_in_inference_mode():
+    model, optimizer, _ = synchronized()
+    x, target = batch("conv", 0)
+    for _ in range(2):
+        optimizer.zero_grad()
+        loss_of(model(x), target).backward()
+        with torch.inference_mode():
+            optimizer.step()
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
+    assert not any(p.grad.is_inference() for p in model.parameters())

@@ -215,8 +215,7 @@ class Monitor:
         over rows divided by their number), neurons: (K) cosines on the CPU, NaN where there is
         none}. Beside them `weight_norm`; `hebbian_share` and `anti_hebbian_share`, of the neurons
         of `batch`, without it of `sample`; `sign_flips` (the share of entries of weight.grad that
-        changed their sign since the step before); `step`. What is not there is None, with the
-        reason in `gaps`: {name of the part, or `layer`: reason}.
+        changed their sign since the step before); `step`; `gaps`, why what is None is, by name.
         """
         alone = not self._is_distributed()
         reported = {track: track.reported(self.every, alone) for track in self._tracks}
@@ -310,6 +309,9 @@ class Monitor:
         def arrive(g: Tensor, G: Tensor | None) -> None:
             if sums is not track.sums:
                 track.sums.fault = "a gradient came through a forward of an earlier step"
+                return
+            if not use.leaf.requires_grad:  # frozen since: no gradient is added
+                sums.uses -= training and not recomputed
                 return
             track.arrives(recomputed)
             if not training:

@@ -33,6 +33,10 @@ FAILED = (
     "weight.grad holds a gradient whose sums a step has used up that raised an error, and made no "
     "update of them: call optimizer.zero_grad() first"
 )
+RAISED = (
+    "a backward that raised an error has added to the sums of weight.grad, and not to that: call "
+    "optimizer.zero_grad() first"
+)
 REORDERED = (
     "weight was given another memory format within an accumulation, and its sums have the former: "
     "call optimizer.zero_grad() first"
@@ -128,7 +132,7 @@ class HeldSums(RawSums):
 
     def __init__(self, weight: nn.Parameter, rule: Rule, begin: Begin) -> None:
         super().__init__(weight, rule)
-        self._half: str | None = None  # which of G and H0 has come without the other; not of shards
+        self._half: dict[int, str] = {}  # of a backward, what came without the other; not of shards
         self._task = -1  # the backward that these sums were last part of
         self._versions = 0, 0
         self._grad: Any = None  # a weak reference to weight.grad as a backward left it
@@ -144,9 +148,14 @@ class HeldSums(RawSums):
 
         def arrives(name: str) -> Any:
             @unserializable_hook
-            def arrive(grad: Tensor | None) -> None:
-                if (sums := owner()) is not None and sums.live and grad is not None:
-                    sums._arrive(name, begin)
+            def arrive(grad: Tensor | None) -> Tensor | None:
+                sums = owner()
+                if sums is None or not sums.live or grad is None:
+                    return None
+                if sums._is_frozen():
+                    return None if name == "G" else torch.zeros_like(grad)
+                sums._arrive(name, begin)
+                return None
 
             return arrive
 
@@ -169,13 +178,26 @@ class HeldSums(RawSums):
         if name == "H0":
             self.used_in = self.dtype_of_pair()
             self.hebbian._ghl_paired = -1  # type: ignore[attr-defined]
-        if name != "totals" and not self.sharded:  # they come beside H0, in no set order
-            self._half = name if self._half in (None, name) else None
+            self._came(name)
+
+    def _came(self, name: str) -> None:
+        """Of G and H0, which come in no set order: H0 without a G is what an error left."""
+        task = torch._C._current_graph_task_id()
+        if not self.sharded and self._half.pop(task, name) == name:
+            self._half[task] = name
+
+    def _is_frozen(self) -> bool:
+        """Since its forward: autograd adds nothing to the weight's gradient, nor is H0 to be."""
+        weight = self._weight()
+        return weight is not None and not weight.requires_grad and not self.sharded
 
     def _accumulated(self, weight: Tensor) -> None:
         task = torch._C._current_graph_task_id()
         if not self.sharded and task != self._task:
             return  # of no gradient, after which autograd's hooks run too
+        if self._is_frozen():
+            return
+        self._came("G")
         if self.transformed == task:
             self._incomplete = DROPPED
             raise RuntimeError(TRANSFORMED)
@@ -206,7 +228,7 @@ class HeldSums(RawSums):
         """Why the sums are not those of the gradient that is held."""
         if self._channels_last not in (None, is_channels_last(weight)):
             return REORDERED
-        return self._incomplete
+        return RAISED if "H0" in self._half.values() else self._incomplete
 
     @property
     def is_between(self) -> bool:
@@ -247,7 +269,7 @@ class HeldSums(RawSums):
         or all zeros. Within one, views of a bucket of DDP's change each other's versions."""
         grad = weight.grad
         if grad is None:
-            if self._half is None:
+            if not self._half:
                 self.drop()
         elif is_update(grad):
             if not is_unchanged(grad):
@@ -288,7 +310,8 @@ class HeldSums(RawSums):
     def drop(self) -> None:
         """Forget everything that is held."""
         self._check_compiled()
-        self._half = self.hebbian.grad = self.totals.grad = None
+        self.hebbian.grad = self.totals.grad = None
+        self._half.clear()
         self._forget()
 
     def _forget(self) -> None:

@@ -234,6 +234,7 @@ class Synchronizer:
             if weight.grad is not None and is_update(weight.grad):
                 note_versions(weight.grad)
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def merge(self) -> None:
         """Turn every G that is held into its update, on all ranks together.
