@@ -284,8 +284,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; 0, or 2 after one line on stderr about what was wrong in the input."""
-    args = parser().parse_args(argv)
     try:
+        args = parser().parse_args(argv)
         return args.command.run(args)
     except BrokenPipeError:  # of `| head`: what is still to be printed has no reader
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -8,6 +8,7 @@ an in-place operation has overwritten it by then.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -31,6 +32,12 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 def used_as(t: Tensor, dtype: torch.dtype | None) -> Tensor:
     """A tensor in the dtype autocast would use for it."""
     return t if dtype is None or t.dtype == torch.float64 else t.to(dtype)
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """For what a backward computes of a forward in the dtype of x, wherever it is called."""
+    kind = x.device.type
+    return nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False)
 
 
 def save(ctx: Any, x: Tensor, w: Tensor, b: Tensor | None, y: Tensor) -> None:
@@ -74,7 +81,7 @@ def saved_output(
         return y
     if not torch.compiler.is_compiling() and ctx.probe._version == ctx.version:
         return y
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+    with torch.no_grad(), without_autocast(x):
         return operation(x, w, None if b is None else b.to(x.dtype), *geometry)
 
 
@@ -127,7 +134,8 @@ class LinearFunction(torch.autograd.Function):
             x, y, g, for_pair(w, used), *ctx.rule
         )
         if is_differentiated():
-            G = g.mT @ x
+            with without_autocast(x):
+                G = g.mT @ x
         return as_rows(H0, ctx.channels_last), wanted(ctx, totals), grad_x, G, grad_b, *[None] * 3
 
 

@@ -52,8 +52,7 @@ def test_hooks_are_there_on_measured_steps_alone():
     assert not hooked(model) and not model[2]._forward_hooks
 
 
-@pytest.mark.parametrize("ended_by", ["the next step", "remove"])
-def test_what_an_interrupt_within_attention_leaves_behind(monkeypatch, ended_by):
+def test_what_an_interrupt_within_attention_leaves_behind(monkeypatch):
     """Torch calls no hook of a forward that a KeyboardInterrupt has ended."""
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
@@ -62,12 +61,24 @@ def test_what_an_interrupt_within_attention_leaves_behind(monkeypatch, ended_by)
             patch.setattr(nn.functional, "multi_head_attention_forward", interrupted)
             run(model)
         assert modes()
-        if ended_by == "remove":
-            monitor.remove()
-        else:
-            step(model, optimizer)
-            assert monitor.report()["2.in_proj"]["batch"]
-        assert not modes()
+        step(model, optimizer)
+        assert monitor.report()["2.in_proj"]["batch"]
+    assert not modes()
+
+
+def test_a_step_within_attention(monkeypatch):
+    """Which is not over then."""
+    model, softmax = network(), nn.functional.softmax
+
+    def attention(*args, **kwargs):
+        monitor.step()
+        return softmax(*args, **kwargs)
+
+    with Monitor(model) as monitor, monkeypatch.context() as patch:
+        patch.setattr(nn.functional, "softmax", attention)
+        run(model)
+        assert monitor.steps == 1
+    assert not modes()
 
 
 def interrupted(*args, **kwargs):

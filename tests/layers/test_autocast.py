@@ -159,6 +159,27 @@ def test_models_of_one_dtype(dtype, preset):
     assert model[0].weight.grad.dtype == dtype
 
 
+def test_a_graph_of_gradients_made_inside_autocast():
+    """Of a float32 forward: its G is float32 as well."""
+    layer, x, updates = ghl.Linear(5, 4), torch.randn(9, 5), []
+    for inside in (False, True):
+        loss = layer(x).square().sum()
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            updates += torch.autograd.grad(loss, layer.weight, create_graph=True)
+    assert torch.equal(*updates)
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, nn.Conv2d])
+def test_tensors_without_data_with_an_output_changed_in_place(kind):
+    layer = nn.Linear(5, 4) if kind is nn.Linear else nn.Conv2d(3, 4, 3)
+    model = nn.Sequential(layer, nn.ReLU(inplace=True))
+    ghl.swap(model, types=kind)
+    model.to("meta")
+    shape = (9, 5) if kind is nn.Linear else (2, 3, 8, 8)
+    model(torch.randn(shape, device="meta")).sum().backward()
+    assert layer.weight.grad.shape == layer.weight.shape
+
+
 @pytest.mark.parametrize("synchronized", [False, True])
 def test_a_weight_with_gaps_in_the_order_of_channels_last(synchronized):
     """Rounded it has none, and another memory order than its sums."""

@@ -98,6 +98,24 @@ def weight_that_a_rank_uses_without_its_layer(rank: int, world: int) -> None:
 
 
 @scenario
+def layer_that_the_last_micro_batch_does_not_use(rank: int, world: int) -> None:
+    """FSDP has yet to reduce what came before: of the dtype that it was used in then."""
+    updates = []
+    for wrap in (DDP, functools.partial(fully_shard, mesh=init_device_mesh("cpu", (world,)))):
+        model = Detour(ghl.Rule(gate="hebb", normalize="none"))
+        wrapped = wrap(model, find_unused_parameters=True) if wrap is DDP else wrap(model)
+        handle = ghl.synchronize(wrapped, sgd(model))
+        for both in (True, False):
+            if wrap is not DDP:
+                wrapped.set_requires_gradient_sync(not both)
+            step(wrapped, rank, both)
+        handle.merge()
+        grad = model.second.weight.grad
+        updates.append(grad.full_tensor() if isinstance(grad, DTensor) else grad)
+    assert_close(updates[:1], updates[1:], 1e-5 * updates[0].abs().max().item())
+
+
+@scenario
 def forward_of_one_rank_before_the_step(rank: int, world: int) -> None:
     """Without autocast, to look at something; also between a forward and its backward."""
     for between in (False, True):

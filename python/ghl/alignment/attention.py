@@ -10,6 +10,7 @@ from collections.abc import Callable
 from types import FunctionType
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -48,3 +49,9 @@ class Projections(TorchFunctionMode):
         if func is F.multi_head_attention_forward:
             func = observed(self.seen)
         return func(*args, **(kwargs or {}))
+
+    def leave(self) -> None:
+        """End it, whatever has become of the forward that it was begun in; not within one, where it
+        is on no more while it is asked, nor in another thread, which has modes of its own."""
+        if torch.overrides._get_current_function_mode_stack()[-1:] == [self]:
+            self.__exit__(None, None, None)

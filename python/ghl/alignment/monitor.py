@@ -154,7 +154,6 @@ class Monitor:
         """Hooks are on where the step in progress is measured, and nowhere else: a call of a layer
         that has some takes a GPU's host as long as a small kernel. A weight's is turned on by a
         forward, that of a frozen one never."""
-        self._leave_all()
         measured = [track.is_measured(self.every) for track in self._tracks]
         if measured != self._switched:
             self._switched = measured
@@ -167,8 +166,10 @@ class Monitor:
     def remove(self) -> None:
         """Take every hook off; the last report stays readable."""
         self._steps.remove()
-        self._leave_all()
         take_off(self._handles)
+        while self._attention:  # of forwards that a KeyboardInterrupt ended, which calls no hooks
+            if (mode := self._attention.pop()) is not None:
+                mode.leave()
         self._switches, self._accumulating = [], {}
         for track in self._tracks:
             for module in track.target.classes:
@@ -333,12 +334,7 @@ class Monitor:
         if mode is not None:
             mode.__enter__()
 
-    def _leave_all(self) -> None:
-        """Attention whose forward an interrupt has ended, after which no hook is called."""
-        while self._attention:
-            self._leave()
-
-    def _leave(self, *args: Any) -> None:
+    def _leave(self, module: nn.MultiheadAttention, args: tuple, y: Any) -> None:
         mode = self._attention.pop() if self._attention else None
         if mode is not None:
             mode.__exit__(None, None, None)

@@ -10,7 +10,6 @@ import importlib.util
 import io
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
@@ -231,9 +230,14 @@ class Sinks:
             sink.add(report, step)
 
     def close(self) -> None:
-        with ExitStack() as every:  # also where one raises, on a full disk say
-            for sink in reversed(self._sinks):
-                every.callback(sink.close)
+        errors = []
+        for sink in self._sinks:
+            try:
+                sink.close()
+            except Exception as error:  # a full disk's, say: the others are closed all the same
+                errors.append(error)
+        if errors:
+            raise errors[0]
 
     def __enter__(self) -> Sinks:
         return self

@@ -1,7 +1,7 @@
 """In which dtype the forwards of all ranks use a weight, as which every rank merges with it.
 
 Updates made with other weights would differ. A rank that has not used one since the last step is
-told by the others, beside the totals.
+told by the others, beside the totals; not of a shard, which FSDP has all ranks use.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ def synchronize(
         2⁻⁸ for every rank's summand; totals are sent as they are.
 
     On the wire, for a weight of K neurons and N numbers, in float32: 4N + 4(K+5) bytes once a
-    step beside DistributedDataParallel's 4N for every G that it averages; 4N + 24K beside FSDP's
+    step beside DistributedDataParallel's 4N for every G that it averages; 4N + 8K beside FSDP's
     for every reduction of G, and 4 for absmax a step; 4 more tell whether a rank has an error,
     which is then one of all. It is no DDP communication hook: a compiled backward gives G and H0 in
     no set order, so H0 may not be there when a bucket is full; with no_sync H0 would be sent once

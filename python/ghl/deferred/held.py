@@ -104,14 +104,12 @@ def is_unchanged(update: Tensor) -> bool:
 
 
 class Taken(NamedTuple):
-    """H0 (neurons, rest) and totals; in which dtype forwards used the weight, as this rank knows it
-    or, where that is None and ranks are added up already, as they have `sent` it; and whether a
-    backward gave this rank no sums beside a G."""
+    """H0 (neurons, rest) and totals; in which dtype this rank's forwards used the weight, if they
+    did; and whether a backward gave this rank no sums beside a G."""
 
     H0: Tensor | None
     totals: Tensor | None
     used_in: torch.dtype | None
-    sent: Tensor | None
     lacking: bool
 
 
@@ -310,12 +308,12 @@ class HeldSums(RawSums):
     def drop(self) -> None:
         """Forget everything that is held."""
         self._check_compiled()
-        self.hebbian.grad = self.totals.grad = None
+        self.hebbian.grad = self.totals.grad = self.used_in = None
         self._half.clear()
         self._forget()
 
     def _forget(self) -> None:
-        self._incomplete = self._channels_last = self.used_in = None
+        self._incomplete = self._channels_last = None
         self._captured = False
 
     def _check_compiled(self) -> None:
@@ -344,6 +342,6 @@ class HeldSums(RawSums):
     def take(self) -> Taken:
         """What is held; from then on nothing is."""
         H0, totals = self.hebbian.grad, self.totals.grad
-        taken = Taken(H0, totals, self.used_in, None, H0 is None)
+        taken = Taken(H0, totals, self.used_in, H0 is None)
         self.drop()
         return taken

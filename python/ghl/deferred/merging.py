@@ -37,8 +37,8 @@ class Layer:
     H0: Tensor | None
     totals: Tensor | None
     used_in: torch.dtype | None
-    sent: Tensor | None
     lacking: bool
+    sent: Tensor | None = None  # the sum of what ranks have sent of `used_in`
 
     @classmethod
     def of(cls, weight: nn.Parameter, sums: HeldSums) -> Layer:

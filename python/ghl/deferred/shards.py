@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
-from ghl.deferred import dtypes
 from ghl.deferred.held import ADDED, REPLACED, Begin, HeldSums, Taken, has_nothing, is_owed
 from ghl.guards import is_update, unmark_update
 from ghl.ranks import local
@@ -77,8 +76,7 @@ class ShardedSums(HeldSums):
             stream = torch.accelerator.current_stream()
             for t in (H0, totals):
                 t.record_stream(stream)  # type: ignore[arg-type]
-        same = torch.cat([totals[-1:], dtypes.sent(self.used_in, totals)])
-        neurons = torch.cat([totals[:-1, None], same.expand(weight.shape[0], -1)], 1)
+        neurons = torch.stack([totals[:-1], totals[-1].expand(weight.shape[0])], 1)
         reduced = (
             self._own_neurons(H0.to(self._wire or H0.dtype), weight).to(H0.dtype),
             self._own_neurons(neurons, weight),
@@ -156,13 +154,13 @@ class ShardedSums(HeldSums):
             self._held = H0.where(condition, 0), neurons.where(condition, 0)
 
     def take(self) -> Taken:
-        held, used_in = self._held, self.used_in
+        held = self._held
         self.drop()
         if held is None or held[0].shape[0] == 0:
-            return Taken(None, None, used_in, None, held is None)
+            return Taken(None, None, self.used_in, held is None)
         H0, neurons = held
         totals = torch.cat([neurons[:, 0], neurons[:1, 1]])
-        return Taken(H0, totals, used_in, neurons[0, 2:], False)  # see `check`
+        return Taken(H0, totals, self.used_in, False)  # see `check`
 
 
 def is_on_neurons(weight: DTensor) -> bool:
