@@ -235,3 +235,28 @@ def test_a_step_in_inference_mode():
         for group in optimizer.param_groups:
             group["lr"] = 0.0
     assert not any(p.grad.is_inference() for p in model.parameters())
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_an_optimizer_within_backward(first):
+    """Whose hook may be older than ours."""
+    weights = []
+    for synchronizes in (False, True):
+        torch.manual_seed(0)
+        layer = ghl.Linear(6, 5, dtype=torch.float64)
+        optimizer = sgd(layer)
+
+        def step(weight, optimizer=optimizer):
+            optimizer.step()
+            optimizer.zero_grad()
+
+        if first:
+            layer.weight.register_post_accumulate_grad_hook(step)
+        if synchronizes:
+            ghl.synchronize(layer, optimizer)
+        if not first:
+            layer.weight.register_post_accumulate_grad_hook(step)
+        for _ in range(3):
+            layer(torch.randn(4, 6, dtype=torch.float64)).sin().sum().backward()
+        weights.append(layer.weight)
+    assert_close(weights[:1], [w.detach() for w in weights[1:]])

@@ -17,7 +17,7 @@ from torch.utils.hooks import unserializable_hook
 
 from ghl.guards import is_update, unmark_update
 from ghl.ranks import local
-from ghl.sums import TRANSFORMED, RawSums, described
+from ghl.sums import TRANSFORMED, RawSums, described, register_first
 from ghl_kernels import Rule
 from ghl_kernels.layout import is_channels_last
 
@@ -165,7 +165,7 @@ class HeldSums(RawSums):
             self.hebbian.register_hook(arrives("H0")),
             self.totals.register_hook(arrives("totals")),
             weight.register_hook(arrives("G")),
-            weight.register_post_accumulate_grad_hook(accumulated),
+            register_first(weight, accumulated),  # others may be an optimizer's step
         ]
 
     def _arrive(self, name: str, begin: Begin) -> None:
