@@ -17,6 +17,5 @@ from ghl_kernels.tuning.tiles import CHUNK
 
 __all__ = ["foreach_merge", "logsumexp", "merge", "pair", "update"]
 
-
 pair = pair_by(kernels("cuda_sm90_stored", functools.partial(stored_u, apart=CHUNK)))
 update = update_of(pair, merge)

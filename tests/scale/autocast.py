@@ -43,6 +43,10 @@ def step(wrapped: nn.Module, rank: int, *args: bool, autocast: bool = True) -> N
     y.float().square().sum().backward()
 
 
+def whole(gradient: Tensor) -> Tensor:
+    return gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+
+
 @scenario
 def layer_that_one_rank_has_never_used(rank: int, world: int) -> None:
     model = Detour()
@@ -92,8 +96,7 @@ def weight_that_a_rank_uses_without_its_layer(rank: int, world: int) -> None:
         handle = ghl.synchronize(wrapped, sgd(model))
         step(wrapped, rank, True, rank == 0)
         handle.merge()
-        grad = model.second.weight.grad
-        updates.append(grad.full_tensor() if isinstance(grad, DTensor) else grad)
+        updates.append(whole(model.second.weight.grad))
     assert_close(updates[:1], updates[1:], 1e-5 * updates[0].abs().max().item())
 
 
@@ -110,8 +113,7 @@ def layer_that_the_last_micro_batch_does_not_use(rank: int, world: int) -> None:
                 wrapped.set_requires_gradient_sync(not both)
             step(wrapped, rank, both)
         handle.merge()
-        grad = model.second.weight.grad
-        updates.append(grad.full_tensor() if isinstance(grad, DTensor) else grad)
+        updates.append(whole(model.second.weight.grad))
     assert_close(updates[:1], updates[1:], 1e-5 * updates[0].abs().max().item())
 
 

@@ -216,7 +216,7 @@ class Monitor:
         over rows divided by their number), neurons: (K) cosines on the CPU, NaN where there is
         none}. Beside them `weight_norm`; `hebbian_share` and `anti_hebbian_share`, of the neurons
         of `batch`, without it of `sample`; `sign_flips` (the share of entries of weight.grad that
-        changed their sign since the step before); `step`; `gaps`, why what is None is, by name.
+        changed their sign since the step before); `step`; `gaps`, a reason for all that is None.
         """
         alone = not self._is_distributed()
         reported = {track: track.reported(self.every, alone) for track in self._tracks}

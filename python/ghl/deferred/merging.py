@@ -92,12 +92,10 @@ def take_off_scale(optimizer: Any) -> None:
     scale = getattr(optimizer, "grad_scale", None)
     if scale is None:
         return
-    alike: dict[torch.device, list[Tensor]] = {}
-    for group in optimizer.param_groups:
-        for grad in (p.grad for p in group["params"] if p.grad is not None):
-            alike.setdefault(local(grad).device, []).append(local(grad))
-    for device, grads in alike.items():
-        torch._foreach_mul_(grads, scale.double().reciprocal().float().to(device))
+    weights = (p for group in optimizer.param_groups for p in group["params"])
+    grads = (local(p.grad) for p in weights if p.grad is not None)
+    for same in grouped(grads, lambda grad: grad.device):
+        torch._foreach_mul_(same, scale.double().reciprocal().float().to(same[0].device))
     optimizer.grad_scale = None
 
 
